@@ -1,0 +1,308 @@
+"""Images as one uint8 tensor with labels; loaders; the defender's clean subset.
+
+Batching is indexing. Everything is decoded once and stays resident on its device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from bimask.errors import DataError
+
+T = TypeVar("T")
+
+VAL_SHARE = 0.1  # of a training set that comes without a validation set
+DIGITS_TEST, DIGITS_VAL = 500, 400  # of 1,797; the rest is for training
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images with labels.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64 in [0, num_classes).
+        classes: name of every class.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise DataError(
+                f"Images must be uint8 (N, C, H, W), got {self.images.dtype} "
+                f"{tuple(self.images.shape)}."
+            )
+        if self.labels.shape != self.images.shape[:1]:
+            raise DataError(f"{len(self.images)} images need as many labels, got {self.labels.shape}.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def floats(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """The images at `index` as float32 in [0, 1]."""
+        return self.images[index].float() / 255
+
+    def subset(self, index: Tensor) -> ImageData:
+        """The images at `index` (integers, or a mask of N booleans), in its order."""
+        return ImageData(self.images[index], self.labels[index], self.classes)
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same on another device."""
+        return ImageData(self.images.to(device), self.labels.to(device), self.classes)
+
+    def clean_subset(self, samples_per_class: int, *, seed: int) -> ImageData:
+        """`samples_per_class` images of every class, drawn by `seed`, ordered by class.
+
+        Raises:
+            DataError: naming the smallest class, if it has fewer images than that.
+        """
+        if samples_per_class < 1:
+            raise DataError(f"`samples_per_class >= 1` must hold, but got {samples_per_class}.")
+        counts = torch.bincount(self.labels, minlength=self.num_classes)
+        smallest = int(counts.argmin())
+        if counts[smallest] < samples_per_class:
+            raise DataError(
+                f"{samples_per_class} clean images a class were asked for, but class "
+                f"{self.classes[smallest]!r} has {counts[smallest]}; ask for at most that many."
+            )
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self)))
+        labels = self.labels.cpu()[order]
+        picks = [order[labels == c][:samples_per_class] for c in range(self.num_classes)]
+        return self.subset(torch.cat(picks))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A dataset: `train` for the victim and the defender, `val` to choose on, `test` to report on."""
+
+    train: ImageData
+    val: ImageData
+    test: ImageData
+
+
+def cache_folder() -> Path:
+    """Where data sets and decoded images are kept: $BIMASK_CACHE, or .cache/bimask at home."""
+    return Path(os.environ.get("BIMASK_CACHE", Path.home() / ".cache" / "bimask"))
+
+
+def load_data(name: str, *, image_size: int | None = None) -> Splits:
+    """A data set by name: one of `LOADERS`, or `imagefolder:PATH`.
+
+    Args:
+        name: `imagefolder:PATH` is a folder of class folders, or one with `train/` and `test/`.
+        image_size: height and width in pixels; None keeps the set's own (16 for digits).
+
+    Raises:
+        DataError: unknown name, nothing there and nothing downloaded, unreadable pictures.
+    """
+    if name.startswith("imagefolder:"):
+        return _image_folder(Path(name.removeprefix("imagefolder:")), image_size)
+    if name not in LOADERS:
+        raise DataError(
+            f"Unknown dataset {name!r}; known are {', '.join(sorted(LOADERS))} and imagefolder:PATH."
+        )
+    return LOADERS[name](image_size)
+
+
+def _digits(image_size: int | None) -> Splits:
+    """scikit-learn's 1,797 digits, 8x8 in 17 grey levels, enlarged to 16x16 unless told otherwise."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    images = torch.from_numpy(raw.images).float().unsqueeze(1) * (255 / 16)
+    data = ImageData(
+        _resize(images.round().byte(), image_size or 16),
+        torch.from_numpy(raw.target).long(),
+        tuple(str(digit) for digit in raw.target_names),
+    )
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(data)))
+    test, val, train = order.split(
+        [DIGITS_TEST, DIGITS_VAL, len(data) - DIGITS_TEST - DIGITS_VAL]
+    )
+    return Splits(data.subset(train), data.subset(val), data.subset(test))
+
+
+def _cifar10(image_size: int | None) -> Splits:
+    from torchvision.datasets import CIFAR10
+
+    folder = cache_folder() / "cifar10"
+    parts = _fetch("cifar10", folder, lambda: [CIFAR10(folder, t, download=True) for t in (True, False)])
+    train, test = (
+        ImageData(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(part.targets),
+            tuple(part.classes),
+        )
+        for part in parts
+    )
+    return _with_val(_resized(train, image_size), _resized(test, image_size))
+
+
+def _gtsrb(image_size: int | None) -> Splits:
+    from torchvision.datasets import GTSRB
+
+    folder, size = cache_folder() / "gtsrb", image_size or 32
+    parts = _fetch("gtsrb", folder, lambda: [GTSRB(folder, s, download=True) for s in ("train", "test")])
+    classes = tuple(str(label) for label in range(43))
+    train, test = (_decode(part._samples, classes, size, f"gtsrb-{i}") for i, part in enumerate(parts))
+    return _with_val(train, test)
+
+
+def _tiny_imagenet(image_size: int | None) -> Splits:
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    folder, size = cache_folder() / "tiny-imagenet", image_size or 64
+    root = folder / "tiny-imagenet-200"
+    archive = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+    if not root.is_dir():
+        _fetch("tiny-imagenet", folder, lambda: download_and_extract_archive(archive, str(folder)))
+    training = ImageFolder(str(root / "train"))
+    index = training.class_to_idx
+    lines = [line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+    testing = [(str(root / "val" / "images" / line[0]), index[line[1]]) for line in lines]
+    classes = tuple(training.classes)
+    return _with_val(
+        _decode(training.samples, classes, size, "tiny-imagenet-train"),
+        _decode(testing, classes, size, "tiny-imagenet-test"),
+    )
+
+
+LOADERS: dict[str, Callable[[int | None], Splits]] = {
+    "cifar10": _cifar10,
+    "digits": _digits,
+    "gtsrb": _gtsrb,
+    "tiny-imagenet": _tiny_imagenet,
+}
+
+
+def _fetch(name: str, folder: Path, make: Callable[[], T]) -> T:
+    """Let torchvision find or download a set, or say which folder to fill."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return make()
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"The dataset {name} is not in {folder} and cannot be downloaded "
+            f"({type(error).__name__}: {error}); put torchvision's files for it there, or go online."
+        ) from error
+
+
+def _image_folder(path: Path, image_size: int | None) -> Splits:
+    from torchvision.datasets import ImageFolder
+
+    if not path.is_dir():
+        raise DataError(f"There is no folder {path}; imagefolder:PATH needs one of class folders.")
+    split = (path / "train").is_dir() and (path / "test").is_dir()
+    roots = [path / "train", path / "test"] if split else [path]
+    try:
+        folders = [ImageFolder(str(root)) for root in roots]
+    except (FileNotFoundError, OSError) as error:
+        raise DataError(f"{path} holds no pictures in class folders: {error}.") from error
+    classes = tuple(folders[0].classes)
+    if split and tuple(folders[1].classes) != classes:
+        odd = sorted(set(classes) ^ set(folders[1].classes))
+        raise DataError(f"{path}: train/ and test/ must hold the same classes; they differ in {odd}.")
+    size = image_size or _common_size([sample for f in folders for sample, _ in f.samples], path)
+    parts = [_decode(f.samples, classes, size, path.name) for f in folders]
+    if split:
+        return _with_val(parts[0], parts[1])
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(parts[0])))
+    held_out = max(1, len(order) * 15 // 100)
+    test, val, train = order.split([held_out, held_out, len(order) - 2 * held_out])
+    return Splits(parts[0].subset(train), parts[0].subset(val), parts[0].subset(test))
+
+
+def _common_size(files: list[str], path: Path) -> int:
+    """The one square size of all pictures, or an error that asks for one."""
+    from PIL import Image, UnidentifiedImageError
+
+    sizes = set()
+    for file in files:
+        try:
+            with Image.open(file) as picture:  # reads the header only
+                sizes.add(picture.size)
+        except (UnidentifiedImageError, OSError) as error:
+            raise DataError(f"Cannot read the picture {file}: {error}.") from error
+    width, height = next(iter(sizes))
+    if len(sizes) > 1 or width != height:
+        raise DataError(
+            f"The pictures in {path} have {len(sizes)} sizes, such as {width}x{height}; give "
+            "`image_size` to bring all to one square."
+        )
+    return int(width)
+
+
+def _decode(
+    samples: list[tuple[str, int]], classes: tuple[str, ...], size: int, name: str
+) -> ImageData:
+    """Pictures as RGB of size x size, decoded once; the second time they come from the cache."""
+    from PIL import Image, UnidentifiedImageError
+
+    stamp = hashlib.sha256(f"{size}".encode())
+    for file, label in samples:
+        status = os.stat(file)
+        stamp.update(f"{file}|{label}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+    cached = cache_folder() / "decoded" / f"{name}-{size}-{stamp.hexdigest()[:16]}.safetensors"
+    if cached.is_file():
+        try:
+            with safe_open(cached, framework="pt") as file_:
+                return ImageData(file_.get_tensor("images"), file_.get_tensor("labels"), classes)
+        except SafetensorError:
+            cached.unlink()  # cut short by a crash: decode again
+    images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
+    for row, (file, _) in enumerate(samples):
+        try:
+            with Image.open(file) as picture:
+                rgb = picture.convert("RGB")
+                if rgb.size != (size, size):
+                    rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+                images[row] = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+        except (UnidentifiedImageError, OSError) as error:
+            raise DataError(f"Cannot read the picture {file}: {error}.") from error
+    labels = torch.tensor([label for _, label in samples])
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    part = cached.with_suffix(f".{os.getpid()}.part")
+    save_file({"images": images, "labels": labels}, part)
+    part.rename(cached)
+    return ImageData(images, labels, classes)
+
+
+def _with_val(train: ImageData, test: ImageData) -> Splits:
+    """Hold out a fixed tenth of the training set as `val`."""
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(train)))
+    val = max(1, int(len(train) * VAL_SHARE))
+    return Splits(train.subset(order[val:]), train.subset(order[:val]), test)
+
+
+def _resized(data: ImageData, size: int | None) -> ImageData:
+    if size is None or size == data.images.shape[-1]:
+        return data
+    return ImageData(_resize(data.images, size), data.labels, data.classes)
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """(N, C, H, W) uint8 -> (N, C, size, size) uint8, bilinear, antialiased when shrinking."""
+    if images.shape[-2:] == (size, size):
+        return images
+    enlarged = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+    return enlarged.round().clamp(0, 255).byte()

@@ -1,0 +1,38 @@
+"""Everything that bimask refuses, as one tree.
+
+BimaskError                    the base: one sentence, with what was got, what was expected, what to do
+├── DataError                  a dataset is missing, malformed or too small
+├── SettingError               a setting is unknown or out of range
+├── MaskMismatchError          masks and model do not belong together
+├── NonFiniteError             a loss or a metric is NaN or infinite
+└── VictimError                a victim's files are damaged or incomplete
+    └── VictimRefusedError     the victim was trained, but is no use: attack not learned, accuracy poor
+"""
+
+
+class BimaskError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class DataError(BimaskError):
+    """A dataset is missing, malformed or too small for what was asked."""
+
+
+class SettingError(BimaskError, ValueError):
+    """A setting is unknown or out of its range."""
+
+
+class MaskMismatchError(BimaskError):
+    """Masks name modules or channel counts that the model does not have."""
+
+
+class NonFiniteError(BimaskError):
+    """A loss or a metric is NaN or infinite."""
+
+
+class VictimError(BimaskError):
+    """A victim's files are damaged, incomplete or not the ones the manifest names."""
+
+
+class VictimRefusedError(VictimError):
+    """A victim was trained, but its attack was not learned or its accuracy is poor."""

@@ -1,0 +1,85 @@
+"""The two agreement losses of IMS and its selection cost: pure functions.
+
+Both losses compare two batches of softmax distributions u, v by their overlap, the dot product
+`sum_c u_c v_c` in [0, 1] (Dunnett et al. 2025, equations 4 to 7). Two forms, by name:
+
+    paper   -log(overlap + 1e-8) and -log(1 - overlap + 1e-8), as published. In float32 the second
+            flattens at 18.42 and its gradient is wrong by a factor of 3 at a margin of 18.
+    log     the same quantities without the 1e-8, in log space: exact to a margin of 1e4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LossForm = Literal["paper", "log"]
+
+EPSILON = 1e-8  # the published floor inside both logarithms
+
+
+def agree(u: Tensor, v: Tensor, *, form: LossForm = "paper") -> Tensor:
+    """mean over the batch of -log(overlap(u, v)): small where both answer alike.
+
+    Args:
+        u, v: logits (N, K), any real numbers.
+        form: "paper" or "log", see the module.
+
+    Returns:
+        Scalar >= 0. It reaches 0 only where both distributions are one-hot: the loss rewards
+        sharpness as well as agreement.
+    """
+    if form == "paper":
+        return -(_overlap(u, v) + EPSILON).log().mean()
+    return -torch.logsumexp(u.log_softmax(1) + v.log_softmax(1), dim=1).mean()
+
+
+def disagree(u: Tensor, v: Tensor, *, form: LossForm = "paper") -> Tensor:
+    """mean over the batch of -log(1 - overlap(u, v)): small where the answers differ.
+
+    Args:
+        u, v: logits (N, K), any real numbers.
+        form: "paper" or "log", see the module.
+
+    Returns:
+        Scalar >= 0 ("paper" can undercut 0 by 1e-8).
+    """
+    if form == "paper":
+        return -(1 - _overlap(u, v) + EPSILON).log().mean()
+    # 1 - sum_c u_c v_c = sum_c u_c (1 - v_c): a sum of positive terms, nothing cancels.
+    return -torch.logsumexp(u.log_softmax(1) + _log_complement(v), dim=1).mean()
+
+
+def selection_cost(selections: Sequence[Tensor]) -> Tensor:
+    """mean of |1 - s| over all channels: pushes s towards 1, towards few selected channels.
+
+    Two published details matter. The absolute value, although s <= 1: it has no gradient at s = 1,
+    where every selection starts; without it the cost holds most selections there. And the sum over
+    the layers is kept in float32, also where all else is float64.
+
+    Args:
+        selections: s of every site, (C_site,) each, in [0, 1].
+
+    Returns:
+        Scalar in [0, 1], float32.
+    """
+    total = torch.zeros((), device=selections[0].device)
+    for selection in selections:
+        total.add_((1 - selection).abs().sum())
+    return total / sum(len(selection) for selection in selections)
+
+
+def _overlap(u: Tensor, v: Tensor) -> Tensor:
+    """(N, K), (N, K) -> (N,) in [0, 1]."""
+    return (u.softmax(1) * v.softmax(1)).sum(1)
+
+
+def _log_complement(logits: Tensor) -> Tensor:
+    """log(1 - softmax(logits)) as the share of all *other* classes: (N, K) -> (N, K)."""
+    classes = logits.shape[1]
+    itself = torch.eye(classes, dtype=torch.bool, device=logits.device)
+    others = logits.unsqueeze(1).masked_fill(itself, -torch.inf)  # (N, K, K)
+    return torch.logsumexp(others, dim=2) - torch.logsumexp(logits, dim=1, keepdim=True)

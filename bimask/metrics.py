@@ -1,0 +1,138 @@
+"""Clean accuracy, attack success rate, recovery accuracy, and what is derived from two of each.
+
+All values are fractions. Attack success and recovery count the same images: under all-to-one those
+whose true class is not the target. They do not add up to 1; the rest is `misdirected`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bimask.attacks import Attack, TriggeredData
+from bimask.data import ImageData
+from bimask.errors import DataError, NonFiniteError
+
+Split = Literal["val", "test"]
+
+
+@dataclass(frozen=True)
+class EvalSets:
+    """Clean images and their triggered counterparts of one split, made once, evaluated often."""
+
+    clean: ImageData
+    triggered: TriggeredData
+    split: Split
+
+    @classmethod
+    def of(cls, attack: Attack, data: ImageData, split: Split) -> EvalSets:
+        """Apply the attack's trigger to the images of `data` that count."""
+        return cls(data, attack.triggered(data), split)
+
+    def to(self, device: torch.device | str) -> EvalSets:
+        """The same on another device."""
+        return EvalSets(self.clean.to(device), self.triggered.to(device), self.split)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one model on one split.
+
+    Attributes:
+        clean_accuracy: ACC, right answers on all clean images.
+        attack_success: ASR, attack labels on triggered images (target class excluded).
+        recovery: RA, true labels on the same triggered images.
+        n_clean, n_triggered: images behind them.
+        split: "val" to choose on, "test" to report.
+    """
+
+    clean_accuracy: float
+    attack_success: float
+    recovery: float
+    n_clean: int
+    n_triggered: int
+    split: Split
+
+    @property
+    def misdirected(self) -> float:
+        """Share of triggered images with neither the attack's nor the true label."""
+        return 1 - self.attack_success - self.recovery
+
+    def arr(self, before: Scores) -> float:
+        """Accuracy reduction ratio 1 - ACC1/ACC0 (IMS, eq. 8); NaN where ACC0 = 0."""
+        return _one_minus_ratio(self.clean_accuracy, before.clean_accuracy)
+
+    def rdr(self, before: Scores) -> float:
+        """Recovery difference ratio 1 - RA1/ACC0 (IMS, eq. 9); NaN where ACC0 = 0, may be < 0."""
+        return _one_minus_ratio(self.recovery, before.clean_accuracy)
+
+    def der(self, before: Scores) -> float:
+        """Defence effectiveness rate in [0, 1]: (max(0, ASR drop) - max(0, ACC drop) + 1) / 2."""
+        gain = max(0.0, before.attack_success - self.attack_success)
+        return (gain - self._accuracy_lost(before) + 1) / 2
+
+    def rir(self, before: Scores) -> float:
+        """Robust improvement rate in [0, 1]: (max(0, RA gain) - max(0, ACC drop) + 1) / 2."""
+        gain = max(0.0, self.recovery - before.recovery)
+        return (gain - self._accuracy_lost(before) + 1) / 2
+
+    def _accuracy_lost(self, before: Scores) -> float:
+        return max(0.0, before.clean_accuracy - self.clean_accuracy)
+
+
+def _one_minus_ratio(after: float, before: float) -> float:
+    return 1 - after / before if before > 0 else float("nan")
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, *, batch_size: int = 1024) -> Tensor:
+    """Classes of uint8 images: (N, C, H, W) -> (N,) int64, in eval mode; the mode is restored.
+
+    Raises:
+        NonFiniteError: logits that are NaN or infinite, which have no class.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        answers = []
+        for part in images.split(batch_size):
+            logits = model(part.float() / 255)
+            if not logits.isfinite().all():
+                raise NonFiniteError("The model answers with logits that are NaN or infinite.")
+            answers.append(logits.argmax(1))
+        return torch.cat(answers)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def evaluate(model: nn.Module, sets: EvalSets, *, batch_size: int = 1024) -> Scores:
+    """Score `model` on one split; images and model on one device.
+
+    Raises:
+        DataError: an empty set, whose scores would be undefined.
+        NonFiniteError: logits that are NaN or infinite.
+    """
+    triggered = sets.triggered
+    if not len(sets.clean) or not len(triggered.images):
+        raise DataError(
+            f"Scores need clean and triggered images, got {len(sets.clean)} and "
+            f"{len(triggered.images)} in split {sets.split!r}."
+        )
+    answers = predict(model, sets.clean.images, batch_size=batch_size)
+    under_attack = predict(model, triggered.images, batch_size=batch_size)
+
+    def share(got: Tensor, wanted: Tensor) -> float:
+        return (got == wanted).sum().item() / len(wanted)
+
+    return Scores(
+        clean_accuracy=share(answers, sets.clean.labels),
+        attack_success=share(under_attack, triggered.attack_labels),
+        recovery=share(under_attack, triggered.true_labels),
+        n_clean=len(sets.clean),
+        n_triggered=len(triggered.images),
+        split=sets.split,
+    )

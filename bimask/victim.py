@@ -1,0 +1,348 @@
+"""Victims: models trained on poisoned data, saved with their scores, loaded by digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bimask.attacks import Attack, build_attack
+from bimask.data import ImageData, Splits, load_data
+from bimask.errors import NonFiniteError, SettingError, VictimError, VictimRefusedError
+from bimask.metrics import EvalSets, Scores, Split, evaluate
+from bimask.nets import NETS, build_net
+
+WEIGHTS, MANIFEST = "victim.safetensors", "manifest.json"
+
+
+class VictimSpec(BaseModel):
+    """All that a victim is made of. Two specs that differ in nothing but bounds share a digest.
+
+    The recipe is SGD with Nesterov momentum 0.9 under a one-cycle schedule on the poisoned training
+    split; the last epoch is kept, nothing is chosen on `val` or `test`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = "digits"
+    image_size: int | None = Field(None, ge=4, le=1024)
+    net: str = "small_resnet"
+    width: int = Field(32, ge=1)
+    attack: dict[str, Any] = Field(default_factory=lambda: {"name": "badnets"})
+    poisoning_rate: float = Field(0.1, gt=0, le=1)
+    poisoning_rate_of: Literal["dataset", "target_class"] = "dataset"
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(128, ge=2)
+    lr: float = Field(0.1, gt=0)
+    weight_decay: float = Field(5e-4, ge=0)
+    shift: int = Field(1, ge=0, description="augmentation: random shift by up to this many pixels")
+    flip: bool = Field(False, description="augmentation: random horizontal flip")
+    seed: int = Field(0, ge=0)
+    min_clean_accuracy: float = Field(0.5, ge=0, le=1, description="bound on val")
+    min_attack_success: float = Field(0.5, ge=0, le=1, description="bound on val")
+
+    @model_validator(mode="after")
+    def _known_names(self) -> VictimSpec:
+        if self.net not in NETS:
+            raise ValueError(f"unknown net {self.net!r}, known are {', '.join(sorted(NETS))}")
+        if "name" not in self.attack:
+            raise ValueError("`attack` needs a `name`")
+        build_attack(**self.attack)  # SettingError is a ValueError: pydantic reports it
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of everything that decides the weights."""
+        deciding = self.model_dump(exclude={"min_clean_accuracy", "min_attack_success"})
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def name(self) -> str:
+        """For people: dataset and attack."""
+        dataset = Path(self.dataset.removeprefix("imagefolder:")).name
+        return f"{dataset}-{self.attack['name']}"
+
+    def build_attack(self) -> Attack:
+        """The attack with its hyper-parameters."""
+        return build_attack(**self.attack)
+
+    def load_data(self) -> Splits:
+        """The clean data the victim was made from."""
+        return load_data(self.dataset, image_size=self.image_size)
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A trained model with a known backdoor.
+
+    Attributes:
+        spec: what it was made of.
+        model: images in [0, 1] -> logits, in eval mode.
+        classes: names.
+        scores: of the victim itself, on "val" and "test".
+    """
+
+    spec: VictimSpec
+    model: nn.Module
+    classes: tuple[str, ...]
+    scores: dict[Split, Scores]
+
+    def eval_sets(self, splits: Splits, split: Split) -> EvalSets:
+        """Clean and triggered images of one split, for the victim and for what is made of it."""
+        data = splits.val if split == "val" else splits.test
+        return EvalSets.of(self.spec.build_attack(), data, split)
+
+
+@dataclass(frozen=True)
+class EpochLog:
+    """Progress of training: the epoch just done (from 1), its mean loss, and now and then scores."""
+
+    epoch: int
+    epochs: int
+    loss: float
+    scores: Scores | None
+
+
+def train_victim(
+    spec: VictimSpec,
+    *,
+    device: torch.device | str = "cpu",
+    on_epoch: Callable[[EpochLog], None] | None = None,
+) -> Victim:
+    """Train a backdoored model; the same spec gives the same weights on the same hardware.
+
+    Raises:
+        VictimRefusedError: attack not learned or accuracy poor, with the numbers.
+        NonFiniteError: the training diverged.
+        DataError, SettingError: from the data or the attack.
+    """
+    splits, attack = spec.load_data(), spec.build_attack()
+    poisoned = attack.poison(
+        splits.train, rate=spec.poisoning_rate, rate_of=spec.poisoning_rate_of, seed=spec.seed
+    )
+    val, test = (
+        EvalSets.of(attack, data, split)
+        for data, split in ((splits.val, "val"), (splits.test, "test"))
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        net = _fit(spec, poisoned.data.to(device), val.to(device), on_epoch)
+    scores: dict[Split, Scores] = {
+        sets.split: evaluate(net, sets.to(device)) for sets in (val, test)
+    }
+    victim = Victim(spec, net.cpu(), splits.train.classes, scores)
+    _refuse_if_useless(victim)
+    return victim
+
+
+def _fit(
+    spec: VictimSpec,
+    data: ImageData,
+    val: EvalSets,
+    on_epoch: Callable[[EpochLog], None] | None,
+) -> nn.Module:
+    """SGD, one cycle: the weights after the last epoch, in eval mode."""
+    mean, std = _statistics(data)
+    net = build_net(
+        spec.net,
+        in_channels=data.images.shape[1],
+        num_classes=data.num_classes,
+        width=spec.width,
+        mean=mean,
+        std=std,
+    ).to(data.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    steps = max(1, len(data) // spec.batch_size)
+    sgd = torch.optim.SGD(
+        net.parameters(), lr=spec.lr, momentum=0.9, weight_decay=spec.weight_decay, nesterov=True
+    )
+    cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, spec.lr, total_steps=spec.epochs * steps)
+    for epoch in range(1, spec.epochs + 1):
+        net.train()
+        losses = []
+        order = torch.randperm(len(data)).to(data.images.device)
+        for batch in order[: steps * spec.batch_size].chunk(steps):
+            images = _augment(data.floats(batch), spec.shift, spec.flip)
+            loss = F.cross_entropy(net(images), data.labels[batch])
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            cycle.step()
+            losses.append(loss.detach())
+        mean_loss = torch.stack(losses).mean().item()
+        if not mean_loss < float("inf"):
+            raise NonFiniteError(
+                f"The victim's training diverged in epoch {epoch}: loss {mean_loss}; lower `lr`."
+            )
+        if on_epoch is not None:
+            due = epoch % max(1, spec.epochs // 10) == 0
+            on_epoch(EpochLog(epoch, spec.epochs, mean_loss, evaluate(net, val) if due else None))
+    return net.eval()
+
+
+def _statistics(data: ImageData) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation in [0, 1] units; a constant channel gets 1."""
+    pixels = data.images.transpose(0, 1).flatten(1).double() / 255
+    std = pixels.std(1)
+    return pixels.mean(1).tolist(), torch.where(std > 0, std, 1.0).tolist()
+
+
+def _augment(images: Tensor, shift: int, flip: bool) -> Tensor:
+    """Shift every image by its own offset (edges repeated) and flip half of them."""
+    n, _, height, width = images.shape
+    if flip:
+        mirrored = torch.rand(n, 1, 1, 1, device=images.device) < 0.5
+        images = torch.where(mirrored, images.flip(3), images)
+    if shift:
+        padded = F.pad(images, [shift] * 4, mode="replicate")
+        offset = torch.randint(0, 2 * shift + 1, (2, n, 1), device=images.device)
+        rows = (offset[0] + torch.arange(height, device=images.device)).view(n, 1, height, 1)
+        columns = (offset[1] + torch.arange(width, device=images.device)).view(n, 1, 1, width)
+        picture = torch.arange(n, device=images.device).view(n, 1, 1, 1)
+        channel = torch.arange(images.shape[1], device=images.device).view(1, -1, 1, 1)
+        images = padded[picture, channel, rows, columns]
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _refuse_if_useless(victim: Victim) -> None:
+    spec, scores = victim.spec, victim.scores["val"]
+    numbers = f"ACC {scores.clean_accuracy:.3f}, ASR {scores.attack_success:.3f} on val"
+    if scores.attack_success < spec.min_attack_success:
+        raise VictimRefusedError(
+            f"The attack of {spec.name} was not learned ({numbers}; `min_attack_success` is "
+            f"{spec.min_attack_success:g}); poison more or train longer."
+        )
+    if scores.clean_accuracy < spec.min_clean_accuracy:
+        raise VictimRefusedError(
+            f"The clean accuracy of {spec.name} is poor ({numbers}; `min_clean_accuracy` is "
+            f"{spec.min_clean_accuracy:g}); train longer or widen the net."
+        )
+
+
+def save_victim(victim: Victim, root: Path) -> Path:
+    """Write `root/DIGEST/` with weights (safetensors) and manifest (JSON), whole or not at all."""
+    folder = root / victim.spec.digest
+    root.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".victim-", dir=root))
+    try:
+        state = {name: value.contiguous() for name, value in victim.model.state_dict().items()}
+        save_file(state, part / WEIGHTS)
+        manifest = {
+            "spec": victim.spec.model_dump(),
+            "spec_digest": victim.spec.digest,
+            "weights_sha256": _sha256(part / WEIGHTS),
+            "in_channels": victim.model.get_buffer("mean").shape[1],
+            "classes": list(victim.classes),
+            "scores": {split: asdict(scores) for split, scores in victim.scores.items()},
+            "torch": torch.__version__,
+        }
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        part.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def load_victim(folder: Path) -> Victim:
+    """Read a victim back.
+
+    Raises:
+        VictimError: a file is missing, damaged, or not the one the manifest names.
+        VictimRefusedError: its scores are below its bounds.
+    """
+    again = f"remove {folder} to train it anew"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        spec = VictimSpec.model_validate(manifest["spec"])
+        scores: dict[Split, Scores] = {
+            split: Scores(**values) for split, values in manifest["scores"].items()
+        }
+        classes, in_channels = tuple(manifest["classes"]), manifest["in_channels"]
+        promised = manifest["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise VictimError(
+            f"The manifest {folder / MANIFEST} cannot be read ({type(error).__name__}: {error}); "
+            f"{again}."
+        ) from error
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise VictimError(f"The victim's weights {weights} are missing; {again}.")
+    if (found := _sha256(weights)) != promised:
+        raise VictimError(
+            f"The digest of {weights} is {found[:16]}, but its manifest says {promised[:16]}: the "
+            f"file is damaged or another one; {again}."
+        )
+    ones = [1.0] * in_channels
+    net = build_net(
+        spec.net,
+        in_channels=in_channels,
+        num_classes=len(classes),
+        width=spec.width,
+        mean=ones,
+        std=ones,
+    )
+    try:
+        net.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise VictimError(f"The weights {weights} do not fit {spec.net}: {error}; {again}.") from error
+    victim = Victim(spec, net.eval(), classes, scores)
+    _refuse_if_useless(victim)
+    return victim
+
+
+def obtain_victim(
+    spec: VictimSpec,
+    root: Path,
+    *,
+    device: torch.device | str = "cpu",
+    on_epoch: Callable[[EpochLog], None] | None = None,
+) -> Victim:
+    """The victim of this spec: loaded from `root/DIGEST/` if it is there, else trained and saved."""
+    if (root / spec.digest).is_dir():
+        victim = load_victim(root / spec.digest)
+        # the caller's bounds may be stricter than the saved ones
+        victim = Victim(spec, victim.model, victim.classes, victim.scores)
+        _refuse_if_useless(victim)
+        return victim
+    victim = train_victim(spec, device=device, on_epoch=on_epoch)
+    save_victim(victim, root)
+    return victim
+
+
+def resolve_device(name: str) -> torch.device:
+    """"auto", "cpu", "cuda", "cuda:1", "mps" -> a device that is here.
+
+    Raises:
+        SettingError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(
+            f"The device {name!r} cannot be used here ({reason}); use 'auto', 'cpu' or a GPU that "
+            "this machine has."
+        ) from error
+    return device
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

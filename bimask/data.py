@@ -24,7 +24,7 @@ from bimask.errors import DataError
 T = TypeVar("T")
 
 VAL_SHARE = 0.1  # of a training set that comes without a validation set
-DIGITS_TEST, DIGITS_VAL = 500, 400  # of 1,797; the rest is for training
+DIGITS_TEST, DIGITS_VAL = 450, 450  # of 1,797; the rest is for training
 
 
 @dataclass(frozen=True)
@@ -134,18 +134,28 @@ def _digits(image_size: int | None) -> Splits:
         torch.from_numpy(raw.target).long(),
         tuple(str(digit) for digit in raw.target_names),
     )
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(data)))
-    test, val, train = order.split(
-        [DIGITS_TEST, DIGITS_VAL, len(data) - DIGITS_TEST - DIGITS_VAL]
+    train, held_out = _stratified(data.labels, DIGITS_VAL + DIGITS_TEST)
+    val, test = _stratified(data.labels[held_out], DIGITS_TEST)
+    return Splits(data.subset(train), data.subset(held_out[val]), data.subset(held_out[test]))
+
+
+def _stratified(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
+    """Positions of the rest and of `held_out` samples that keep the classes' shares; fixed."""
+    from sklearn.model_selection import train_test_split
+
+    rest, held = train_test_split(
+        np.arange(len(labels)), test_size=held_out, stratify=labels.numpy(), random_state=0
     )
-    return Splits(data.subset(train), data.subset(val), data.subset(test))
+    return torch.from_numpy(rest), torch.from_numpy(held)
 
 
 def _cifar10(image_size: int | None) -> Splits:
     from torchvision.datasets import CIFAR10
 
     folder = cache_folder() / "cifar10"
-    parts = _fetch("cifar10", folder, lambda: [CIFAR10(folder, t, download=True) for t in (True, False)])
+    parts = _fetch(
+        "cifar10", folder, lambda: [CIFAR10(folder, t, download=True) for t in (True, False)]
+    )
     train, test = (
         ImageData(
             torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
@@ -161,7 +171,9 @@ def _gtsrb(image_size: int | None) -> Splits:
     from torchvision.datasets import GTSRB
 
     folder, size = cache_folder() / "gtsrb", image_size or 32
-    parts = _fetch("gtsrb", folder, lambda: [GTSRB(folder, s, download=True) for s in ("train", "test")])
+    parts = _fetch(
+        "gtsrb", folder, lambda: [GTSRB(folder, s, download=True) for s in ("train", "test")]
+    )
     classes = tuple(str(label) for label in range(43))
     train, test = (_decode(part._samples, classes, size, f"gtsrb-{i}") for i, part in enumerate(parts))
     return _with_val(train, test)
@@ -178,7 +190,9 @@ def _tiny_imagenet(image_size: int | None) -> Splits:
         _fetch("tiny-imagenet", folder, lambda: download_and_extract_archive(archive, str(folder)))
     training = ImageFolder(str(root / "train"))
     index = training.class_to_idx
-    lines = [line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+    lines = [
+        line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()
+    ]
     testing = [(str(root / "val" / "images" / line[0]), index[line[1]]) for line in lines]
     classes = tuple(training.classes)
     return _with_val(

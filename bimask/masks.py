@@ -81,9 +81,7 @@ class MaskSet(InvertibleMask):
     ) -> None:
         if not sites:
             raise MaskMismatchError("No site to mask: the model has no Conv2d.")
-        super().__init__(
-            sum(sites.values()), sharpness=sharpness, mask=mask, selection=selection
-        )
+        super().__init__(sum(sites.values()), sharpness=sharpness, mask=mask, selection=selection)
         self.sites = dict(sites)
 
     @classmethod
@@ -207,9 +205,7 @@ def fold(model: nn.Module, masks: MaskSet, *, inverse: bool = False) -> nn.Modul
 
 
 @torch.no_grad()
-def fold_into(
-    target: nn.Module, model: nn.Module, masks: MaskSet, *, inverse: bool = False
-) -> None:
+def fold_into(target: nn.Module, model: nn.Module, masks: MaskSet, *, inverse: bool = False) -> None:
     """Overwrite the convolutions of `target`, a copy of `model`, with masked ones; no new memory."""
     sources, targets = masks.convs_of(model), masks.convs_of(target)
     for site, factor in masks.keeps(inverse=inverse).items():

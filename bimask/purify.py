@@ -223,7 +223,7 @@ def purify(
 
     def frozen() -> nn.Module:
         twin = copy.deepcopy(model).eval().requires_grad_(False)
-        return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return twin.to(memory_format=torch.channels_last)
 
     reference, inverse_twin = frozen(), frozen()
     masks = MaskSet.for_model(
@@ -268,9 +268,7 @@ def purify(
             triggered_logits = reference(triggered)
         both = torch.cat([x, triggered])
         on_clean, on_triggered = masked_forward(reference, masks, both).chunk(2)
-        inverse_clean, inverse_triggered = masked_forward(
-            reference, masks, both, inverse=True
-        ).chunk(2)
+        inverse_clean, inverse_triggered = masked_forward(reference, masks, both, inverse=True).chunk(2)
         passes.add(forward=2 * config.inner_steps + 5, backward=2 * config.inner_steps + 4)
         return {
             "clean_agree": agree(on_clean, logits, form=form),

@@ -117,7 +117,7 @@ class TriggerSynthesizer:
             delta.clamp_(-self.budget, self.budget)
         else:
             # renorm-style: only images beyond the ball are scaled, never up
-            delta.mul_((self.budget / _l2(delta).clamp_min(self.budget)))
+            delta.mul_(self.budget / _l2(delta).clamp_min(self.budget))
         if self.clip_images:
             delta.copy_((images + delta).clamp_(0, 1) - images)
 

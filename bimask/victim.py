@@ -40,7 +40,7 @@ class VictimSpec(BaseModel):
     dataset: str = "digits"
     image_size: int | None = Field(None, ge=4, le=1024)
     net: str = "small_resnet"
-    width: int = Field(32, ge=1)
+    width: int = Field(16, ge=1)
     attack: dict[str, Any] = Field(default_factory=lambda: {"name": "badnets"})
     poisoning_rate: float = Field(0.1, gt=0, le=1)
     poisoning_rate_of: Literal["dataset", "target_class"] = "dataset"
@@ -133,16 +133,11 @@ def train_victim(
     poisoned = attack.poison(
         splits.train, rate=spec.poisoning_rate, rate_of=spec.poisoning_rate_of, seed=spec.seed
     )
-    val, test = (
-        EvalSets.of(attack, data, split)
-        for data, split in ((splits.val, "val"), (splits.test, "test"))
-    )
+    val, test = EvalSets.of(attack, splits.val, "val"), EvalSets.of(attack, splits.test, "test")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         net = _fit(spec, poisoned.data.to(device), val.to(device), on_epoch)
-    scores: dict[Split, Scores] = {
-        sets.split: evaluate(net, sets.to(device)) for sets in (val, test)
-    }
+    scores: dict[Split, Scores] = {sets.split: evaluate(net, sets.to(device)) for sets in (val, test)}
     victim = Victim(spec, net.cpu(), splits.train.classes, scores)
     _refuse_if_useless(victim)
     return victim
@@ -325,7 +320,7 @@ def obtain_victim(
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto", "cpu", "cuda", "cuda:1", "mps" -> a device that is here.
+    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> a device that is here.
 
     Raises:
         SettingError: no such device on this machine.

@@ -30,17 +30,19 @@ def build_attack(name: str, **settings: Any) -> Attack:
     try:
         return ATTACKS[name](**settings)
     except TypeError as error:
-        raise SettingError(f"Attack {name!r}: a hyper-parameter has the wrong type: {error}.") from error
+        raise SettingError(
+            f"Attack {name!r}: a hyper-parameter has the wrong type: {error}."
+        ) from error
 
 
 __all__ = [
     "ATTACKS",
+    "SIG",
     "Attack",
     "BadNets",
     "Blended",
     "PoisonedData",
     "Role",
-    "SIG",
     "TriggeredData",
     "build_attack",
 ]

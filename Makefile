@@ -1,0 +1,35 @@
+# Every target sets up what it needs: a virtual environment in .venv and the package in it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: study test test-slow check format clean
+
+study: .venv/.installed
+	$(BIN)/python -m study.launch $(ARGS)
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: .venv/.installed-dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: .venv/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --editable .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,aws]'
+	touch $@
+
+clean:
+	rm -rf .venv outputs

@@ -1,0 +1,5 @@
+"""Search the defence's settings: Optuna on Ray, recorded in MLflow."""
+
+from study.records import load
+
+__all__ = ["load"]

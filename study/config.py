@@ -1,0 +1,189 @@
+"""A study as YAML: read, checked as a whole, every problem at once with its place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from bimask.errors import BimaskError
+from bimask.purify import PurifyConfig
+from bimask.victim import VictimSpec
+from study import space as spaces
+from study.space import Parameter
+
+Unit = Field(ge=0, le=1)
+
+
+class StudyError(BimaskError):
+    """A study cannot be run as asked: one sentence or one line a problem."""
+
+
+class ReferencePoint(BaseModel):
+    """The worst corner that counts for the hypervolume; fixed here, never taken from results."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    clean_accuracy: float = Unit
+    attack_success: float = Unit
+
+
+class Choice(BaseModel):
+    """How one trial is chosen from the front, on `val`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rule: Literal["least_attack_success"] = "least_attack_success"
+    max_accuracy_drop: float = Field(0.02, ge=0, le=1, description="against the victims themselves")
+
+
+class StudyConfig(BaseModel):
+    """A whole study. See search_spaces/ims_digits.yaml for a commented one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    seed: int = Field(0, ge=0, lt=2**32)
+    trials: int = Field(ge=1)
+    concurrency: int | None = Field(None, ge=1, description="trials at once; null fills the cluster")
+    cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of a trial")
+    gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four trials")
+    device: str = Field("auto", description="auto: cuda where a trial has a GPU share, else cpu")
+    sampler: Literal["tpe", "random"] = "tpe"
+    selection: Literal["oracle"] = Field("oracle", description="scores on val use the true trigger")
+    clean_images_per_class: int = Field(10, ge=1, description="what the defender has")
+    report_every: int = Field(10, ge=1, description="rounds between two intermediate reports")
+    victims: list[VictimSpec] = Field(min_length=1)
+    reference_point: ReferencePoint
+    choose: Choice = Choice()
+    fixed: dict[str, Any] = Field(default_factory=dict)
+    space: dict[str, Parameter] = Field(min_length=1)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of everything in the study."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def victim_names(self) -> list[str]:
+        """One distinct name a victim: dataset and attack, with its digest where that is not enough."""
+        names = [spec.name for spec in self.victims]
+        return [
+            name if names.count(name) == 1 else f"{name}-{spec.digest[:6]}"
+            for name, spec in zip(names, self.victims, strict=True)
+        ]
+
+    def purify_config(self, parameters: dict[str, Any]) -> PurifyConfig:
+        """The defence's settings in a trial: fixed ones, then the searched ones."""
+        return PurifyConfig.model_validate({**self.fixed, **parameters})
+
+
+def load_config(path: Path, overrides: dict[str, Any] | None = None) -> StudyConfig:
+    """Read and check a study.
+
+    Args:
+        path: a YAML file.
+        overrides: top-level keys that replace the file's, as given on the command line.
+
+    Raises:
+        StudyError: no file, no YAML, or a list of every problem with file, line and key.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise StudyError(
+            f"Cannot read the study {path} ({error.strerror}); give a YAML file such as "
+            "search_spaces/ims_digits.yaml."
+        ) from error
+    try:
+        root = yaml.compose(text)
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(raw, dict) or not isinstance(root, yaml.MappingNode):
+        raise StudyError(f"{path} must hold `key: value` lines, got {type(raw).__name__}.")
+    lines, duplicates = _places(root)
+    raw |= overrides or {}
+    found = [(place, "is given twice") for place in duplicates]
+    try:
+        config = StudyConfig.model_validate(raw)
+    except ValidationError as error:
+        config = None
+        found += [_problem(problem) for problem in error.errors()]
+    found += spaces.problems(_readable_space(raw.get("space")), _mapping(raw.get("fixed")))
+    if config is not None and not found:
+        if len(set(config.victim_names())) == len(config.victims):
+            return config
+        found.append(("victims", "the same victim is listed twice"))
+    rows = [f"{_where(path, place, lines)}: {place}: {text}" for place, text in dict.fromkeys(found)]
+    raise StudyError("\n".join(rows))
+
+
+def _problem(problem: Any) -> tuple[str, str]:
+    """One of pydantic's problems as place and sentence."""
+    kinds = {"float", "int", "categorical"}  # the discriminator, not a key of the file
+    parts = [str(part) for part in problem["loc"]]
+    place = ".".join(
+        part for i, part in enumerate(parts) if not (parts[0] == "space" and i == 2 and part in kinds)
+    )
+    if problem["type"] == "extra_forbidden":
+        return place, "unknown key; remove it or mend its spelling"
+    if problem["type"] == "missing":
+        return place, "is missing; every study needs it"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    shown = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
+    return place, f"{message[0].lower()}{message[1:]}{shown}"
+
+
+def _readable_space(raw: Any) -> dict[str, Parameter]:
+    """The parameters that can be read; the others pydantic has reported already."""
+    adapter: TypeAdapter[Parameter] = TypeAdapter(Parameter)
+    readable = {}
+    for name, value in _mapping(raw).items():
+        try:
+            readable[str(name)] = adapter.validate_python(value)
+        except ValidationError:
+            continue
+    return readable
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _places(root: yaml.MappingNode) -> tuple[dict[str, int], list[str]]:
+    """Line of every key, by its dotted place; and the places given twice."""
+    lines: dict[str, int] = {}
+    duplicates: list[str] = []
+
+    def walk(node: yaml.Node, prefix: str) -> None:
+        for place, mark, child in _children(node, prefix):
+            if place in lines:
+                duplicates.append(place)
+            lines[place] = mark.line + 1
+            walk(child, f"{place}.")
+
+    walk(root, "")
+    return lines, duplicates
+
+
+def _children(node: yaml.Node, prefix: str) -> Iterator[tuple[str, yaml.Mark, yaml.Node]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield f"{prefix}{key.value}", key.start_mark, value
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield f"{prefix}{index}", value.start_mark, value
+
+
+def _where(path: Path, place: str, lines: dict[str, int]) -> str:
+    """File and line of a place, or of the nearest place above it that the file has."""
+    parts = place.split(".")
+    while parts:
+        if (line := lines.get(".".join(parts))) is not None:
+            return f"{path}:{line}"
+        parts.pop()
+    return str(path)

@@ -1,0 +1,182 @@
+"""What a study leaves in its folder, one record a trial, and how it is read back.
+
+outputs/NAME/study.yaml      the study, resolved
+outputs/NAME/trials.jsonl    one record a trial, written as it ends
+outputs/NAME/trials/007/     masks, pictures and rounds of trial 7
+outputs/NAME/summary.json    front, chosen trial, scores, seconds
+outputs/NAME/best.yaml       the chosen configuration, as `bimask purify` takes it
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import yaml
+
+from bimask.purify import PurifyConfig
+from study.config import StudyConfig, StudyError
+from study.provenance import commit, versions
+from study.trial import SCORES
+
+if TYPE_CHECKING:
+    from study.tracking import Tracker
+
+OUTPUTS = Path("outputs")
+STUDY, TRIALS, SUMMARY, BEST = "study.yaml", "trials.jsonl", "summary.json", "best.yaml"
+
+
+class Recorder:
+    """Turns the events of trials into records, files and MLflow runs.
+
+    Args:
+        config: the study.
+        folder: its folder, which exists.
+        tracker: an open study in MLflow.
+        victims: victim name -> digest.
+        on_change: called with all finished records, and the last report, after every event.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        folder: Path,
+        tracker: Tracker,
+        victims: dict[str, str],
+        on_change: Callable[[list[dict[str, Any]], dict[str, Any]], None],
+    ) -> None:
+        self.config, self.folder, self.tracker = config, folder, tracker
+        self.victims = victims
+        self.on_change = on_change
+        self.records: list[dict[str, Any]] = []
+        self.open: dict[int, dict[str, Any]] = {}
+        (folder / TRIALS).touch()
+
+    def started(self, number: int, preset: str | None, parameters: dict[str, Any]) -> None:
+        """A trial has begun: its run is opened in MLflow."""
+        settings = PurifyConfig() if preset else self.config.purify_config(parameters)
+        self.open[number] = {
+            "number": number,
+            "preset": preset,
+            "parameters": parameters,
+            "purify": settings.model_dump(),
+            "started": time.time(),
+            "history": {},
+        }
+        tags = {"preset": preset or "search", "study": self.config.name}
+        self.tracker.start_trial(number, settings.model_dump(), tags)
+
+    def reported(self, number: int, result: dict[str, Any]) -> None:
+        """An intermediate report: scores of one victim on val after some rounds."""
+        history = self.open[number]["history"]
+        for name in SCORES:
+            key = f"{result['victim']}/{name}"
+            history.setdefault(key, []).append((result["step"], result[name]))
+        self.on_change(self.records, {"number": number, **result})
+
+    def completed(self, number: int, result: dict[str, Any], artifacts: Path) -> None:
+        """A trial has ended with finite objectives."""
+        kept = self.folder / "trials" / f"{number:03d}"
+        shutil.copytree(artifacts, kept)
+        trial = self.open.pop(number)
+        metrics = {name: result[name] for name in (*SCORES, "seconds", "rounds")}
+        for victim, scores in result["scores"].items():
+            metrics |= {f"{victim}/{name}": scores[name] for name in SCORES}
+        metrics |= {f"passes_{kind}": count for kind, count in result["passes"].items()}
+        self.tracker.end_trial(
+            number,
+            metrics=metrics,
+            histories=trial["history"] | _losses(kept),
+            artifacts=kept,
+        )
+        keys = (*SCORES, "scores", "seconds", "rounds", "passes", "device")
+        self._append(trial, "COMPLETE", None, {key: result[key] for key in keys})
+
+    def failed(self, number: int, reason: str) -> None:
+        """A trial has ended without a result."""
+        if number not in self.open:
+            return
+        trial = self.open.pop(number)
+        self.tracker.end_trial(number, histories=trial["history"], reason=reason)
+        self._append(trial, "FAILED", reason, {"seconds": time.time() - trial["started"]})
+
+    def _append(
+        self, trial: dict[str, Any], status: str, reason: str | None, result: dict[str, Any]
+    ) -> None:
+        record = {
+            "number": trial["number"],
+            "status": status,
+            "reason": reason,
+            "preset": trial["preset"],
+            "parameters": trial["parameters"],
+            **result,
+            "provenance": {
+                "study": self.config.digest,
+                "victims": self.victims,
+                "seed": self.config.seed,
+                "commit": commit(),
+                "versions": versions(),
+            },
+        }
+        self.records.append(record)
+        with (self.folder / TRIALS).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.on_change(self.records, {})
+
+
+def _losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Loss term -> (step, value) of every round, from the rounds a trial left."""
+    histories: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(folder.glob("*.rounds.json")):
+        victim = path.name.removesuffix(".rounds.json")
+        for log in json.loads(path.read_text()):
+            for name, value in {"loss": log["loss"], **log["losses"]}.items():
+                histories.setdefault(f"{victim}/loss/{name}", []).append((log["step"], value))
+    return histories
+
+
+def new_folder(outputs: Path, name: str, *, chosen_by_user: bool) -> tuple[str, Path]:
+    """A folder that does not exist yet, and the study's name in it; nothing is made.
+
+    A name the user gave must be free; the YAML's own name gets a number where it is taken.
+
+    Raises:
+        StudyError: the name is taken.
+    """
+    if not (outputs / name).exists():
+        return name, outputs / name
+    if chosen_by_user:
+        raise StudyError(
+            f"A study {name!r} exists in {outputs}; choose another --name, or remove that folder."
+        )
+    number = 2
+    while (outputs / f"{name}-{number}").exists():
+        number += 1
+    return f"{name}-{number}", outputs / f"{name}-{number}"
+
+
+def write_yaml(path: Path, content: dict[str, Any], header: str) -> None:
+    """YAML in the order of `content`, under a comment."""
+    comment = "".join(f"# {line}\n" for line in header.splitlines())
+    path.write_text(comment + yaml.safe_dump(content, sort_keys=False))
+
+
+def load(name: str, outputs: Path | str = OUTPUTS) -> pd.DataFrame:
+    """The trials of a study, one row a trial.
+
+    Columns: number, status, reason, preset, clean_accuracy, attack_success, recovery, seconds, then
+    `parameters.NAME`, `scores.VICTIM.SCORE`, `passes.KIND` and `provenance.*`.
+
+    Raises:
+        StudyError: no study of that name.
+    """
+    path = Path(outputs) / name / TRIALS
+    if not path.is_file():
+        raise StudyError(f"There is no study {name!r} in {outputs}: {path} is missing.")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return pd.json_normalize(rows).sort_values("number", ignore_index=True)

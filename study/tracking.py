@@ -1,0 +1,187 @@
+"""MLflow: one parent run a study, one nested run a trial. The only file that imports mlflow.
+
+One writer, the driver, and few calls: a trial costs one batch of parameters, one or two of metrics
+and its artifacts. The schema of a SQLite store is made here, before any other process can touch it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import mlflow
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+from study.config import StudyError
+from study.pareto import OBJECTIVES
+
+EXPERIMENT = "bimask"
+BATCH = 1000  # metrics in one request, MLflow's own limit
+
+
+class Tracker:
+    """The runs of one study.
+
+    Args:
+        outputs: folder whose `mlflow.db` and `mlartifacts/` are used when MLFLOW_TRACKING_URI is unset.
+
+    Raises:
+        StudyError: a tracking server that does not answer, or a store that cannot be opened.
+    """
+
+    def __init__(self, outputs: Path) -> None:
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or (
+            f"sqlite:///{(outputs / 'mlflow.db').resolve()}"
+        )
+        _require_server(self.uri)
+        artifacts = None
+        if self.uri.startswith("sqlite:"):
+            artifacts = (outputs / "mlartifacts").resolve().as_uri()
+        try:
+            self.client = MlflowClient(self.uri)
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+            found = self.client.get_experiment_by_name(name)
+            self.experiment_id = (
+                found.experiment_id
+                if found is not None
+                else self.client.create_experiment(name, artifact_location=artifacts)
+            )
+        except (MlflowException, OSError, ValueError) as error:
+            raise StudyError(
+                f"The MLflow store {self.uri} cannot be opened ({_first_line(error)}); mend "
+                "MLFLOW_TRACKING_URI, or unset it to use a SQLite file beside the outputs."
+            ) from error
+        self.parent_id = ""
+        self.runs: dict[int, str] = {}
+
+    def start_study(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Open the parent run."""
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
+        self.parent_id = run.info.run_id
+        self._log(self.parent_id, params=params)
+
+    def start_trial(self, number: int, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Open the nested run of a trial."""
+        run = self.client.create_run(
+            self.experiment_id,
+            tags={
+                MLFLOW_PARENT_RUN_ID: self.parent_id,
+                MLFLOW_RUN_NAME: f"trial-{number:03d}",
+                "trial": str(number),
+                **tags,
+            },
+        )
+        self.runs[number] = run.info.run_id
+        self._log(run.info.run_id, params=params)
+
+    def end_trial(
+        self,
+        number: int,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        histories: Mapping[str, list[tuple[int, float]]] | None = None,
+        artifacts: Path | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Write what a trial ended with and close its run: FAILED where there is a reason.
+
+        Args:
+            metrics: final values.
+            histories: metric -> (step, value) pairs.
+            artifacts: a folder whose files are all logged.
+        """
+        run_id = self.runs[number]
+        try:
+            self._log(run_id, metrics=metrics, histories=histories)
+            if artifacts is not None:
+                self.client.log_artifacts(run_id, str(artifacts))
+            if reason is not None:
+                self.client.set_tag(run_id, "reason", reason[:5000])
+        finally:
+            self.client.set_terminated(run_id, "FAILED" if reason is not None else "FINISHED")
+
+    def end_study(
+        self, *, metrics: Mapping[str, float], artifacts: list[Path], failed: bool = False
+    ) -> None:
+        """Write the study's summary to the parent run and close it."""
+        try:
+            self._log(self.parent_id, metrics=metrics)
+            for path in artifacts:
+                self.client.log_artifact(self.parent_id, str(path))
+        finally:
+            self.close_open_trials("the study ended before the trial did")
+            self.client.set_terminated(self.parent_id, "FAILED" if failed else "FINISHED")
+
+    def close_open_trials(self, reason: str) -> None:
+        """End every nested run that is still RUNNING, so that none stays so for ever."""
+        for run_id in self.runs.values():
+            if self.client.get_run(run_id).info.status == "RUNNING":
+                self.client.set_tag(run_id, "reason", reason)
+                self.client.set_terminated(run_id, "FAILED")
+
+    def _log(
+        self,
+        run_id: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        histories: Mapping[str, list[tuple[int, float]]] | None = None,
+    ) -> None:
+        now = int(time.time() * 1000)
+        rows = [Metric(name, value, now, 0) for name, value in (metrics or {}).items()]
+        for name, pairs in (histories or {}).items():
+            rows += [Metric(name, value, now, step) for step, value in pairs]
+        entries = [Param(name, _text(value)) for name, value in (params or {}).items()]
+        self.client.log_batch(run_id, metrics=rows[:BATCH], params=entries)
+        for start in range(BATCH, len(rows), BATCH):
+            self.client.log_batch(run_id, metrics=rows[start : start + BATCH])
+
+    def ui_command(self) -> str:
+        """What a user types to look at the runs."""
+        if self.uri.startswith(("http://", "https://")):
+            return f"open {self.uri}"
+        return f"mlflow ui --backend-store-uri {self.uri}"
+
+
+def objectives_tag() -> str:
+    """The objectives as a tag: name and direction."""
+    return json.dumps(OBJECTIVES)
+
+
+def library_version() -> str:
+    """MLflow's own version."""
+    return str(mlflow.__version__)
+
+
+def _require_server(uri: str) -> None:
+    """Ask an HTTP server for a sign of life: MLflow itself would retry for minutes."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10)
+    except urllib.error.HTTPError:
+        return  # it answers, if only to refuse
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"The MLflow server {uri} does not answer ({getattr(error, 'reason', error)}); start it "
+            "or unset MLFLOW_TRACKING_URI to use a SQLite file beside the outputs."
+        ) from error
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

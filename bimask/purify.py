@@ -33,6 +33,7 @@ from bimask.masks import MaskSet, fold, fold_into, masked_forward
 from bimask.synthesis import InnerOptimizer, Norm, TriggerSynthesizer
 
 Stage = Literal["initialise", "minimise", "select"]
+Batch = Tensor | slice
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -72,6 +73,7 @@ class PurifyConfig(BaseModel):
     inner_optimizer: InnerOptimizer = "adamw"
     inner_weight_decay: NonNegative = Field(0.01, description="AdamW's on the perturbation")
     clip_images: bool = Field(False, description="keep perturbed images in [0, 1]")
+    warm_start: bool = Field(False, description="go on from an image's last perturbation, not from 0")
 
     @property
     def resolved_step_size(self) -> float:
@@ -250,8 +252,9 @@ def purify(
         form=form,
     )
 
-    def clean_terms(x: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    def clean_terms(batch: Batch) -> dict[str, Tensor]:
         """Equation 4 without the selection cost."""
+        x, logits = images[batch], clean_logits[batch]
         passes.add(forward=2, backward=2)
         return {
             "clean_agree": agree(masked_forward(reference, masks, x), logits, form=form),
@@ -260,10 +263,17 @@ def purify(
             ),
         }
 
-    def triggered_terms(x: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    deltas = torch.zeros_like(images) if config.warm_start else None
+
+    def triggered_terms(batch: Batch) -> dict[str, Tensor]:
         """Equations 5 to 7 without the selection cost: triggers first, then the masks' losses."""
+        x, logits = images[batch], clean_logits[batch]
         fold_into(inverse_twin, reference, masks, inverse=True)
-        triggered = x + synthesize(inverse_twin, reference, x, logits).delta
+        start = None if deltas is None else deltas[batch]
+        delta = synthesize(inverse_twin, reference, x, logits, start=start).delta
+        if deltas is not None:
+            deltas[batch] = delta
+        triggered = x + delta
         with torch.no_grad():
             triggered_logits = reference(triggered)
         both = torch.cat([x, triggered])
@@ -278,7 +288,7 @@ def purify(
             "inverse_clean_disagree": disagree(inverse_clean, logits, form=form),
         }
 
-    stages: list[tuple[Stage, int, float, Callable[[Tensor, Tensor], dict[str, Tensor]]]] = [
+    stages: list[tuple[Stage, int, float, Callable[[Batch], dict[str, Tensor]]]] = [
         ("initialise", config.initialise_rounds, config.selection_weight, clean_terms),
         ("minimise", config.minimise_rounds, 0.0, triggered_terms),
         ("select", config.select_rounds, config.selection_weight, triggered_terms),
@@ -291,7 +301,7 @@ def purify(
         best_loss, best = float("inf"), copy.deepcopy(masks.state_dict())
         for round_ in range(limit):
             batch = _draw(len(images), config.batch_size, generator, images.device)
-            terms = terms_of(images[batch], clean_logits[batch])
+            terms = terms_of(batch)
             terms["selection_cost"] = weight * selection_cost(masks.selections())
             loss = torch.stack(list(terms.values())).sum()
             adamw.zero_grad()
@@ -319,7 +329,7 @@ def purify(
 
 def _draw(
     n: int, batch_size: int, generator: torch.Generator | None, device: torch.device
-) -> Tensor | slice:
+) -> Batch:
     """A fresh subset without replacement, or everything where the batch covers it."""
     if n <= batch_size:
         return slice(None)

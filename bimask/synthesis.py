@@ -32,7 +32,8 @@ class Triggers:
 class TriggerSynthesizer:
     """Minimise agree(f_inverse(x+d), f(x+d)) + disagree(f(x+d), f(x)) over |d| <= budget.
 
-    Dunnett et al. 2025, equation 5. d starts at 0 and is projected onto the budget after each step.
+    Dunnett et al. 2025, equation 5. d starts at 0, or where the last
+    round left it, and is projected onto the budget after each step.
 
     Args:
         steps: gradient steps, >= 1; the paper uses 20.
@@ -73,6 +74,8 @@ class TriggerSynthesizer:
         reference: Callable[[Tensor], Tensor],
         images: Tensor,
         clean_logits: Tensor,
+        *,
+        start: Tensor | None = None,
     ) -> Triggers:
         """Perturbations of `images`.
 
@@ -80,8 +83,9 @@ class TriggerSynthesizer:
             inverse, reference: (N, C, H, W) -> (N, K) logits; their parameters need no gradient.
             images: (N, C, H, W) in [0, 1].
             clean_logits: reference(images), (N, K), computed once by the caller.
+            start: where d starts, inside the budget, (N, C, H, W); None means 0, as published.
         """
-        delta = torch.zeros_like(images, requires_grad=True)
+        delta = (torch.zeros_like(images) if start is None else start.clone()).requires_grad_()
         adamw = torch.optim.AdamW([delta], lr=self.step_size, weight_decay=self.weight_decay)
         history = []
         for _ in range(self.steps):

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -116,7 +117,9 @@ class ParetoSearch(Searcher):
         )
         if len(self.study.directions) != len(OBJECTIVES):
             raise StudyError(f"Optuna's study has directions {self.study.directions}.")
-        self.study.set_metric_names(list(OBJECTIVES))
+        with warnings.catch_warnings():  # "experimental" since 3.2; names the axes in dashboards
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.study.set_metric_names(list(OBJECTIVES))
         self.study.enqueue_trial({}, user_attrs={"preset": PAPER})
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
@@ -268,16 +271,23 @@ def _reason(trial: Any) -> str:
 
 
 def run_search(
-    config: StudyConfig, cases: list[Case], recorder: Recorder, *, folder: Path, concurrency: int
+    config: StudyConfig,
+    cases: list[Case],
+    recorder: Recorder,
+    *,
+    folder: Path,
+    concurrency: int,
+    function: Callable[..., None] = trainable,
 ) -> None:
     """Run all trials of a study; each ends in `recorder` as COMPLETE or FAILED.
 
     Args:
         folder: the study's folder; Optuna's database and Ray's files go there.
         concurrency: trials at once.
+        function: what an actor runs; takes `config`, `study` and `cases` as `trainable` does.
     """
     searcher = ParetoSearch(config, f"sqlite:///{(folder / 'optuna.db').resolve()}")
-    function = tune.with_parameters(trainable, study=config, cases=cases)
+    function = tune.with_parameters(function, study=config, cases=cases)
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     tuner = tune.Tuner(
         tune.with_resources(function, resources),

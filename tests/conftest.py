@@ -1,0 +1,96 @@
+"""Shared by the tests: one thread, a cache of the session's own, small nets, recorded numbers."""
+
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bimask.nets import Normalised
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_session(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BIMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+class TinyNet(nn.Sequential):
+    """Plain, depthwise with bias and grouped convolutions, each before a batch norm with a history."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 6, 3, padding=1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 6, 3, padding=1, groups=6),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 4),
+        )
+
+
+@pytest.fixture
+def tiny_net():
+    """A `TinyNet` in eval mode: (N, 1, H, W) -> (N, 4), float32, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = TinyNet()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 2)
+                nn.init.normal_(module.bias)
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.2, 1)
+        nn.init.normal_(net[-1].weight, std=2)
+    return net.eval()
+
+
+@pytest.fixture
+def pictures():
+    """24 different images (24, 1, 8, 8) in [0, 1], float32, always the same."""
+    return torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def parity():
+    """Name -> array of tests/data/ims_parity.npz."""
+    with np.load(Path(__file__).parent / "data" / "ims_parity.npz", allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.fixture(scope="session")
+def parity_victim(parity):
+    """The victim behind the recorded numbers, float64."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+    weights = {name.removeprefix("net."): v for name, v in parity.items() if name.startswith("net.")}
+    net.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+    model = Normalised(net, [0.3], [0.35]).double().eval()
+    model.mean.fill_(0.3)  # in float64, as recorded
+    model.std.fill_(0.35)
+    return model

@@ -1,0 +1,261 @@
+"""A whole study with real Ray, Optuna, MLflow and SQLite, on a victim that trains in seconds."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import mlflow
+import optuna
+import pytest
+import yaml
+from ray import tune
+from rich.console import Console
+from safetensors.torch import load_file
+
+import study as study_package
+from bimask.purify import PurifyConfig
+from study import records, run, search
+from study.config import StudyConfig
+from study.pareto import OBJECTIVES, ParetoFront
+from study.tracking import Tracker
+from study.trial import Case
+
+pytestmark = pytest.mark.ray
+
+TINY = {
+    "name": "tiny",
+    "trials": 4,
+    "clean_images_per_class": 3,
+    "report_every": 2,
+    "victims": [
+        {
+            "dataset": "digits",
+            "image_size": 12,
+            "net": "small_resnet",
+            "width": 4,
+            "attack": {"name": "badnets"},
+            "epochs": 10,
+        }
+    ],
+    "reference_point": {"clean_accuracy": 0.3, "attack_success": 1.0},
+    "choose": {"max_accuracy_drop": 0.5},
+    "fixed": {
+        "inner_optimizer": "sign",
+        "step_size": None,
+        "patience": None,
+        "initialise_rounds": 2,
+        "minimise_rounds": 2,
+        "select_rounds": 2,
+    },
+    "space": {
+        "mask_lr": {"kind": "float", "low": 0.02, "high": 0.3, "log": True},
+        "inner_steps": {"kind": "int", "low": 1, "high": 3},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module")
+def path(outputs):
+    path = outputs / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(outputs, path):
+    """The study, run once, as `python -m study.launch` does it."""
+    assert run.run_study(path, {"concurrency": 2}, outputs=outputs, address="local")
+    folder = outputs / "tiny"
+    summary = json.loads((folder / "summary.json").read_text())
+    return SimpleNamespace(folder=folder, outputs=outputs, summary=summary)
+
+
+def mlflow_runs(outputs, name):
+    client = mlflow.MlflowClient(f"sqlite:///{outputs / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("bimask")
+    (parent,) = client.search_runs([experiment.experiment_id], f"run_name = '{name}'")
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    return client, parent, client.search_runs([experiment.experiment_id], query)
+
+
+def optuna_trials(folder, name):
+    storage = f"sqlite:///{folder / 'optuna.db'}"
+    loaded = optuna.load_study(study_name=name, storage=storage)
+    assert [d.name for d in loaded.directions] == ["MAXIMIZE", "MINIMIZE"]
+    return {trial.number: trial for trial in loaded.trials}
+
+
+def test_every_trial_is_complete_in_ray_optuna_and_mlflow_alike(finished):
+    trials = study_package.load("tiny", finished.outputs)
+    assert trials["number"].tolist() == [0, 1, 2, 3]
+    assert set(trials["status"]) == {"COMPLETE"}
+    asked = optuna_trials(finished.folder, "tiny")
+    assert {t.state.name for t in asked.values()} == {"COMPLETE"}
+    for _, row in trials.iterrows():
+        assert asked[row["number"]].values == [row[name] for name in OBJECTIVES]
+    _, parent, children = mlflow_runs(finished.outputs, "tiny")
+    assert parent.info.status == "FINISHED"
+    assert len(children) == 4
+    assert {child.info.status for child in children} == {"FINISHED"}
+
+
+def test_trial_0_is_the_papers_defaults_and_the_others_are_searched(finished):
+    trials = [json.loads(x) for x in (finished.folder / "trials.jsonl").read_text().splitlines()]
+    trials.sort(key=lambda trial: trial["number"])
+    assert trials[0]["parameters"] == PurifyConfig().model_dump()
+    assert finished.summary["paper_defaults"]["number"] == 0
+    for trial in trials[1:]:
+        assert set(trial["parameters"]) == set(TINY["space"])
+        assert trial["rounds"] == 6
+    for trial in trials:
+        assert trial["provenance"]["seed"] == 0
+        assert {"torch", "ray", "optuna"} <= set(trial["provenance"]["versions"])
+
+
+def test_a_nested_run_holds_parameters_losses_metrics_masks_and_a_picture(finished):
+    client, _, children = mlflow_runs(finished.outputs, "tiny")
+    child = next(c for c in children if c.data.tags["trial"] == "2")
+    assert set(child.data.params) == set(PurifyConfig.model_fields)
+    names = child.data.metrics
+    for name in ("clean_accuracy", "attack_success", "recovery"):
+        assert names[name] == names[f"digits-badnets/{name}"] or len(
+            client.get_metric_history(child.info.run_id, f"digits-badnets/{name}")
+        ) > 1
+    losses = client.get_metric_history(child.info.run_id, "digits-badnets/loss/loss")
+    assert [metric.step for metric in losses] == list(range(6))
+    files = {item.path for item in client.list_artifacts(child.info.run_id)}
+    assert {"digits-badnets.masks.safetensors", "digits-badnets.masks.png"} <= files
+    masks = load_file(client.download_artifacts(child.info.run_id, "digits-badnets.masks.safetensors"))
+    assert "net.stem.0.mask" in masks
+    assert "net.stem.0.selection" in masks
+
+
+def test_the_summary_is_what_the_trials_say(finished):
+    summary = finished.summary
+    trials = study_package.load("tiny", finished.outputs)
+    front = ParetoFront.of(trials[list(OBJECTIVES)].to_dict("records"))
+    assert [point["number"] for point in summary["front"]] == list(front.indices)
+    assert summary["hypervolume"] == pytest.approx(front.hypervolume(TINY["reference_point"]))
+    assert summary["n_trials"] == summary["n_complete"] == 4
+    assert summary["n_failed"] == 0
+    for key in ("val", "test"):
+        assert set(summary["chosen"][key]) == {"clean_accuracy", "attack_success", "recovery"}
+    assert set(summary["seconds"]) == {"total", "in_trials", "harness"}
+    assert summary["victims"]["digits-badnets"]["test"]["n_clean"] == 450
+
+
+def test_best_yaml_gives_the_chosen_trial_again(finished):
+    """The same configuration, seed and images purify to the same scores on test."""
+    best = PurifyConfig.from_yaml(finished.folder / "best.yaml")
+    config = StudyConfig.model_validate(yaml.safe_load((finished.folder / "study.yaml").read_text()))
+    victim = run.obtain_victim(config.victims[0], finished.outputs / "victims")
+    case = Case.of("digits-badnets", victim, config)
+    result = search.run_trial(best, [case], seed=0)
+    chosen = finished.summary["chosen"]
+    assert result.scores == pytest.approx(chosen["val"])
+    kept = finished.folder / "trials" / f"{chosen['number']:03d}" / "digits-badnets.masks.safetensors"
+    again = result.cases["digits-badnets"].masks.tensors()
+    for name, values in load_file(kept).items():
+        assert (values - again[name]).abs().max() < 1e-4
+
+
+def test_a_second_study_trains_nothing_takes_a_new_name_and_leaves_the_first_alone(
+    finished, path, monkeypatch
+):
+    before = (finished.folder / "summary.json").read_bytes()
+    stamp = {p: p.stat().st_mtime_ns for p in (finished.outputs / "victims").rglob("*")}
+    assert run.run_study(path, {"trials": 2}, outputs=finished.outputs, address="local")
+    assert (finished.outputs / "tiny-2" / "summary.json").is_file()
+    assert (finished.folder / "summary.json").read_bytes() == before
+    assert stamp == {p: p.stat().st_mtime_ns for p in (finished.outputs / "victims").rglob("*")}
+
+
+def test_the_same_seed_with_one_trial_at_a_time_gives_the_same_trials(finished, path):
+    overrides = {"concurrency": 1, "trials": 3}
+    rows = []
+    for name in ("first", "second"):
+        assert run.run_study(
+            path, {**overrides, "name": name}, outputs=finished.outputs, address="local"
+        )
+        rows.append(study_package.load(name, finished.outputs))
+    for column in ("parameters.mask_lr", "clean_accuracy", "attack_success", "recovery"):
+        assert rows[0][column].tolist() == rows[1][column].tolist()
+
+
+def test_bad_trials_end_failed_everywhere_and_the_study_goes_on(finished):
+    """Trial 1 raises, 2 scores NaN, 3 reports no objective, 4 dies with its process."""
+    name = "bad"
+    raw = {**TINY, "name": name, "trials": 6}
+    config = StudyConfig.model_validate(raw)
+    folder = finished.outputs / name
+    folder.mkdir()
+    victim = run.obtain_victim(config.victims[0], finished.outputs / "victims")
+    cases = [Case.of("digits-badnets", victim, config)]
+
+    def misbehaving(trial, *, study, cases):
+        import os
+
+        from study.search import trainable
+
+        if trial["number"] == 1:
+            raise ValueError("deliberately bad")
+        if trial["number"] == 2:
+            tune.report({"final": True, "clean_accuracy": float("nan"), "attack_success": 0.0})
+        elif trial["number"] == 3:
+            tune.report({"final": True, "clean_accuracy": 0.9})
+        elif trial["number"] == 4:
+            os._exit(1)
+        else:
+            trainable({**trial, "preset": None, "parameters": {}}, study=study, cases=cases)
+
+    tracker = Tracker(finished.outputs)
+    tracker.start_study(name, {}, {})
+    recorder = records.Recorder(config, folder, tracker, {}, lambda *_: None)
+    search.start_ray("local")
+    try:
+        search.run_search(
+            config, cases, recorder, folder=folder, concurrency=2, function=misbehaving
+        )
+    finally:
+        search.stop_ray()
+    summary = run.summarise(config, folder, recorder.records, {"digits-badnets": victim})
+    run.close(tracker, folder, summary)
+
+    trials = study_package.load(name, finished.outputs).set_index("number")
+    assert trials["status"].tolist() == ["COMPLETE", *["FAILED"] * 4, "COMPLETE"]
+    assert "ValueError: deliberately bad" in trials.loc[1, "reason"]
+    assert "nan" in trials.loc[2, "reason"]
+    assert "'attack_success': None" in trials.loc[3, "reason"]
+    assert trials.loc[4, "reason"]
+    states = {number: t.state.name for number, t in optuna_trials(folder, name).items()}
+    assert states == {0: "COMPLETE", 1: "FAIL", 2: "FAIL", 3: "FAIL", 4: "FAIL", 5: "COMPLETE"}
+    _, parent, children = mlflow_runs(finished.outputs, name)
+    statuses = {int(c.data.tags["trial"]): c.info.status for c in children}
+    assert statuses == {n: "FAILED" if 1 <= n <= 4 else "FINISHED" for n in range(6)}
+    assert all(c.data.tags["reason"] for c in children if c.info.status == "FAILED")
+    assert summary["n_failed"] == 4
+    assert {point["number"] for point in summary["front"]} <= {0, 5}
+    assert math.isfinite(summary["hypervolume"])
+
+
+def test_nothing_secret_or_of_mlflow_is_pickled_into_the_results(finished):
+    for file in (finished.folder / "ray").rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert b"MlflowClient" not in content
+            assert str(finished.outputs / "mlflow.db").encode() not in content
+
+
+def test_the_front_is_shown_with_the_two_commands_to_type_next(finished, capsys):
+    tracker = Tracker(finished.outputs)
+    console = Console(width=200)
+    run.show(console, finished.summary, tracker, finished.outputs / "victims", finished.folder)
+    shown = capsys.readouterr().out
+    assert "mlflow ui --backend-store-uri sqlite:///" in shown
+    assert "python -m bimask purify --victim" in shown
+    assert "Pareto front of tiny" in shown

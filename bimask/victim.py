@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.attacks import Attack, build_attack
-from bimask.data import ImageData, Splits, load_data
+from bimask.data import LOADERS, ImageData, Splits, load_data
 from bimask.errors import NonFiniteError, SettingError, VictimError, VictimRefusedError
 from bimask.metrics import EvalSets, Scores, Split, evaluate
 from bimask.nets import NETS, build_net
@@ -58,6 +58,11 @@ class VictimSpec(BaseModel):
     def _known_names(self) -> VictimSpec:
         if self.net not in NETS:
             raise ValueError(f"unknown net {self.net!r}, known are {', '.join(sorted(NETS))}")
+        if self.dataset not in LOADERS and not self.dataset.startswith("imagefolder:"):
+            known = ", ".join(sorted(LOADERS))
+            raise ValueError(
+                f"unknown dataset {self.dataset!r}, known are {known} and imagefolder:PATH"
+            )
         if "name" not in self.attack:
             raise ValueError("`attack` needs a `name`")
         build_attack(**self.attack)  # SettingError is a ValueError: pydantic reports it

@@ -25,7 +25,7 @@ from study.config import StudyConfig, StudyError, load_config
 from study.pareto import OBJECTIVES, ParetoFront, choose
 from study.plots import draw_front
 from study.provenance import commit, versions
-from study.tracking import Tracker
+from study.tracking import Tracker, require_server, tracking_uri
 from study.trial import SCORES, Case, purified
 
 FRONT_PICTURE = "front.png"
@@ -48,13 +48,16 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
     name, folder = records.new_folder(outputs, config.name, chosen_by_user="name" in overrides)
     config = config.model_copy(update={"name": name})
 
-    tracker = Tracker(outputs)
-    console.print(f"[bold]{name}[/]: {config.trials} trials, MLflow at {tracker.uri}", soft_wrap=True)
-    victims = prepare_victims(config, outputs / "victims", device, console)
-    cases = [Case.of(name, victim, config) for name, victim in victims.items()]
-    search.start_ray(address)
+    uri = tracking_uri(outputs)
+    require_server(uri)
+    check_clean_images(config)
+    joined = search.start_ray(address)
     try:
-        concurrency = search.check_resources(config)
+        concurrency = search.check_resources(config, may_grow=joined)
+        console.print(f"[bold]{name}[/]: {config.trials} trials, MLflow at {uri}", soft_wrap=True)
+        victims = prepare_victims(config, outputs / "victims", device, console)
+        cases = [Case.of(name, victim, config) for name, victim in victims.items()]
+        tracker = Tracker(uri, outputs / "mlartifacts")
         folder.mkdir()
         records.write_yaml(folder / records.STUDY, config.model_dump(), f"study {name}, resolved")
         tracker.start_study(
@@ -97,6 +100,12 @@ def require_writable(outputs: Path) -> None:
         raise StudyError(
             f"Cannot write to the folder {outputs} ({error.strerror}); give another with --outputs."
         ) from error
+
+
+def check_clean_images(config: StudyConfig) -> None:
+    """Refuse a study whose data are not there, or too few, before anything is trained or written."""
+    for spec in config.victims:
+        spec.load_data().train.clean_subset(config.clean_images_per_class, seed=config.seed)
 
 
 def prepare_victims(

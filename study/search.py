@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -45,21 +46,33 @@ from study.trial import Case, TrialResult, run_trial
 PAPER = "paper"  # the preset of trial 0
 
 
-def start_ray(address: str | None) -> None:
+def start_ray(address: str | None) -> bool:
     """Join the cluster at `address` (or RAY_ADDRESS, or one running here), else start a local one.
+
+    Returns:
+        Whether a cluster was named, one that somebody else started and that may grow.
 
     Raises:
         StudyError: no cluster answers there, or it runs other versions.
     """
+    where = address or os.environ.get("RAY_ADDRESS") or "this machine"
     try:
+        _require_listener(where)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = address or os.environ.get("RAY_ADDRESS", "this machine")
+    except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
             f"Cannot join Ray at {where} ({reason}); start it with `ray start --head`, or leave the "
             "address out to run here."
         ) from error
+    return where not in ("local", "this machine")
+
+
+def _require_listener(address: str) -> None:
+    """A ConnectionError where nobody listens at HOST:PORT: Ray itself would end the process."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def stop_ray() -> None:
@@ -67,12 +80,18 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
-def check_resources(config: StudyConfig) -> int:
+def check_resources(config: StudyConfig, *, may_grow: bool) -> int:
     """How many trials run at once.
+
+    Args:
+        may_grow: the cluster may start nodes as trials ask for them, so that a `concurrency` in the
+            study is taken at its word.
 
     Raises:
         StudyError: no node offers the CPUs or the GPU share of one trial.
     """
+    if may_grow and config.concurrency:
+        return min(config.concurrency, config.trials)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
 
@@ -82,15 +101,15 @@ def check_resources(config: StudyConfig) -> int:
 
     if gpus and not any(node.get("GPU", 0) for node in nodes):
         raise StudyError(
-            f"`gpus_per_trial` is {gpus:g}, but Ray sees no GPU on {len(nodes)} node(s); set it to 0 "
-            "or join a cluster that has one."
+            f"`gpus_per_trial` is {gpus:g}, but Ray sees no GPU on {len(nodes)} node(s); set it to 0, "
+            "join a cluster that has one, or give --concurrency where nodes start on demand."
         )
     fitting = sum(map(slots, nodes))
     if not fitting:
         raise StudyError(
             f"A trial asks for {cpus} CPU(s) and {gpus:g} GPU, but the largest of {len(nodes)} "
             f"node(s) has {max(node.get('CPU', 0) for node in nodes):g} CPU(s); lower "
-            "`cpus_per_trial` or `gpus_per_trial`."
+            "`cpus_per_trial` or `gpus_per_trial`, or give --concurrency where nodes start on demand."
         )
     return min(config.concurrency or fitting, fitting, config.trials)
 

@@ -6,7 +6,6 @@ and its artifacts. The schema of a SQLite store is made here, before any other p
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import urllib.error
@@ -17,14 +16,12 @@ from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from study.config import StudyError
-from study.pareto import OBJECTIVES
 
 EXPERIMENT = "bimask"
 BATCH = 1000  # metrics in one request, MLflow's own limit
@@ -34,20 +31,16 @@ class Tracker:
     """The runs of one study.
 
     Args:
-        outputs: folder whose `mlflow.db` and `mlartifacts/` are used when MLFLOW_TRACKING_URI is unset.
+        uri: of the store, see `tracking_uri`.
+        artifacts: folder for the artifacts of an experiment that is new in a SQLite store.
 
     Raises:
-        StudyError: a tracking server that does not answer, or a store that cannot be opened.
+        StudyError: a store that cannot be opened.
     """
 
-    def __init__(self, outputs: Path) -> None:
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or (
-            f"sqlite:///{(outputs / 'mlflow.db').resolve()}"
-        )
-        _require_server(self.uri)
-        artifacts = None
-        if self.uri.startswith("sqlite:"):
-            artifacts = (outputs / "mlartifacts").resolve().as_uri()
+    def __init__(self, uri: str, artifacts: Path) -> None:
+        self.uri = uri
+        location = artifacts.resolve().as_uri() if uri.startswith("sqlite:") else None
         try:
             self.client = MlflowClient(self.uri)
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
@@ -55,7 +48,7 @@ class Tracker:
             self.experiment_id = (
                 found.experiment_id
                 if found is not None
-                else self.client.create_experiment(name, artifact_location=artifacts)
+                else self.client.create_experiment(name, artifact_location=location)
             )
         except (MlflowException, OSError, ValueError) as error:
             raise StudyError(
@@ -154,18 +147,17 @@ class Tracker:
         return f"mlflow ui --backend-store-uri {self.uri}"
 
 
-def objectives_tag() -> str:
-    """The objectives as a tag: name and direction."""
-    return json.dumps(OBJECTIVES)
+def tracking_uri(outputs: Path) -> str:
+    """MLFLOW_TRACKING_URI, or a SQLite file in `outputs`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(outputs / 'mlflow.db').resolve()}"
 
 
-def library_version() -> str:
-    """MLflow's own version."""
-    return str(mlflow.__version__)
+def require_server(uri: str) -> None:
+    """Ask an HTTP server for a sign of life: MLflow itself would retry for minutes.
 
-
-def _require_server(uri: str) -> None:
-    """Ask an HTTP server for a sign of life: MLflow itself would retry for minutes."""
+    Raises:
+        StudyError: it does not answer.
+    """
     if not uri.startswith(("http://", "https://")):
         return
     try:

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,8 +144,3 @@ def run_trial(
 def purified(model: nn.Module, tensors: dict[str, Tensor], config: PurifyConfig) -> nn.Module:
     """The purified model from saved masks."""
     return fold(model, MaskSet.from_tensors(tensors, sharpness=config.sharpness))
-
-
-def victims_folder(outputs: Path) -> Path:
-    """Where a study's victims are cached."""
-    return outputs / "victims"

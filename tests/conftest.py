@@ -22,11 +22,15 @@ def _cache_of_the_session(tmp_path_factory):
         yield
 
 
-class TinyNet(nn.Sequential):
-    """Plain, depthwise with bias and grouped convolutions, each before a batch norm with a history."""
+@pytest.fixture
+def tiny_net():
+    """(N, 1, H, W) -> (N, 4) in eval mode, float32, always the same.
 
-    def __init__(self):
-        super().__init__(
+    Plain, depthwise and grouped convolutions, each before a batch norm with a history.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(
             nn.Conv2d(1, 6, 3, padding=1, bias=False),
             nn.BatchNorm2d(6),
             nn.ReLU(),
@@ -40,14 +44,6 @@ class TinyNet(nn.Sequential):
             nn.Flatten(),
             nn.Linear(8, 4),
         )
-
-
-@pytest.fixture
-def tiny_net():
-    """A `TinyNet` in eval mode: (N, 1, H, W) -> (N, 4), float32, always the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = TinyNet()
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 2)

@@ -89,7 +89,7 @@ def test_every_problem_is_told_at_once(study):
 
 def test_an_empty_space_is_refused_and_an_unreadable_one_is_not_called_empty(study):
     head = GOOD[: GOOD.index("space:")]
-    with pytest.raises(StudyError, match="space: .*at least 1"):
+    with pytest.raises(StudyError, match=r"space: .*at least 1"):
         load_config(study(head + "space: {}\n"))
     with pytest.raises(StudyError) as caught:
         load_config(study(head + "space: {mask_lr: 3}\n"))

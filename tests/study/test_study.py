@@ -17,7 +17,7 @@ from bimask.purify import PurifyConfig
 from study import records, run, search
 from study.config import StudyConfig
 from study.pareto import OBJECTIVES, ParetoFront
-from study.tracking import Tracker
+from study.tracking import Tracker, tracking_uri
 from study.trial import Case
 
 pytestmark = pytest.mark.ray
@@ -213,7 +213,7 @@ def test_bad_trials_end_failed_everywhere_and_the_study_goes_on(finished):
         else:
             trainable({**trial, "preset": None, "parameters": {}}, study=study, cases=cases)
 
-    tracker = Tracker(finished.outputs)
+    tracker = Tracker(tracking_uri(finished.outputs), finished.outputs / "mlartifacts")
     tracker.start_study(name, {}, {})
     recorder = records.Recorder(config, folder, tracker, {}, lambda *_: None)
     search.start_ray("local")
@@ -234,7 +234,7 @@ def test_bad_trials_end_failed_everywhere_and_the_study_goes_on(finished):
     assert trials.loc[4, "reason"]
     states = {number: t.state.name for number, t in optuna_trials(folder, name).items()}
     assert states == {0: "COMPLETE", 1: "FAIL", 2: "FAIL", 3: "FAIL", 4: "FAIL", 5: "COMPLETE"}
-    _, parent, children = mlflow_runs(finished.outputs, name)
+    _, _, children = mlflow_runs(finished.outputs, name)
     statuses = {int(c.data.tags["trial"]): c.info.status for c in children}
     assert statuses == {n: "FAILED" if 1 <= n <= 4 else "FINISHED" for n in range(6)}
     assert all(c.data.tags["reason"] for c in children if c.info.status == "FAILED")
@@ -252,7 +252,7 @@ def test_nothing_secret_or_of_mlflow_is_pickled_into_the_results(finished):
 
 
 def test_the_front_is_shown_with_the_two_commands_to_type_next(finished, capsys):
-    tracker = Tracker(finished.outputs)
+    tracker = Tracker(tracking_uri(finished.outputs), finished.outputs / "mlartifacts")
     console = Console(width=200)
     run.show(console, finished.summary, tracker, finished.outputs / "victims", finished.folder)
     shown = capsys.readouterr().out

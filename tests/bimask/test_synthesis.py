@@ -1,0 +1,157 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bimask.losses import agree, disagree
+from bimask.masks import MaskSet, fold
+from bimask.synthesis import TriggerSynthesizer
+
+NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "sign"])
+
+
+@pytest.fixture
+def inverse_net(tiny_net):
+    masks = MaskSet.for_model(tiny_net, mask=0.6, selection=0.3)
+    masks.mask.data.uniform_(0, 1, generator=torch.Generator().manual_seed(3))
+    return fold(tiny_net, masks, inverse=True)
+
+
+def norm_of(delta, norm):
+    return delta.abs().amax((1, 2, 3)) if norm == "linf" else delta.square().sum((1, 2, 3)).sqrt()
+
+
+def losses(inverse, reference, images, delta, form="paper"):
+    with torch.no_grad():
+        logits, clean_logits = reference(images + delta), reference(images)
+        agreed = agree(inverse(images + delta), logits, form=form)
+        return agreed.item(), disagree(logits, clean_logits, form=form).item()
+
+
+def test_recorded_inner_problem(parity, parity_victim):
+    masks = MaskSet.for_model(parity_victim)
+    for kind in ("mask", "selection"):
+        values = [torch.from_numpy(parity[f"inner.{kind}.{j}"]) for j in range(3)]
+        getattr(masks, kind).data = torch.cat(values)
+    images = torch.from_numpy(parity["images"])
+    clean_logits = parity_victim(images).detach()
+    inverse = fold(parity_victim, masks, inverse=True)
+
+    def check(got, name):
+        wanted = torch.from_numpy(parity[f"inner.{name}"])
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+    check(clean_logits, "logits_reference")
+    check(fold(parity_victim, masks)(images).detach(), "logits_masked")
+    check(inverse(images).detach(), "logits_inverse")
+    synthesize = TriggerSynthesizer(steps=20, step_size=0.01, budget=0.15, weight_decay=0.01)
+    triggers = synthesize(inverse, parity_victim, images, clean_logits)
+    check(triggers.delta, "delta")
+    check(triggers.agree, "agree")
+    check(triggers.disagree, "disagree")
+
+
+@NORMS
+@OPTIMIZERS
+def test_perturbations_end_inside_the_budget_and_reach_it(
+    tiny_net, inverse_net, pictures, norm, optimizer
+):
+    settings = {"steps": 8, "step_size": 0.05, "norm": norm, "optimizer": optimizer}
+    clean_logits = tiny_net(pictures).detach()
+
+    @given(budget=st.floats(1e-3, 0.2), clip=st.booleans())
+    def check(budget, clip):
+        synthesize = TriggerSynthesizer(budget=budget, clip_images=clip, **settings)
+        delta = synthesize(inverse_net, tiny_net, pictures, clean_logits).delta
+        norms = norm_of(delta, norm)
+        if clip:
+            assert norms.max() <= budget + 1e-6  # the pixels' rounding, not the budget's
+            assert (pictures + delta).min() >= 0
+            assert (pictures + delta).max() <= 1
+        else:
+            assert budget * (1 - 1e-3) <= norms.max() <= budget * (1 + 1e-6)
+
+    check()
+
+
+@NORMS
+def test_only_clipping_keeps_images_in_range(tiny_net, inverse_net, norm):
+    edges = torch.randint(0, 2, (8, 1, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    clean_logits = tiny_net(edges).detach()
+    ends = {}
+    for clip in (False, True):
+        synthesize = TriggerSynthesizer(
+            steps=5, step_size=0.1, budget=0.3, norm=norm, optimizer="sign", clip_images=clip
+        )
+        ends[clip] = edges + synthesize(inverse_net, tiny_net, edges, clean_logits).delta
+    assert ends[False].min() < 0
+    assert ends[False].max() > 1
+    assert ends[True].min() >= 0
+    assert ends[True].max() <= 1
+    assert not torch.equal(ends[True], edges)
+
+
+@NORMS
+@OPTIMIZERS
+@pytest.mark.parametrize("form", ["paper", "log"])
+def test_loss_falls(tiny_net, inverse_net, pictures, norm, optimizer, form):
+    clean_logits = tiny_net(pictures).detach()
+    synthesize = TriggerSynthesizer(
+        steps=10, step_size=0.01, budget=0.5, norm=norm, optimizer=optimizer, form=form
+    )
+    triggers = synthesize(inverse_net, tiny_net, pictures, clean_logits)
+    before = losses(inverse_net, tiny_net, pictures, 0, form)
+    after = losses(inverse_net, tiny_net, pictures, triggers.delta, form)
+    assert sum(after) < sum(before) - 1e-3
+    assert triggers.agree[0] == pytest.approx(before[0], rel=1e-5)
+    assert triggers.disagree[0] == pytest.approx(before[1], rel=1e-5)
+    assert len(triggers.agree) == len(triggers.disagree) == 10
+
+
+def test_losses_are_those_before_each_step(tiny_net, inverse_net, pictures):
+    clean_logits = tiny_net(pictures).detach()
+    run = [
+        TriggerSynthesizer(steps=steps, step_size=0.02)(inverse_net, tiny_net, pictures, clean_logits)
+        for steps in (3, 4)
+    ]
+    agreed, disagreed = losses(inverse_net, tiny_net, pictures, run[0].delta)
+    assert run[1].agree[3] == pytest.approx(agreed, rel=1e-5)
+    assert run[1].disagree[3] == pytest.approx(disagreed, rel=1e-5)
+
+
+def test_one_sign_step_is_the_step_size_down_the_gradient(tiny_net, inverse_net, pictures):
+    clean_logits = tiny_net(pictures).detach()
+    delta = torch.zeros_like(pictures, requires_grad=True)
+    logits = tiny_net(pictures + delta)
+    total = agree(inverse_net(pictures + delta), logits) + disagree(logits, clean_logits)
+    (gradient,) = torch.autograd.grad(total, delta)
+    lengths = gradient.square().sum((1, 2, 3), keepdim=True).sqrt()
+    wanted = {"linf": -0.01 * gradient.sign(), "l2": -0.01 * gradient / lengths}
+    for norm, step in wanted.items():
+        synthesize = TriggerSynthesizer(steps=1, step_size=0.01, norm=norm, optimizer="sign")
+        got = synthesize(inverse_net, tiny_net, pictures, clean_logits).delta
+        torch.testing.assert_close(got, step, rtol=1e-4, atol=1e-8)
+
+
+def test_a_start_is_gone_on_from_and_left_alone(tiny_net, inverse_net, pictures):
+    clean_logits = tiny_net(pictures).detach()
+    synthesize = TriggerSynthesizer(steps=2, step_size=0.01, budget=0.1, optimizer="sign")
+    first = synthesize(inverse_net, tiny_net, pictures, clean_logits).delta
+    before = first.clone()
+    second = synthesize(inverse_net, tiny_net, pictures, clean_logits, start=first).delta
+    assert torch.equal(first, before)
+    once = TriggerSynthesizer(steps=4, step_size=0.01, budget=0.1, optimizer="sign")
+    assert torch.equal(second, once(inverse_net, tiny_net, pictures, clean_logits).delta)
+
+
+def test_neither_parameters_nor_images_get_gradients(tiny_net, inverse_net, pictures):
+    models = (tiny_net, inverse_net)
+    assert all(value.requires_grad for model in models for value in model.parameters())
+    images, weights = pictures.clone(), [v.clone() for m in models for v in m.state_dict().values()]
+    synthesize = TriggerSynthesizer(steps=3, step_size=0.1)
+    triggers = synthesize(inverse_net, tiny_net, images, tiny_net(images).detach())
+    assert all(value.grad is None for model in models for value in model.parameters())
+    assert all(map(torch.equal, weights, [v for m in models for v in m.state_dict().values()]))
+    assert torch.equal(images, pictures)
+    assert not any(t.requires_grad for t in (triggers.delta, triggers.agree, triggers.disagree))

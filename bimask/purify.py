@@ -73,7 +73,7 @@ class PurifyConfig(BaseModel):
     inner_optimizer: InnerOptimizer = "adamw"
     inner_weight_decay: NonNegative = Field(0.01, description="AdamW's on the perturbation")
     clip_images: bool = Field(False, description="keep perturbed images in [0, 1]")
-    warm_start: bool = Field(False, description="go on from an image's last perturbation, not from 0")
+    warm_start: Unit = Field(0.0, description="share of images whose perturbation goes on, not from 0")
 
     @property
     def resolved_step_size(self) -> float:
@@ -269,7 +269,10 @@ def purify(
         """Equations 5 to 7 without the selection cost: triggers first, then the masks' losses."""
         x, logits = images[batch], clean_logits[batch]
         fold_into(inverse_twin, reference, masks, inverse=True)
-        start = None if deltas is None else deltas[batch]
+        start = None
+        if deltas is not None:
+            goes_on = torch.rand(len(x), 1, 1, 1, generator=generator) < config.warm_start
+            start = deltas[batch] * goes_on.to(x)
         delta = synthesize(inverse_twin, reference, x, logits, start=start).delta
         if deltas is not None:
             deltas[batch] = delta
@@ -327,9 +330,7 @@ def purify(
     return PurifyResult(masks, rounds, passes, time.perf_counter() - started, config, model)
 
 
-def _draw(
-    n: int, batch_size: int, generator: torch.Generator | None, device: torch.device
-) -> Batch:
+def _draw(n: int, batch_size: int, generator: torch.Generator | None, device: torch.device) -> Batch:
     """A fresh subset without replacement, or everything where the batch covers it."""
     if n <= batch_size:
         return slice(None)

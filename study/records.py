@@ -86,7 +86,9 @@ class Recorder:
         trial = self.open.pop(number)
         metrics = {name: result[name] for name in (*SCORES, "seconds", "rounds")}
         for victim, scores in result["scores"].items():
-            metrics |= {f"{victim}/{name}": scores[name] for name in SCORES}
+            for name in SCORES:  # the last point of the curve, and so what MLflow shows
+                point = (result["rounds"], scores[name])
+                trial["history"].setdefault(f"{victim}/{name}", []).append(point)
         metrics |= {f"passes_{kind}": count for kind, count in result["passes"].items()}
         self.tracker.end_trial(
             number,

@@ -50,7 +50,7 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
 
     uri = tracking_uri(outputs)
     require_server(uri)
-    check_clean_images(config)
+    check_data(config)
     joined = search.start_ray(address)
     try:
         concurrency = search.check_resources(config, may_grow=joined)
@@ -102,10 +102,12 @@ def require_writable(outputs: Path) -> None:
         ) from error
 
 
-def check_clean_images(config: StudyConfig) -> None:
-    """Refuse a study whose data are not there, or too few, before anything is trained or written."""
+def check_data(config: StudyConfig) -> None:
+    """Refuse data that are missing, too few or no match for the attack, before anything is trained."""
     for spec in config.victims:
-        spec.load_data().train.clean_subset(config.clean_images_per_class, seed=config.seed)
+        splits = spec.load_data()
+        splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
+        spec.build_attack().triggered(splits.val)
 
 
 def prepare_victims(

@@ -20,6 +20,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from sqlalchemy.exc import SQLAlchemyError
 
 from study.config import StudyError
 
@@ -50,7 +51,7 @@ class Tracker:
                 if found is not None
                 else self.client.create_experiment(name, artifact_location=location)
             )
-        except (MlflowException, OSError, ValueError) as error:
+        except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
             raise StudyError(
                 f"The MLflow store {self.uri} cannot be opened ({_first_line(error)}); mend "
                 "MLFLOW_TRACKING_URI, or unset it to use a SQLite file beside the outputs."

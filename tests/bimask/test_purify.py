@@ -34,9 +34,9 @@ def short(**changes):
 
 
 def watched(model):
-    """A copy of `model`, and the batches that enter it and the copies that are made of it.
+    """A copy of `model`, and what passes through it and through the copies made of it.
 
-    `backward` counts images whose logits receive a gradient.
+    `forward` counts images, `backward` images whose logits receive a gradient.
     """
     seen = SimpleNamespace(batches=[], forward=0, backward=0)
 
@@ -136,7 +136,7 @@ def test_the_defaults_are_the_published_settings():
         "inner_optimizer": "adamw",
         "inner_weight_decay": 0.01,
         "clip_images": False,
-        "warm_start": False,
+        "warm_start": 0,
     }
     assert settings() == PurifyConfig().model_dump() == published
 
@@ -147,6 +147,7 @@ def test_the_defaults_are_the_published_settings():
 def test_passes_of_every_round_are_no_more_than_needed(parity, parity_run):
     n, steps = len(parity["images"]), parity_run.config.inner_steps
     counted = [(n, 0), *parity_run.passes]  # the clean logits, once, before the first round
+    assert len(parity_run.passes) == len(parity_run.result.rounds) == 180
     for log, before, after in zip(parity_run.result.rounds, counted, counted[1:], strict=False):
         round_passes = ((after[0] - before[0]) / n, (after[1] - before[1]) / n)
         expected = (2, 2) if log.stage == "initialise" else (2 * steps + 5, 2 * steps + 4)
@@ -300,9 +301,7 @@ def test_a_small_batch_is_drawn_anew_without_replacement(tiny_net, pictures):
 
 def test_the_same_seed_gives_the_same_rounds(tiny_net, pictures):
     runs = [
-        purify(
-            tiny_net, pictures, short(batch_size=8), generator=torch.Generator().manual_seed(seed)
-        )
+        purify(tiny_net, pictures, short(batch_size=8), generator=torch.Generator().manual_seed(seed))
         for seed in (5, 5, 6)
     ]
     assert runs[0].rounds == runs[1].rounds
@@ -317,17 +316,19 @@ def test_the_whole_set_needs_no_randomness(tiny_net, pictures):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("warm", [False, True])
-def test_perturbations_start_at_zero_or_where_they_ended(tiny_net, pictures, warm):
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_that_share_of_perturbations_goes_on_and_the_rest_starts_at_zero(tiny_net, pictures, share):
     model, seen = watched(tiny_net)
-    config = short(initialise_rounds=0, minimise_rounds=2, select_rounds=0, warm_start=warm)
-    purify(model, pictures, config)
+    config = short(initialise_rounds=0, minimise_rounds=2, select_rounds=0, warm_start=share)
+    purify(model, pictures, config, generator=torch.Generator().manual_seed(0))
     in_a_round = 2 * config.inner_steps + 3  # calls: two of the last five passes come in pairs
     first, last = seen.batches[1], seen.batches[in_a_round - 2]
     again = seen.batches[1 + in_a_round]
     assert torch.equal(first, pictures)
-    assert not torch.equal(last, pictures)
-    assert torch.equal(again, last if warm else pictures)
+    goes_on = (again == last).flatten(1).all(1)
+    anew = (again == pictures).flatten(1).all(1)
+    assert (goes_on ^ anew).all()
+    assert abs(goes_on.float().mean().item() - share) <= (0.25 if share == 0.5 else 0)
 
 
 # --- when a stage ends, and with what ---
@@ -364,16 +365,19 @@ def rounds_until_plateau(losses, patience, threshold):
 
 def test_stages_end_at_their_own_plateau(tiny_net, pictures):
     rounds = {f"{stage}_rounds": 25 for stage in STAGES}
-    endless = purify(tiny_net, pictures, short(**rounds, select_rounds=0) if False else short(**rounds))
-    patient = purify(tiny_net, pictures, short(**rounds, patience=3, threshold=0.9))
-    lengths = {}
+    result = purify(tiny_net, pictures, short(**rounds, patience=3, threshold=0.9))
+    lengths = []
     for stage in STAGES:
-        losses = [log.loss for log in patient.rounds if log.stage == stage]
-        lengths[stage] = len(losses)
-        ended = rounds_until_plateau([*losses, *[math.inf] * 25][:25], 3, 0.9)
-        assert len(losses) == ended
-    assert len(endless.rounds) == 75
-    assert 4 <= min(lengths.values()) < 25
+        losses = [log.loss for log in result.rounds if log.stage == stage]
+        unheard = [math.inf] * (25 - len(losses))
+        assert rounds_until_plateau([*losses, *unheard], patience=3, threshold=0.9) == len(losses)
+        lengths.append(len(losses))
+    assert 4 <= min(lengths) < 25
+
+
+def test_without_patience_stages_run_all_their_rounds(tiny_net, pictures):
+    rounds = {f"{stage}_rounds": 25 for stage in STAGES}
+    assert len(purify(tiny_net, pictures, short(**rounds, patience=None)).rounds) == 75
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])
@@ -515,6 +519,7 @@ BAD_VALUES = [
     ("norm", "l1"),
     ("inner_optimizer", "sgd"),
     ("inner_weight_decay", -0.1),
+    ("warm_start", 1.1),
 ]
 
 

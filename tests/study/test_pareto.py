@@ -7,9 +7,7 @@ from study.pareto import OBJECTIVES, ParetoFront, choose, hypervolume, losses, n
 
 
 def brute_force_front(values):
-    return [
-        not any((other <= row).all() and (other < row).any() for other in values) for row in values
-    ]
+    return [not any((other <= row).all() and (other < row).any() for other in values) for row in values]
 
 
 @pytest.mark.parametrize("objectives", [1, 2, 3])

@@ -1,0 +1,287 @@
+import json
+import os
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from bimask.errors import SettingError, VictimError, VictimRefusedError
+from bimask.metrics import evaluate
+from bimask.victim import (
+    VictimSpec,
+    load_victim,
+    obtain_victim,
+    resolve_device,
+    save_victim,
+    train_victim,
+)
+
+GOOD = {"image_size": 12, "width": 8, "epochs": 8}
+HASTY = {"image_size": 8, "width": 2, "epochs": 1, "min_clean_accuracy": 0, "min_attack_success": 0}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A victim, what it said while training, and the random state before and after."""
+    logs = []
+    before = torch.random.get_rng_state()
+    victim = train_victim(VictimSpec(**GOOD), on_epoch=logs.append)
+    return victim, logs, before, torch.random.get_rng_state()
+
+
+@pytest.fixture(scope="module")
+def victim(trained):
+    return trained[0]
+
+
+@pytest.fixture
+def folder(victim, tmp_path):
+    return save_victim(victim, tmp_path / "victims")
+
+
+def weights_of(victim):
+    return torch.cat([value.flatten().double() for value in victim.model.state_dict().values()])
+
+
+# --- training ---
+
+
+def test_a_victim_is_accurate_and_backdoored(victim):
+    for split, scores in victim.scores.items():
+        assert scores.split == split
+        assert scores.clean_accuracy > 0.9
+        assert scores.attack_success > 0.8
+        assert scores.recovery < 0.2
+        assert scores.n_clean == 450
+        assert 400 < scores.n_triggered < 410
+    assert not victim.model.training
+
+
+def test_scores_are_those_of_the_model(victim):
+    splits = victim.spec.load_data()
+    for split in ("val", "test"):
+        sets = victim.eval_sets(splits, split)
+        assert len(sets.clean) == len(getattr(splits, split))
+        assert evaluate(victim.model, sets) == victim.scores[split]
+
+
+def test_training_reports_every_epoch_and_leaves_the_random_state(trained):
+    _, logs, before, after = trained
+    assert [log.epoch for log in logs] == list(range(1, 9))
+    assert logs[-1].loss < logs[0].loss
+    assert logs[-1].scores == trained[0].scores["val"]
+    assert torch.equal(before, after)
+
+
+def test_normalisation_is_that_of_the_poisoned_training_set(victim):
+    spec = victim.spec
+    poisoned = spec.build_attack().poison(spec.load_data().train, rate=0.1, seed=0)
+    pixels = poisoned.data.floats().double()
+    assert victim.model.mean.item() == pytest.approx(pixels.mean().item(), rel=1e-5)
+    assert victim.model.std.item() == pytest.approx(pixels.std().item(), rel=1e-5)
+
+
+def test_the_seed_decides_the_weights():
+    torch.manual_seed(1)
+    one = train_victim(VictimSpec(**HASTY))
+    torch.manual_seed(2)
+    same, other = train_victim(VictimSpec(**HASTY)), train_victim(VictimSpec(**HASTY, seed=1))
+    assert torch.equal(weights_of(one), weights_of(same))
+    assert not torch.equal(weights_of(one), weights_of(other))
+
+
+@pytest.mark.parametrize("changes", [{"flip": True}, {"shift": 0}, {"attack": {"name": "blended"}}])
+def test_the_spec_decides_the_weights(changes):
+    usual, other = train_victim(VictimSpec(**HASTY)), train_victim(VictimSpec(**HASTY | changes))
+    assert not torch.equal(weights_of(usual), weights_of(other))
+
+
+@pytest.mark.parametrize(
+    ("bound", "words"),
+    [("min_attack_success", "attack .* not learned"), ("min_clean_accuracy", "clean accuracy .* poor")],
+)
+def test_a_useless_victim_is_refused_with_its_numbers_and_nothing_is_written(tmp_path, bound, words):
+    spec = VictimSpec(**HASTY | {"poisoning_rate": 0.002, bound: 1})
+    scores = train_victim(VictimSpec(**HASTY | {"poisoning_rate": 0.002})).scores["val"]
+    numbers = f"ACC {scores.clean_accuracy:.3f}, ASR {scores.attack_success:.3f} on val"
+    with pytest.raises(VictimRefusedError, match=f"{words}.*{numbers}; `{bound}` is 1"):
+        obtain_victim(spec, tmp_path / "victims")
+    assert not (tmp_path / "victims").exists() or not any((tmp_path / "victims").iterdir())
+
+
+# --- files ---
+
+
+def test_a_saved_victim_answers_as_before(victim, folder):
+    loaded = load_victim(folder)
+    images = victim.spec.load_data().test.floats()
+    with torch.no_grad():
+        assert torch.equal(loaded.model(images), victim.model(images))
+    assert (loaded.spec, loaded.classes, loaded.scores) == (victim.spec, victim.classes, victim.scores)
+    assert not loaded.model.training
+
+
+def test_a_victim_is_in_a_folder_of_its_digest_and_nothing_else(victim, folder):
+    assert folder.name == victim.spec.digest
+    assert sorted(file.name for file in folder.iterdir()) == ["manifest.json", "victim.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_the_manifest_says_what_is_in_the_files(victim, folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert VictimSpec(**manifest["spec"]) == victim.spec
+    assert manifest["spec_digest"] == victim.spec.digest
+    assert manifest["classes"] == list(victim.classes)
+    assert manifest["scores"]["test"]["attack_success"] == victim.scores["test"].attack_success
+
+
+def test_saving_again_replaces_the_old_files(victim, folder):
+    (folder / "left-over").write_text("")
+    assert save_victim(victim, folder.parent) == folder
+    assert not (folder / "left-over").exists()
+    load_victim(folder)
+
+
+def test_the_second_time_nothing_is_trained(tmp_path):
+    spec, epochs = VictimSpec(**HASTY), []
+    first = obtain_victim(spec, tmp_path, on_epoch=epochs.append)
+    assert len(epochs) == 1
+    written = {file: os.stat(file).st_mtime_ns for file in tmp_path.rglob("*")}
+    second = obtain_victim(spec, tmp_path, on_epoch=epochs.append)
+    assert len(epochs) == 1
+    assert {file: os.stat(file).st_mtime_ns for file in tmp_path.rglob("*")} == written
+    assert torch.equal(weights_of(first), weights_of(second))
+    assert first.scores == second.scores
+
+
+def test_another_spec_is_another_folder(tmp_path):
+    for seed in (0, 1):
+        obtain_victim(VictimSpec(**HASTY, seed=seed), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_stricter_bound_refuses_a_saved_victim_without_training(victim, folder):
+    epochs = []
+    strict = VictimSpec(**GOOD, min_clean_accuracy=1)
+    assert strict.digest == victim.spec.digest
+    with pytest.raises(VictimRefusedError, match="clean accuracy"):
+        obtain_victim(strict, folder.parent, on_epoch=epochs.append)
+    assert not epochs
+    assert obtain_victim(victim.spec, folder.parent, on_epoch=epochs.append).spec == victim.spec
+    assert not epochs
+
+
+def test_a_flipped_byte_is_found_by_the_digest(folder):
+    weights = folder / "victim.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(VictimError, match=r"digest of .*victim\.safetensors.* remove "):
+        load_victim(folder)
+
+
+def test_missing_weights_are_named(folder):
+    (folder / "victim.safetensors").unlink()
+    with pytest.raises(VictimError, match=r"victim\.safetensors are missing"):
+        load_victim(folder)
+
+
+def test_a_missing_manifest_is_named(folder):
+    (folder / "manifest.json").unlink()
+    with pytest.raises(VictimError, match=r"manifest\.json cannot be read"):
+        load_victim(folder)
+
+
+def without(key):
+    return lambda m: {name: value for name, value in m.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(without(key) for key in ("spec", "weights_sha256", "in_channels", "classes", "scores")),
+        lambda m: [m],
+        lambda m: m | {"spec": m["spec"] | {"net": "resnet999"}},
+        lambda m: m | {"spec": m["spec"] | {"width": 16}},
+        lambda m: m | {"spec": m["spec"] | {"depth": 16}},
+        lambda m: m | {"in_channels": 3},
+        lambda m: m | {"classes": m["classes"][1:]},
+        lambda m: m | {"scores": {"test": m["scores"]["test"]}},
+        lambda m: m | {"scores": {"val": {"clean_accuracy": 1}}},
+    ],
+)
+def test_a_damaged_manifest_is_refused(folder, damage):
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(damage(json.loads(manifest.read_text()))))
+    with pytest.raises(VictimError):
+        load_victim(folder)
+
+
+def test_a_manifest_cut_short_is_refused(folder):
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text()[:200])
+    with pytest.raises(VictimError, match=r"manifest\.json cannot be read"):
+        load_victim(folder)
+
+
+# --- specs and devices ---
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataset": "mnist"},
+        {"net": "resnet999"},
+        {"attack": {"size": 3}},
+        {"attack": {"name": "wanet"}},
+        {"attack": {"name": "badnets", "alpha": 1}},
+        {"attack": {"name": "badnets", "size": 0}},
+        {"poisoning_rate": 0},
+        {"poisoning_rate_of": "classes"},
+        {"epochs": 0},
+        {"width": 0},
+        {"image_size": 2},
+        {"lr": 0},
+        {"min_attack_success": 1.5},
+        {"learning_rate": 0.1},
+    ],
+    ids=str,
+)
+def test_specs_that_cannot_be_are_refused_by_the_setting(changes):
+    with pytest.raises(ValidationError, match=next(iter(changes))):
+        VictimSpec(**changes)
+
+
+def test_the_digest_is_that_of_everything_but_the_bounds():
+    spec = VictimSpec(**GOOD)
+    bounds = {"min_clean_accuracy": 0.9, "min_attack_success": 0.1}
+    assert VictimSpec(**GOOD, **bounds).digest == spec.digest
+    others = [
+        {"seed": 1},
+        {"lr": 0.2},
+        {"attack": {"name": "badnets", "size": 2}},
+        {"attack": {"name": "blended"}},
+        {"poisoning_rate": 0.2},
+        {"poisoning_rate_of": "target_class"},
+        {"image_size": 16},
+        {"net": "preactresnet18"},
+    ]
+    digests = {VictimSpec(**GOOD | other).digest for other in others}
+    assert len(digests | {spec.digest}) == 1 + len(others)
+
+
+def test_the_name_is_for_people():
+    assert VictimSpec().name == "digits-badnets"
+    spec = VictimSpec(dataset="imagefolder:/some/where/pets", attack={"name": "sig"})
+    assert spec.name == "pets-sig"
+
+
+def test_devices_that_are_here():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", ""])
+def test_devices_that_are_not_here_are_refused(name):
+    with pytest.raises(SettingError, match=f"device '{name}' cannot be used"):
+        resolve_device(name)

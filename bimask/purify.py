@@ -56,6 +56,9 @@ class PurifyConfig(BaseModel):
     initial_mask: Unit = Field(1.0, description="a at the start")
     initial_selection: Unit = Field(1.0, description="s at the start; below 1, a has a gradient")
     mask_lr: Positive = Field(0.02, description="AdamW's rate on masks and selections")
+    mask_lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="cosine: from mask_lr to 0 over the rounds of select"
+    )
     weight_decay: NonNegative = Field(0.01, description="AdamW's on masks and selections")
     selection_weight: NonNegative = Field(10.0, description="lambda of initialise and select")
     initialise_rounds: int = Field(100, ge=0)
@@ -300,6 +303,8 @@ def purify(
         adamw = torch.optim.AdamW(
             masks.parameters(), lr=config.mask_lr, weight_decay=config.weight_decay
         )
+        decays = config.mask_lr_schedule == "cosine" and stage == "select"
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, limit) if decays else None
         plateau = _Plateau(config.patience, config.threshold)
         best_loss, best = float("inf"), copy.deepcopy(masks.state_dict())
         for round_ in range(limit):
@@ -313,6 +318,8 @@ def purify(
                 best_loss, best = loss.item(), copy.deepcopy(masks.state_dict())
             adamw.step()
             masks.clamp_()
+            if schedule is not None:
+                schedule.step()
 
             values = torch.stack(list(terms.values())).tolist()  # the round's only read-back
             log = RoundLog(

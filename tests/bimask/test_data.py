@@ -275,7 +275,9 @@ def test_too_few_pictures_for_three_splits_are_refused(tmp_path, count):
 
 
 def test_an_unknown_dataset_is_refused_with_the_known_ones():
-    with pytest.raises(DataError, match="'mnist'.*cifar10, digits, gtsrb, tiny-imagenet and imagefolder"):
+    with pytest.raises(
+        DataError, match="'mnist'.*cifar10, digits, gtsrb, tiny-imagenet and imagefolder"
+    ):
         load_data("mnist")
 
 

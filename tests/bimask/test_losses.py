@@ -81,6 +81,15 @@ def test_log_form_is_exact_to_a_margin_of_1e4(loss):
     assert u.grad.isfinite().all()
 
 
+@FORMS
+@BOTH
+def test_a_constant_on_all_logits_changes_nothing(loss, form):
+    u, v = random_logits(4), random_logits(5)
+    for shift in (-1e4, 1e4):
+        shifted = loss(u + shift, v - shift, form=form)
+        torch.testing.assert_close(shifted, loss(u, v, form=form), rtol=1e-9, atol=1e-9)
+
+
 def test_paper_form_flattens_where_the_log_form_does_not():
     u, v = two_classes(40.0, torch.float32), two_classes(40.0, torch.float32)
     paper = disagree(u, v, form="paper")

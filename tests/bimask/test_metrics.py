@@ -11,7 +11,7 @@ from bimask.metrics import EvalSets, Scores, evaluate, predict
 
 
 class Lookup(nn.Module):
-    """Answers from a table: the first pixel is the row, the last one says whether there is a trigger."""
+    """Answers from a table: the first pixel is the row, the last one tells of a trigger."""
 
     def __init__(self, clean, triggered):
         super().__init__()

@@ -62,7 +62,7 @@ def watched(model):
 
 @pytest.fixture(scope="module")
 def parity_run(parity, parity_victim):
-    """One run with the recorded settings: its result, masks after each stage, passes after each round."""
+    """One run with the recorded settings: its result, masks at the stages' ends, passes so far."""
     model, seen = watched(parity_victim)
     config = PurifyConfig(
         initialise_rounds=60,

@@ -21,9 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from safetensors.torch import save_file
 
+from bimask.config import PurifyConfig, describe
 from bimask.errors import BimaskError, SettingError
 from bimask.metrics import Scores, evaluate
-from bimask.purify import PurifyConfig, describe, purify
+from bimask.purify import purify
 from bimask.victim import VictimSpec, load_victim, obtain_victim, resolve_device
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)

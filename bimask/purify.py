@@ -15,116 +15,24 @@ No label is used anywhere: only images enter.
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from bimask.config import BudgetWarning, PurifyConfig
 from bimask.errors import NonFiniteError, SettingError
-from bimask.losses import LossForm, agree, disagree, selection_cost
+from bimask.losses import agree, disagree, selection_cost
 from bimask.masks import MaskSet, fold, fold_into, masked_forward
-from bimask.synthesis import InnerOptimizer, Norm, TriggerSynthesizer
+from bimask.synthesis import TriggerSynthesizer
 
 Stage = Literal["initialise", "minimise", "select"]
 Batch = Tensor | slice
-Unit = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class BudgetWarning(UserWarning):
-    """The perturbation budget cannot be reached with these steps, so it bounds nothing."""
-
-
-class PurifyConfig(BaseModel):
-    """Every setting of IMS; the defaults are the published ones.
-
-    `step_size` null means budget / inner_steps, so that the budget is just reached. `patience` null
-    means that every stage runs all its rounds. Budgets and steps are in [0, 1] pixel units.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sharpness: Positive = Field(20.0, description="k, the slope of the mask's sigmoid")
-    initial_mask: Unit = Field(1.0, description="a at the start")
-    initial_selection: Unit = Field(1.0, description="s at the start; below 1, a has a gradient")
-    mask_lr: Positive = Field(0.02, description="AdamW's rate on masks and selections")
-    mask_lr_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="cosine: from mask_lr to 0 over the rounds of select"
-    )
-    weight_decay: NonNegative = Field(0.01, description="AdamW's on masks and selections")
-    selection_weight: NonNegative = Field(10.0, description="lambda of initialise and select")
-    initialise_rounds: int = Field(100, ge=0)
-    minimise_rounds: int = Field(200, ge=0)
-    select_rounds: int = Field(200, ge=0)
-    patience: int | None = Field(25, ge=0, description="rounds without progress a stage bears")
-    threshold: float = Field(0.98, gt=0, le=1, description="progress: loss < threshold x best")
-    keep: Literal["last", "best"] = Field("last", description="iterate a stage hands on")
-    batch_size: int = Field(256, ge=1, description="images drawn anew for each round")
-    loss_form: LossForm = "paper"
-    inner_steps: int = Field(20, ge=1)
-    step_size: Positive | None = Field(0.001, description="of one inner step")
-    budget: Positive = Field(1.0, description="largest perturbation")
-    norm: Norm = "linf"
-    inner_optimizer: InnerOptimizer = "adamw"
-    inner_weight_decay: NonNegative = Field(0.01, description="AdamW's on the perturbation")
-    clip_images: bool = Field(False, description="keep perturbed images in [0, 1]")
-    warm_start: Unit = Field(0.0, description="share of images whose perturbation goes on, not from 0")
-
-    @property
-    def resolved_step_size(self) -> float:
-        """The length of one inner step."""
-        return self.budget / self.inner_steps if self.step_size is None else self.step_size
-
-    def unreachable_budget(self) -> str | None:
-        """One sentence if step size x steps cannot reach the budget, else None.
-
-        A step of AdamW or of the sign moves a pixel by about the step size at most, so the reach
-        bounds the perturbation before the budget does. Under "l2" only sign steps have such a bound.
-        """
-        reach = self.resolved_step_size * self.inner_steps
-        bounded = self.norm == "linf" or self.inner_optimizer == "sign"
-        if not bounded or reach >= self.budget * (1 - 1e-9):
-            return None
-        return (
-            f"The budget {self.budget:g} is never reached: {self.inner_steps} steps of "
-            f"{self.resolved_step_size:g} end at {reach:g} at most; raise `step_size` or "
-            f"`inner_steps`, or lower `budget` to {reach:g}."
-        )
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> PurifyConfig:
-        """The settings in a YAML file, such as a study's best.yaml: under `purify`, or at the top.
-
-        Raises:
-            SettingError: no such file, not a mapping, or settings that do not fit, all named.
-        """
-        try:
-            content = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise SettingError(f"Cannot read the configuration {path}: {error}.") from error
-        if not isinstance(content, dict):
-            raise SettingError(f"{path} must hold `setting: value` lines, got {content!r}.")
-        try:
-            return cls.model_validate(content.get("purify", content))
-        except ValidationError as error:
-            raise SettingError(f"{path}: {describe(error)}") from error
-
-
-def describe(error: ValidationError) -> str:
-    """All problems of a validation in one line: place, what is wrong, what was got."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'top level'}: "
-        f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
-        for problem in error.errors()
-    )
 
 
 @dataclass(frozen=True)
@@ -303,7 +211,7 @@ def purify(
         adamw = torch.optim.AdamW(
             masks.parameters(), lr=config.mask_lr, weight_decay=config.weight_decay
         )
-        decays = config.mask_lr_schedule == "cosine" and stage == "select"
+        decays = config.mask_lr_schedule == "cosine" and stage == "select" and limit > 0
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, limit) if decays else None
         plateau = _Plateau(config.patience, config.threshold)
         best_loss, best = float("inf"), copy.deepcopy(masks.state_dict())
@@ -311,22 +219,19 @@ def purify(
             batch = _draw(len(images), config.batch_size, generator, images.device)
             terms = terms_of(batch)
             terms["selection_cost"] = weight * selection_cost(masks.selections())
-            loss = torch.stack(list(terms.values())).sum()
+            stacked = torch.stack(list(terms.values()))
+            values = dict(zip(terms, stacked.tolist(), strict=True))  # the round's only read-back
+            log = RoundLog(stage, round_, len(rounds), values, sum(values.values()))
+            _check_finite(log)
+            if config.keep == "best" and log.loss < best_loss:
+                best_loss, best = log.loss, copy.deepcopy(masks.state_dict())
             adamw.zero_grad()
-            loss.backward()
-            if config.keep == "best" and loss.item() < best_loss:
-                best_loss, best = loss.item(), copy.deepcopy(masks.state_dict())
+            stacked.sum().backward()
             adamw.step()
             masks.clamp_()
             if schedule is not None:
                 schedule.step()
-
-            values = torch.stack(list(terms.values())).tolist()  # the round's only read-back
-            log = RoundLog(
-                stage, round_, len(rounds), dict(zip(terms, values, strict=True)), loss.item()
-            )
             rounds.append(log)
-            _check_finite(log)
             if on_round is not None:
                 on_round(log, masks)
             if plateau.reached(log.loss):
@@ -359,13 +264,8 @@ def _check_images(images: Tensor) -> None:
 
 
 def _check_finite(log: RoundLog) -> None:
-    if not all(map(torch.isfinite, map(torch.tensor, log.losses.values()))):
+    if not math.isfinite(log.loss):
         raise NonFiniteError(
             f"Loss not finite in stage {log.stage!r}, round {log.round}: {log.losses}; lower "
             "`mask_lr` or `step_size`."
         )
-
-
-def settings() -> dict[str, Any]:
-    """Name -> published value of every setting of `PurifyConfig`."""
-    return PurifyConfig().model_dump()

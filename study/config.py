@@ -11,8 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from bimask.config import PurifyConfig
 from bimask.errors import BimaskError
-from bimask.purify import PurifyConfig
 from bimask.victim import VictimSpec
 from study import space as spaces
 from study.space import Parameter

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from bimask.purify import PurifyConfig
+from bimask.config import PurifyConfig
 from study.config import StudyConfig, StudyError
 from study.provenance import commit, versions
 from study.trial import SCORES

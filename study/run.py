@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from safetensors.torch import load_file
 
+from bimask.config import PurifyConfig
 from bimask.metrics import Scores, evaluate
-from bimask.purify import PurifyConfig
 from bimask.victim import EpochLog, Victim, obtain_victim, resolve_device
 from study import records, search
 from study.config import StudyConfig, StudyError, load_config

@@ -34,8 +34,9 @@ from ray import tune
 from ray.tune.search import Searcher
 from safetensors.torch import save_file
 
+from bimask.config import PurifyConfig
 from bimask.metrics import Scores
-from bimask.purify import PurifyConfig, RoundLog
+from bimask.purify import RoundLog
 from study.config import StudyConfig, StudyError
 from study.pareto import OBJECTIVES
 from study.plots import draw_masks

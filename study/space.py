@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bimask.purify import PurifyConfig
+from bimask.config import PurifyConfig
 
 Scalar = bool | int | float | str | None
 SETTINGS = PurifyConfig.model_fields

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bimask.config import PurifyConfig
 from bimask.errors import NonFiniteError
 from bimask.masks import MaskSet, fold
 from bimask.metrics import EvalSets, Scores, evaluate
-from bimask.purify import Passes, PurifyConfig, RoundLog, purify
+from bimask.purify import Passes, RoundLog, purify
 from bimask.victim import Victim
 from study.config import StudyConfig
 

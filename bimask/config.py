@@ -1,0 +1,105 @@
+"""Every setting of IMS, checked where it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bimask.errors import SettingError
+from bimask.losses import LossForm
+from bimask.synthesis import InnerOptimizer, Norm
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class BudgetWarning(UserWarning):
+    """The perturbation budget cannot be reached with these steps, so it bounds nothing."""
+
+
+class PurifyConfig(BaseModel):
+    """Every setting of IMS; the defaults are the published ones.
+
+    `step_size` null means budget / inner_steps, so that the budget is just reached. `patience` null
+    means that every stage runs all its rounds. Budgets and steps are in [0, 1] pixel units.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sharpness: Positive = Field(20.0, description="k, the slope of the mask's sigmoid")
+    initial_mask: Unit = Field(1.0, description="a at the start")
+    initial_selection: Unit = Field(1.0, description="s at the start; below 1, a has a gradient")
+    mask_lr: Positive = Field(0.02, description="AdamW's rate on masks and selections")
+    mask_lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="cosine: from mask_lr to 0 over the rounds of select"
+    )
+    weight_decay: NonNegative = Field(0.01, description="AdamW's on masks and selections")
+    selection_weight: NonNegative = Field(10.0, description="lambda of initialise and select")
+    initialise_rounds: int = Field(100, ge=0)
+    minimise_rounds: int = Field(200, ge=0)
+    select_rounds: int = Field(200, ge=0)
+    patience: int | None = Field(25, ge=0, description="rounds without progress a stage bears")
+    threshold: float = Field(0.98, gt=0, le=1, description="progress: loss < threshold x best")
+    keep: Literal["last", "best"] = Field("last", description="iterate a stage hands on")
+    batch_size: int = Field(256, ge=1, description="images drawn anew for each round")
+    loss_form: LossForm = "paper"
+    inner_steps: int = Field(20, ge=1)
+    step_size: Positive | None = Field(0.001, description="of one inner step")
+    budget: Positive = Field(1.0, description="largest perturbation")
+    norm: Norm = "linf"
+    inner_optimizer: InnerOptimizer = "adamw"
+    inner_weight_decay: NonNegative = Field(0.01, description="AdamW's on the perturbation")
+    clip_images: bool = Field(False, description="keep perturbed images in [0, 1]")
+    warm_start: Unit = Field(0.0, description="share of images whose perturbation goes on, not from 0")
+
+    @property
+    def resolved_step_size(self) -> float:
+        """The length of one inner step."""
+        return self.budget / self.inner_steps if self.step_size is None else self.step_size
+
+    def unreachable_budget(self) -> str | None:
+        """One sentence if step size x steps cannot reach the budget, else None.
+
+        A step of AdamW or of the sign moves a pixel by about the step size at most, so the reach
+        bounds the perturbation before the budget does. Under "l2" only sign steps have such a bound.
+        """
+        reach = self.resolved_step_size * self.inner_steps
+        bounded = self.norm == "linf" or self.inner_optimizer == "sign"
+        if not bounded or reach >= self.budget * (1 - 1e-9):
+            return None
+        return (
+            f"The budget {self.budget:g} is never reached: {self.inner_steps} steps of "
+            f"{self.resolved_step_size:g} end at {reach:g} at most; raise `step_size` or "
+            f"`inner_steps`, or lower `budget` to {reach:g}."
+        )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> PurifyConfig:
+        """The settings in a YAML file, such as a study's best.yaml: under `purify`, or at the top.
+
+        Raises:
+            SettingError: no such file, not a mapping, or settings that do not fit, all named.
+        """
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise SettingError(f"Cannot read the configuration {path}: {error}.") from error
+        if not isinstance(content, dict):
+            raise SettingError(f"{path} must hold `setting: value` lines, got {content!r}.")
+        try:
+            return cls.model_validate(content.get("purify", content))
+        except ValidationError as error:
+            raise SettingError(f"{path}: {describe(error)}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """All problems of a validation in one line: place, what is wrong, what was got."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc']) or 'top level'}: "
+        f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+        for problem in error.errors()
+    )

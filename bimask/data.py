@@ -84,7 +84,10 @@ class ImageData:
                 f"{samples_per_class} clean images a class were asked for, but class "
                 f"{self.classes[smallest]!r} has {counts[smallest]}; ask for at most that many."
             )
-        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(self)))
+        # a stream of its own: with the one that poisoning draws from, equal seeds would hand the
+        # defender just the images that were poisoned
+        stream = np.random.default_rng([seed, 1])
+        order = torch.from_numpy(stream.permutation(len(self)))
         labels = self.labels.cpu()[order]
         picks = [order[labels == c][:samples_per_class] for c in range(self.num_classes)]
         return self.subset(torch.cat(picks))

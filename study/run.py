@@ -54,11 +54,11 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
     joined = search.start_ray(address)
     try:
         concurrency = search.check_resources(config, may_grow=joined)
-        console.print(f"[bold]{name}[/]: {config.trials} trials, MLflow at {uri}", soft_wrap=True)
+        console.print(f"[bold]{name}[/]: {config.trials} trials, MLflow at {shown(uri)}", soft_wrap=True)
         victims = prepare_victims(config, outputs / "victims", device, console)
         cases = [Case.of(name, victim, config) for name, victim in victims.items()]
         tracker = Tracker(uri, outputs / "mlartifacts")
-        folder.mkdir()
+        make_folder(folder)
         records.write_yaml(folder / records.STUDY, config.model_dump(), f"study {name}, resolved")
         tracker.start_study(
             name,

@@ -17,6 +17,7 @@ import typer
 import yaml
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors.torch import save_file
@@ -42,7 +43,7 @@ def train_victim_command(
     """Train a backdoored model, or find it in OUT if it is there."""
     try:
         parsed = VictimSpec.model_validate(yaml.safe_load(spec.read_text()))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingError(f"Cannot read the victim {spec}: {error}.") from error
     except ValidationError as error:
         raise SettingError(f"{spec}: {describe(error)}") from error
@@ -66,7 +67,9 @@ def purify_command(
     """Purify a victim: a plain model of the same architecture, its masks, and before and after."""
     settings = PurifyConfig.from_yaml(config)
     if seed is None:
-        seed = int(yaml.safe_load(config.read_text()).get("seed", 0))
+        seed = yaml.safe_load(config.read_text()).get("seed", 0)
+    if not isinstance(seed, int) or seed < 0:
+        raise SettingError(f"`seed` must be a whole number >= 0, got {seed!r}.")
     if out.exists():
         raise SettingError(f"The folder {out} exists; give a new one with --out.")
     where = resolve_device(device)
@@ -148,6 +151,6 @@ if __name__ == "__main__":
     try:
         app()
     except BimaskError as error:
-        message = f"[bold red]error[/]: {error}"
+        message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)

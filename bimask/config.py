@@ -67,6 +67,8 @@ class PurifyConfig(BaseModel):
         A step of AdamW or of the sign moves a pixel by about the step size at most, so the reach
         bounds the perturbation before the budget does. Under "l2" only sign steps have such a bound.
         """
+        if self.warm_start:
+            return None  # the next round goes on from where this one ends
         reach = self.resolved_step_size * self.inner_steps
         bounded = self.norm == "linf" or self.inner_optimizer == "sign"
         if not bounded or reach >= self.budget * (1 - 1e-9):
@@ -86,7 +88,7 @@ class PurifyConfig(BaseModel):
         """
         try:
             content = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise SettingError(f"Cannot read the configuration {path}: {error}.") from error
         if not isinstance(content, dict):
             raise SettingError(f"{path} must hold `setting: value` lines, got {content!r}.")

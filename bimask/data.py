@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -217,7 +218,7 @@ def _fetch(name: str, folder: Path, make: Callable[[], T]) -> T:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return make()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, BadZipFile) as error:
         raise DataError(
             f"The dataset {name} is not in {folder} and cannot be downloaded "
             f"({type(error).__name__}: {error}); put torchvision's files for it there, or go online."
@@ -243,6 +244,8 @@ def _image_folder(path: Path, image_size: int | None) -> Splits:
     parts = [_decode(f.samples, classes, size, path.name) for f in folders]
     if split:
         return _with_val(parts[0], parts[1])
+    if len(parts[0]) < 3:
+        raise DataError(f"{path} holds {len(parts[0])} pictures; training, val and test need 3.")
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(parts[0])))
     held_out = max(1, len(order) * 15 // 100)
     test, val, train = order.split([held_out, held_out, len(order) - 2 * held_out])

@@ -134,6 +134,7 @@ class MaskSet(InvertibleMask):
                     f"Mask and selection of {name!r} must be vectors of one length, got {shapes}."
                 )
         masks = cls({name: len(tensors[f"{name}.mask"]) for name in names}, sharpness=sharpness)
+        masks = masks.to(tensors[f"{names[0]}.mask"].dtype)
         with torch.no_grad():
             masks.mask.copy_(torch.cat([tensors[f"{name}.mask"] for name in names]))
             masks.selection.copy_(torch.cat([tensors[f"{name}.selection"] for name in names]))

@@ -120,7 +120,7 @@ def purify(
             copied, never edited; batch norm is frozen.
         images: clean images (N, C, H, W), float in [0, 1]. No labels.
         config: settings; None means the published ones.
-        generator: draws the batches (CPU); unused while `batch_size` covers all images.
+        generator: CPU; draws the batches, and the images whose perturbations go on.
         on_round: called after every round with its log and the masks as they are then.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -78,7 +79,8 @@ class VictimSpec(BaseModel):
     def name(self) -> str:
         """For people: dataset and attack."""
         dataset = Path(self.dataset.removeprefix("imagefolder:")).name
-        return f"{dataset}-{self.attack['name']}"
+        readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", dataset).strip("-") or "images"
+        return f"{readable}-{self.attack['name']}"
 
     def build_attack(self) -> Attack:
         """The attack with its hyper-parameters."""
@@ -194,9 +196,15 @@ def _fit(
 
 def _statistics(data: ImageData) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation in [0, 1] units; a constant channel gets 1."""
-    pixels = data.images.transpose(0, 1).flatten(1).double() / 255
-    std = pixels.std(1)
-    return pixels.mean(1).tolist(), torch.where(std > 0, std, 1.0).tolist()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in data.images.cpu().unbind(1):  # by histogram: no copy of the data as floats
+        shares = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = (shares * values).sum()
+        std = (shares * (values - mean) ** 2).sum().sqrt()
+        means.append(mean.item())
+        stds.append(std.item() if std > 0 else 1.0)
+    return means, stds
 
 
 def _augment(images: Tensor, shift: int, flip: bool) -> Tensor:
@@ -270,15 +278,21 @@ def load_victim(folder: Path) -> Victim:
         manifest = json.loads((folder / MANIFEST).read_text())
         spec = VictimSpec.model_validate(manifest["spec"])
         scores: dict[Split, Scores] = {
-            split: Scores(**values) for split, values in manifest["scores"].items()
+            "val": Scores(**manifest["scores"]["val"]),
+            "test": Scores(**manifest["scores"]["test"]),
         }
         classes, in_channels = tuple(manifest["classes"]), manifest["in_channels"]
-        promised = manifest["weights_sha256"]
+        promised, promised_spec = manifest["weights_sha256"], manifest["spec_digest"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise VictimError(
             f"The manifest {folder / MANIFEST} cannot be read ({type(error).__name__}: {error}); "
             f"{again}."
         ) from error
+    if promised_spec != spec.digest:
+        raise VictimError(
+            f"The spec in {folder / MANIFEST} has the digest {spec.digest}, but the manifest says "
+            f"{promised_spec}: it was edited; {again}."
+        )
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise VictimError(f"The victim's weights {weights} are missing; {again}.")
@@ -315,13 +329,16 @@ def obtain_victim(
     """The victim of this spec: loaded from `root/DIGEST/` if it is there, else trained and saved."""
     if (root / spec.digest).is_dir():
         victim = load_victim(root / spec.digest)
+        if victim.spec.digest != spec.digest:
+            raise VictimError(
+                f"{root / spec.digest} holds the victim {victim.spec.digest}; remove it to train anew."
+            )
         # the caller's bounds may be stricter than the saved ones
         victim = Victim(spec, victim.model, victim.classes, victim.scores)
         _refuse_if_useless(victim)
         return victim
     victim = train_victim(spec, device=device, on_epoch=on_epoch)
-    save_victim(victim, root)
-    return victim
+    return load_victim(save_victim(victim, root))  # the same bits as the next time it is asked for
 
 
 def resolve_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from bimask.config import PurifyConfig
 from bimask.errors import BimaskError
 from bimask.victim import VictimSpec
 from study import space as spaces
-from study.space import Parameter
+from study.space import Parameter, Scalar
 
 Unit = Field(ge=0, le=1)
 
@@ -61,11 +61,15 @@ class StudyConfig(BaseModel):
     choose: Choice = Choice()
     fixed: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Parameter] = Field(min_length=1)
+    start: list[dict[str, Scalar]] = Field(
+        default_factory=list, description="points of the space to try first, say of earlier studies"
+    )
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits of everything in the study."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Sixteen hex digits of everything that decides results."""
+        deciding = self.model_dump(mode="json", exclude={"name", "concurrency"})
+        text = json.dumps(deciding, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def victim_names(self) -> list[str]:
@@ -93,9 +97,10 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> StudyCon
     """
     try:
         text = path.read_text()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise StudyError(
-            f"Cannot read the study {path} ({error.strerror}); give a YAML file such as "
+            f"Cannot read the study {path} ({reason}); give a YAML file such as "
             "search_spaces/ims_digits.yaml."
         ) from error
     try:
@@ -113,7 +118,10 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> StudyCon
     except ValidationError as error:
         config = None
         found += [_problem(problem) for problem in error.errors()]
-    found += spaces.problems(_readable_space(raw.get("space")), _mapping(raw.get("fixed")))
+    space = _readable_space(raw.get("space"))
+    found += spaces.problems(space, _mapping(raw.get("fixed")))
+    if config is not None:
+        found += spaces.start_problems(space, config.start)
     if config is not None and not found:
         if len(set(config.victim_names())) == len(config.victims):
             return config

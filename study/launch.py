@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from bimask.errors import BimaskError
 
@@ -39,7 +40,8 @@ def main(
             address=address,
         )
     except BimaskError as error:
-        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False, soft_wrap=True)
+        message = f"[bold red]error[/]: {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
     sys.exit(0 if complete else 1)
 

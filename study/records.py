@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from study.tracking import Tracker
 
 OUTPUTS = Path("outputs")
+RESERVED = ("victims", "mlartifacts", "mlflow.db")
 STUDY, TRIALS, SUMMARY, BEST = "study.yaml", "trials.jsonl", "summary.json", "best.yaml"
 
 
@@ -39,7 +40,7 @@ class Recorder:
         folder: its folder, which exists.
         tracker: an open study in MLflow.
         victims: victim name -> digest.
-        on_change: called with all finished records, and the last report, after every event.
+        on_change: called with all finished records whenever there is one more.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Recorder:
         folder: Path,
         tracker: Tracker,
         victims: dict[str, str],
-        on_change: Callable[[list[dict[str, Any]], dict[str, Any]], None],
+        on_change: Callable[[list[dict[str, Any]]], None],
     ) -> None:
         self.config, self.folder, self.tracker = config, folder, tracker
         self.victims = victims
@@ -56,6 +57,10 @@ class Recorder:
         self.records: list[dict[str, Any]] = []
         self.open: dict[int, dict[str, Any]] = {}
         (folder / TRIALS).touch()
+
+    def knows(self, number: int) -> bool:
+        """Whether the trial has begun, or has ended already."""
+        return number in self.open or any(r["number"] == number for r in self.records)
 
     def started(self, number: int, preset: str | None, parameters: dict[str, Any]) -> None:
         """A trial has begun: its run is opened in MLflow."""
@@ -68,7 +73,11 @@ class Recorder:
             "started": time.time(),
             "history": {},
         }
-        tags = {"preset": preset or "search", "study": self.config.name}
+        tags = {"preset": preset or "search", "study": self.config.name, "commit": commit()}
+        tags |= {"study_digest": self.config.digest, "seed": str(self.config.seed)}
+        tags |= {f"victim.{name}": digest for name, digest in self.victims.items()}
+        if (warning := settings.unreachable_budget()) is not None:
+            tags["warning"] = warning
         self.tracker.start_trial(number, settings.model_dump(), tags)
 
     def reported(self, number: int, result: dict[str, Any]) -> None:
@@ -77,7 +86,6 @@ class Recorder:
         for name in SCORES:
             key = f"{result['victim']}/{name}"
             history.setdefault(key, []).append((result["step"], result[name]))
-        self.on_change(self.records, {"number": number, **result})
 
     def completed(self, number: int, result: dict[str, Any], artifacts: Path) -> None:
         """A trial has ended with finite objectives."""
@@ -85,27 +93,29 @@ class Recorder:
         shutil.copytree(artifacts, kept)
         trial = self.open.pop(number)
         metrics = {name: result[name] for name in (*SCORES, "seconds", "rounds")}
+        losses = _losses(kept)
+        rounds = {victim: len(losses[f"{victim}/loss/loss"]) for victim in result["scores"]}
         for victim, scores in result["scores"].items():
             for name in SCORES:  # the last point of the curve, and so what MLflow shows
-                point = (result["rounds"], scores[name])
+                point = (rounds[victim], scores[name])
                 trial["history"].setdefault(f"{victim}/{name}", []).append(point)
         metrics |= {f"passes_{kind}": count for kind, count in result["passes"].items()}
+        keys = (*SCORES, "scores", "seconds", "rounds", "passes", "device")
+        self._append(trial, "COMPLETE", None, {key: result[key] for key in keys})
         self.tracker.end_trial(
             number,
             metrics=metrics,
-            histories=trial["history"] | _losses(kept),
+            histories=trial["history"] | losses,
             artifacts=kept,
         )
-        keys = (*SCORES, "scores", "seconds", "rounds", "passes", "device")
-        self._append(trial, "COMPLETE", None, {key: result[key] for key in keys})
 
     def failed(self, number: int, reason: str) -> None:
-        """A trial has ended without a result."""
+        """A trial has ended without a result; one that has ended before stays as it is."""
         if number not in self.open:
             return
         trial = self.open.pop(number)
-        self.tracker.end_trial(number, histories=trial["history"], reason=reason)
         self._append(trial, "FAILED", reason, {"seconds": time.time() - trial["started"]})
+        self.tracker.end_trial(number, histories=trial["history"], reason=reason)
 
     def _append(
         self, trial: dict[str, Any], status: str, reason: str | None, result: dict[str, Any]
@@ -128,7 +138,7 @@ class Recorder:
         self.records.append(record)
         with (self.folder / TRIALS).open("a") as file:
             file.write(json.dumps(record) + "\n")
-        self.on_change(self.records, {})
+        self.on_change(self.records)
 
 
 def _losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -150,6 +160,8 @@ def new_folder(outputs: Path, name: str, *, chosen_by_user: bool) -> tuple[str, 
     Raises:
         StudyError: the name is taken.
     """
+    if name in RESERVED:
+        raise StudyError(f"{name!r} is a name of the outputs folder's own; choose another --name.")
     if not (outputs / name).exists():
         return name, outputs / name
     if chosen_by_user:

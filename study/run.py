@@ -25,7 +25,7 @@ from study.config import StudyConfig, StudyError, load_config
 from study.pareto import OBJECTIVES, ParetoFront, choose
 from study.plots import draw_front
 from study.provenance import commit, versions
-from study.tracking import Tracker, require_server, tracking_uri
+from study.tracking import Tracker, redacted, require_server, tracking_uri
 from study.trial import SCORES, Case, purified
 
 FRONT_PICTURE = "front.png"
@@ -51,42 +51,64 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
     uri = tracking_uri(outputs)
     require_server(uri)
     check_data(config)
-    joined = search.start_ray(address)
+    search.start_ray(address)
     try:
-        concurrency = search.check_resources(config, may_grow=joined)
-        console.print(f"[bold]{name}[/]: {config.trials} trials, MLflow at {shown(uri)}", soft_wrap=True)
+        concurrency = search.check_resources(config)
+        console.print(
+            f"[bold]{name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True
+        )
         victims = prepare_victims(config, outputs / "victims", device, console)
         cases = [Case.of(name, victim, config) for name, victim in victims.items()]
         tracker = Tracker(uri, outputs / "mlartifacts")
-        make_folder(folder)
-        records.write_yaml(folder / records.STUDY, config.model_dump(), f"study {name}, resolved")
-        tracker.start_study(
-            name,
-            {"trials": config.trials, "seed": config.seed, "sampler": config.sampler}
-            | {"selection": config.selection, "victims": ", ".join(victims)},
-            {"study": name, "study_digest": config.digest, "commit": commit()}
-            | {"objectives": json.dumps(OBJECTIVES)}
-            | {f"version.{package}": number for package, number in versions().items()},
-        )
-        digests = {name: victim.spec.digest for name, victim in victims.items()}
-        searching = time.perf_counter()
-        with trial_progress(console, config.trials, concurrency) as on_change:
-            recorder = records.Recorder(config, folder, tracker, digests, on_change)
-            search.run_search(config, cases, recorder, folder=folder, concurrency=concurrency)
-        wall = time.perf_counter() - searching
+        _begin(config, folder, tracker, victims)
+        try:
+            searching = time.perf_counter()
+            digests = {name: victim.spec.digest for name, victim in victims.items()}
+            with trial_progress(console, config.trials, concurrency) as on_change:
+                recorder = records.Recorder(config, folder, tracker, digests, on_change)
+                search.run_search(config, cases, recorder, folder=folder, concurrency=concurrency)
+            wall = time.perf_counter() - searching
+            summary = summarise(config, folder, recorder.records, victims)
+            in_trials = sum(record.get("seconds", 0.0) for record in recorder.records)
+            summary["seconds"] = {
+                "total": time.perf_counter() - started,
+                "in_trials": in_trials,
+                "harness": max(0.0, wall * concurrency - in_trials),
+            }
+            (folder / records.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+            close(tracker, folder, summary)
+        except BaseException:
+            tracker.abort("the study was stopped")
+            raise
     finally:
         search.stop_ray()
-    summary = summarise(config, folder, recorder.records, victims)
-    in_trials = sum(record.get("seconds", 0.0) for record in recorder.records)
-    summary["seconds"] = {
-        "total": time.perf_counter() - started,
-        "in_trials": in_trials,
-        "harness": max(0.0, wall * concurrency - in_trials),
-    }
-    (folder / records.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    close(tracker, folder, summary)
-    show(console, summary, tracker, outputs / "victims", folder)
+    show(console, config, summary, tracker, outputs / "victims", folder)
     return bool(summary["n_complete"])
+
+
+def _begin(config: StudyConfig, folder: Path, tracker: Tracker, victims: dict[str, Victim]) -> None:
+    """Open the parent run, then the study's folder with its resolved study.yaml."""
+    try:
+        folder.mkdir()
+    except FileExistsError as error:
+        raise StudyError(
+            f"{folder} was made by another study in the meantime; choose another --name."
+        ) from error
+    try:
+        tracker.start_study(
+            config.name,
+            {"trials": config.trials, "seed": config.seed, "sampler": config.sampler}
+            | {"selection": config.selection, "victims": ", ".join(victims)},
+            {"study": config.name, "study_digest": config.digest, "commit": commit()}
+            | {"objectives": json.dumps(OBJECTIVES)}
+            | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}
+            | {f"version.{package}": number for package, number in versions().items()},
+        )
+    except BaseException:
+        folder.rmdir()
+        raise
+    header = f"study {config.name}, resolved"
+    records.write_yaml(folder / records.STUDY, config.model_dump(), header)
 
 
 def require_writable(outputs: Path) -> None:
@@ -150,12 +172,12 @@ def _bar(console: Console) -> Progress:
 @contextmanager
 def trial_progress(
     console: Console, trials: int, concurrency: int
-) -> Iterator[Callable[[list[dict[str, Any]], dict[str, Any]], None]]:
+) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """A bar of finished trials with the best scores so far."""
     with _bar(console) as progress:
         task = progress.add_task(f"trials, {concurrency} at once", total=trials)
 
-        def on_change(done: list[dict[str, Any]], report: dict[str, Any]) -> None:
+        def on_change(done: list[dict[str, Any]]) -> None:
             complete = [r for r in done if r["status"] == "COMPLETE"]
             text = f"trials, {concurrency} at once"
             if complete:
@@ -279,11 +301,16 @@ def close(tracker: Tracker, folder: Path, summary: dict[str, Any]) -> None:
 
 
 def show(
-    console: Console, summary: dict[str, Any], tracker: Tracker, victims: Path, folder: Path
+    console: Console,
+    config: StudyConfig,
+    summary: dict[str, Any],
+    tracker: Tracker,
+    victims: Path,
+    folder: Path,
 ) -> None:
     """The front as a table, the choice, and the two commands to type next."""
     chosen = summary["chosen"]
-    searched = sorted({p for t in summary["front"] for p in t["parameters"]} & _searched(summary))
+    searched = list(config.space)
     table = Table(title=f"Pareto front of {summary['name']} (val)", title_justify="left")
     for column in ("trial", "ACC %", "ASR %", "RA %", *searched):
         table.add_column(column, justify="right")
@@ -320,16 +347,6 @@ def show(
         f"{folder / records.BEST} --out {folder / 'cleaned'}",
         soft_wrap=True,
     )
-
-
-def _searched(summary: dict[str, Any]) -> set[str]:
-    """Parameters that the search varied: those of trials that are no preset."""
-    return {
-        name
-        for t in summary["front"]
-        if len(t["parameters"]) < len(search.published())
-        for name in t["parameters"]
-    }
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ The only file that imports ray or optuna. Facts of the stack that shape it:
   to Optuna through its public ask-and-tell interface: two directions, or it does not start, and
   every trial is told COMPLETE with finite values or FAIL.
 - A trial that ends early never reaches the front: only a final report carries objectives.
-- Actors are reused, so each trial sets its own threads and seeds, and copies what it changes.
+- Actors are reused, so each trial sets its own threads and works on copies.
 """
 
 from __future__ import annotations
@@ -47,11 +47,8 @@ from study.trial import Case, TrialResult, run_trial
 PAPER = "paper"  # the preset of trial 0
 
 
-def start_ray(address: str | None) -> bool:
+def start_ray(address: str | None) -> None:
     """Join the cluster at `address` (or RAY_ADDRESS, or one running here), else start a local one.
-
-    Returns:
-        Whether a cluster was named, one that somebody else started and that may grow.
 
     Raises:
         StudyError: no cluster answers there, or it runs other versions.
@@ -60,13 +57,12 @@ def start_ray(address: str | None) -> bool:
     try:
         _require_listener(where)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
             f"Cannot join Ray at {where} ({reason}); start it with `ray start --head`, or leave the "
             "address out to run here."
         ) from error
-    return where not in ("local", "this machine")
 
 
 def _require_listener(address: str) -> None:
@@ -81,18 +77,12 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
-def check_resources(config: StudyConfig, *, may_grow: bool) -> int:
-    """How many trials run at once.
-
-    Args:
-        may_grow: the cluster may start nodes as trials ask for them, so that a `concurrency` in the
-            study is taken at its word.
+def check_resources(config: StudyConfig) -> int:
+    """How many trials run at once on the nodes that are up.
 
     Raises:
         StudyError: no node offers the CPUs or the GPU share of one trial.
     """
-    if may_grow and config.concurrency:
-        return min(config.concurrency, config.trials)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
 
@@ -103,14 +93,14 @@ def check_resources(config: StudyConfig, *, may_grow: bool) -> int:
     if gpus and not any(node.get("GPU", 0) for node in nodes):
         raise StudyError(
             f"`gpus_per_trial` is {gpus:g}, but Ray sees no GPU on {len(nodes)} node(s); set it to 0, "
-            "join a cluster that has one, or give --concurrency where nodes start on demand."
+            "or join a cluster whose GPU nodes are up."
         )
     fitting = sum(map(slots, nodes))
     if not fitting:
         raise StudyError(
             f"A trial asks for {cpus} CPU(s) and {gpus:g} GPU, but the largest of {len(nodes)} "
             f"node(s) has {max(node.get('CPU', 0) for node in nodes):g} CPU(s); lower "
-            "`cpus_per_trial` or `gpus_per_trial`, or give --concurrency where nodes start on demand."
+            "`cpus_per_trial` or `gpus_per_trial`, or wait until larger nodes are up."
         )
     return min(config.concurrency or fitting, fitting, config.trials)
 
@@ -141,6 +131,8 @@ class ParetoSearch(Searcher):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.study.set_metric_names(list(OBJECTIVES))
         self.study.enqueue_trial({}, user_attrs={"preset": PAPER})
+        for point in config.start:
+            self.study.enqueue_trial(point)
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
         """The space and the objectives are this searcher's own."""
@@ -172,15 +164,12 @@ class ParetoSearch(Searcher):
         return [trial.number for trial in open_]
 
     def save(self, checkpoint_path: str) -> None:
-        """Optuna's storage holds the state; this notes which trial is whose."""
-        numbers = {trial_id: trial.number for trial_id, trial in self.asked.items()}
-        Path(checkpoint_path).write_text(json.dumps(numbers))
+        """Nothing to save: Optuna's storage holds the state, each trial with its Tune id."""
+        Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """Take the trials of `save` up again."""
-        for trial_id, number in json.loads(Path(checkpoint_path).read_text()).items():
-            id_ = self.study.trials[number]._trial_id
-            self.asked[trial_id] = optuna.Trial(self.study, id_)
+        """Refuse: a study that was cut short is started anew."""
+        raise NotImplementedError("a study cannot be resumed")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "storage": self.storage}
@@ -217,7 +206,7 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
     )
     device = study.device
     if device == "auto":
-        device = "cuda" if study.gpus_per_trial and torch.cuda.is_available() else "cpu"
+        device = "cuda" if study.gpus_per_trial else "cpu"
 
     def report(victim: str, log: RoundLog, scores: Scores) -> None:
         tune.report({"victim": victim, "step": log.step, "loss": log.loss, **asdict(scores)})
@@ -276,6 +265,8 @@ class _Recording(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         if self.recorder is not None:
+            if not self.recorder.knows(trial.config["number"]):  # its actor never came up
+                self.recorder.started(**trial.config)
             self.recorder.failed(trial.config["number"], _reason(trial))
 
     def __getstate__(self) -> dict[str, Any]:

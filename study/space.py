@@ -11,7 +11,7 @@ the setting keeps its fixed or published value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -126,12 +126,24 @@ def problems(space: Mapping[str, Parameter], fixed: Mapping[str, Any]) -> list[t
         texts = [t for value in parameter.probes() for t in _setting_problems(name, value)]
         found += [(place, text) for text in dict.fromkeys(texts)]
         for parent, value in parameter.when.items():
-            if parent not in earlier and parent not in fixed:
+            if parent not in earlier:
                 found.append((f"{place}.when", f"{parent!r} must be a parameter above this one"))
             elif parent in earlier and not _possible(earlier[parent], value):
                 found.append((f"{place}.when", f"{parent!r} never takes the value {value!r}"))
         earlier[name] = parameter
     return found
+
+
+def start_problems(
+    space: Mapping[str, Parameter], start: Sequence[Mapping[str, Scalar]]
+) -> list[tuple[str, str]]:
+    """What is wrong with the points to try first, as (place, sentence)."""
+    return [
+        (f"start.{row}.{name}", f"{value!r} is not in the space")
+        for row, point in enumerate(start)
+        for name, value in point.items()
+        if name not in space or not _possible(space[name], value)
+    ]
 
 
 def _possible(parameter: Parameter, value: Scalar) -> bool:

@@ -7,12 +7,12 @@ and its artifacts. The schema of a SQLite store is made here, before any other p
 from __future__ import annotations
 
 import os
+import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -46,6 +46,8 @@ class Tracker:
             self.client = MlflowClient(self.uri)
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
             found = self.client.get_experiment_by_name(name)
+            if found is not None and found.lifecycle_stage != "active":
+                raise ValueError(f"its experiment {name!r} is deleted; set MLFLOW_EXPERIMENT_NAME")
             self.experiment_id = (
                 found.experiment_id
                 if found is not None
@@ -53,7 +55,7 @@ class Tracker:
             )
         except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
             raise StudyError(
-                f"The MLflow store {self.uri} cannot be opened ({_first_line(error)}); mend "
+                f"The MLflow store {redacted(self.uri)} cannot be opened ({_first_line(error)}); mend "
                 "MLFLOW_TRACKING_URI, or unset it to use a SQLite file beside the outputs."
             ) from error
         self.parent_id = ""
@@ -117,6 +119,12 @@ class Tracker:
             self.close_open_trials("the study ended before the trial did")
             self.client.set_terminated(self.parent_id, "FAILED" if failed else "FINISHED")
 
+    def abort(self, reason: str) -> None:
+        """End the study and every open trial as FAILED, also when the end came unexpected."""
+        self.close_open_trials(reason)
+        self.client.set_tag(self.parent_id, "reason", reason)
+        self.client.set_terminated(self.parent_id, "FAILED")
+
     def close_open_trials(self, reason: str) -> None:
         """End every nested run that is still RUNNING, so that none stays so for ever."""
         for run_id in self.runs.values():
@@ -144,13 +152,21 @@ class Tracker:
     def ui_command(self) -> str:
         """What a user types to look at the runs."""
         if self.uri.startswith(("http://", "https://")):
-            return f"open {self.uri}"
-        return f"mlflow ui --backend-store-uri {self.uri}"
+            return f"open {redacted(self.uri)}"
+        return f"mlflow ui --backend-store-uri {redacted(self.uri)}"
 
 
 def tracking_uri(outputs: Path) -> str:
     """MLFLOW_TRACKING_URI, or a SQLite file in `outputs`."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(outputs / 'mlflow.db').resolve()}"
+
+
+def redacted(uri: str) -> str:
+    """The URI without user and password."""
+    parts = urlsplit(uri)
+    if parts.username is None and parts.password is None:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def require_server(uri: str) -> None:
@@ -162,12 +178,12 @@ def require_server(uri: str) -> None:
     if not uri.startswith(("http://", "https://")):
         return
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10)
-    except urllib.error.HTTPError:
-        return  # it answers, if only to refuse
+        parts = urlsplit(uri)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=10).close()
     except (OSError, ValueError) as error:
         raise StudyError(
-            f"The MLflow server {uri} does not answer ({getattr(error, 'reason', error)}); start it "
+            f"The MLflow server {redacted(uri)} does not answer ({error}); start it "
             "or unset MLFLOW_TRACKING_URI to use a SQLite file beside the outputs."
         ) from error
 

@@ -5,6 +5,7 @@ Plain functions; nothing here knows Ray, Optuna or MLflow.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -115,7 +116,7 @@ def run_trial(
     started = time.perf_counter()
     results = {}
     for case in cases:
-        model = case.victim.model.to(device)
+        model = copy.deepcopy(case.victim.model).to(device)
         val = case.val.to(device)
 
         def on_round(log: RoundLog, masks: MaskSet) -> None:

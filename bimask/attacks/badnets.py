@@ -23,9 +23,10 @@ class BadNets(Attack):
         label_rule: LabelRule = "all_to_one",
     ) -> None:
         super().__init__(target=target, label_rule=label_rule)
-        if size < 1 or not 0 <= value <= 1:
+        if not isinstance(size, int) or size < 1 or not 0 <= value <= 1:
             raise SettingError(
-                f"`size >= 1` and `0 <= value <= 1` must hold, but got size={size}, value={value}."
+                "A whole `size >= 1` and `0 <= value <= 1` must hold, but got "
+                f"size={size}, value={value}."
             )
         self.size = size
         self.value = value

@@ -88,8 +88,8 @@ class Attack(ABC):
             raise SettingError(
                 f"`label_rule` must be 'all_to_one' or 'all_to_all', got {label_rule!r}."
             )
-        if target < 0:
-            raise SettingError(f"`target >= 0` must hold, but got target={target}.")
+        if not isinstance(target, int) or target < 0:
+            raise SettingError(f"`target` must be a whole number >= 0, got target={target!r}.")
         if self.clean_label and label_rule == "all_to_all":
             raise SettingError(
                 f"{type(self).__name__} is a clean-label attack: it has one target class, so "
@@ -153,6 +153,8 @@ class Attack(ABC):
         pool = target_class if self.clean_label else torch.arange(len(data))
         total = len(data) if rate_of == "dataset" else len(target_class)
         count = round(rate * total)
+        if not total or not len(pool):  # no rate would do
+            raise DataError(f"0 images are of the target class {self.target}: nothing to poison.")
         if not 1 <= count <= len(pool):
             raise DataError(
                 f"A poisoning rate of {rate:g} of the {rate_of.replace('_', ' ')} ({total} images) "

@@ -27,6 +27,8 @@ class Blended(Attack):
         super().__init__(target=target, label_rule=label_rule)
         if not 0 < alpha <= 1:
             raise SettingError(f"`0 < alpha <= 1` must hold, but got alpha={alpha}.")
+        if not isinstance(pattern_seed, int):
+            raise SettingError(f"`pattern_seed` must be a whole number, got {pattern_seed!r}.")
         self.alpha = alpha
         self.pattern_seed = pattern_seed
 

@@ -63,6 +63,8 @@ def test_overrides_replace_and_digest_sees_them(study):
         ("patience: null", "mask_lr: 0.1", ["fixed.mask_lr: is searched in `space` as well"]),
         ("when: {inner_optimizer: adamw}", "when: {norm: l2}", ["space.inner_weight_decay.when"]),
         ("when: {inner_optimizer: adamw}", "when: {inner_optimizer: sgd}", ["never takes the value"]),
+        ("fixed: {", "start: [{inner_steps: 9}]\nfixed: {", ["start.0.inner_steps: 9 is not in"]),
+        ("fixed: {", "start: [{budget: 1}]\nfixed: {", ["study.yaml:6: start.0.budget: 1 is not"]),
         ("name: badnets", "name: badnet", ["victims.0", "nknown attack 'badnet'"]),
         ("name: badnets", "name: badnets, size: 0", ["victims.0", "size=0"]),
         ("clean_accuracy: 0.5", "clean_accuracy: 5", ["study.yaml:5: reference_point.clean_accuracy"]),

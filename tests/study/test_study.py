@@ -252,7 +252,9 @@ def test_nothing_secret_or_of_mlflow_is_pickled_into_the_results(finished):
 def test_the_front_is_shown_with_the_two_commands_to_type_next(finished, capsys):
     tracker = Tracker(tracking_uri(finished.outputs), finished.outputs / "mlartifacts")
     console = Console(width=200)
-    run.show(console, finished.summary, tracker, finished.outputs / "victims", finished.folder)
+    config = StudyConfig.model_validate(TINY)
+    victims = finished.outputs / "victims"
+    run.show(console, config, finished.summary, tracker, victims, finished.folder)
     shown = capsys.readouterr().out
     assert "mlflow ui --backend-store-uri sqlite:///" in shown
     assert "python -m bimask purify --victim" in shown

@@ -199,9 +199,9 @@ def _statistics(data: ImageData) -> tuple[list[float], list[float]]:
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in data.images.cpu().unbind(1):  # by histogram: no copy of the data as floats
-        shares = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
-        mean = (shares * values).sum()
-        std = (shares * (values - mean) ** 2).sum().sqrt()
+        counts = torch.bincount(channel.flatten(), minlength=256).double()
+        mean = counts @ values / channel.numel()
+        std = (counts @ (values - mean) ** 2 / max(1, channel.numel() - 1)).sqrt()
         means.append(mean.item())
         stds.append(std.item() if std > 0 else 1.0)
     return means, stds

@@ -135,7 +135,11 @@ def check_data(config: StudyConfig) -> None:
 def prepare_victims(
     config: StudyConfig, root: Path, device: torch.device, console: Console
 ) -> dict[str, Victim]:
-    """Every victim of the study, trained where it is not cached, with a bar of its epochs."""
+    """Every victim of the study, trained where it is not cached, with a bar of its epochs.
+
+    Training uses as many threads as a trial, so that a victim does not depend on the machine's cores.
+    """
+    torch.set_num_threads(config.cpus_per_trial)
     victims = {}
     for name, spec in zip(config.victim_names(), config.victims, strict=True):
         cached = (root / spec.digest).is_dir()

@@ -149,6 +149,7 @@ def test_the_summary_is_what_the_trials_say(finished):
     assert summary["victims"]["digits-badnets"]["test"]["n_clean"] == 450
 
 
+@pytest.mark.filterwarnings("ignore::bimask.config.BudgetWarning")  # it may be the paper's own
 def test_best_yaml_gives_the_chosen_trial_again(finished):
     """The same configuration, seed and images purify to the same scores on test."""
     best = PurifyConfig.from_yaml(finished.folder / "best.yaml")

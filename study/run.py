@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
         BimaskError: before the first trial, for anything that would make the study fail.
     """
     started = time.perf_counter()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)  # tables whole in a log
     config = load_config(path, overrides)
     device = resolve_device(config.device)
     require_writable(outputs)

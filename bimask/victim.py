@@ -51,6 +51,7 @@ class VictimSpec(BaseModel):
     weight_decay: float = Field(5e-4, ge=0)
     shift: int = Field(1, ge=0, description="augmentation: random shift by up to this many pixels")
     flip: bool = Field(False, description="augmentation: random horizontal flip")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of training's passes")
     seed: int = Field(0, ge=0)
     min_clean_accuracy: float = Field(0.5, ge=0, le=1, description="bound on val")
     min_attack_success: float = Field(0.5, ge=0, le=1, description="bound on val")
@@ -177,7 +178,9 @@ def _fit(
         order = torch.randperm(len(data)).to(data.images.device)
         for batch in order[: steps * spec.batch_size].chunk(steps):
             images = _augment(data.floats(batch), spec.shift, spec.flip)
-            loss = F.cross_entropy(net(images), data.labels[batch])
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
+                logits = net(images)
+            loss = F.cross_entropy(logits.float(), data.labels[batch])
             sgd.zero_grad()
             loss.backward()
             sgd.step()

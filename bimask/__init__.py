@@ -7,6 +7,7 @@ from bimask.errors import BimaskError
 from bimask.masks import InvertibleMask, MaskSet, fold, masked_forward
 from bimask.metrics import EvalSets, Scores, evaluate
 from bimask.nets import NETS, Normalised
+from bimask.population import PopulationPurifier
 from bimask.purify import PurifyResult, RoundLog, purify
 from bimask.synthesis import TriggerSynthesizer
 from bimask.victim import Victim, VictimSpec, load_victim, obtain_victim, train_victim
@@ -21,6 +22,7 @@ __all__ = [
     "InvertibleMask",
     "MaskSet",
     "Normalised",
+    "PopulationPurifier",
     "PurifyConfig",
     "PurifyResult",
     "RoundLog",

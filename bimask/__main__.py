@@ -23,10 +23,11 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from bimask.config import PurifyConfig, describe
+from bimask.devices import resolve_device
 from bimask.errors import BimaskError, SettingError
 from bimask.metrics import Scores, evaluate
 from bimask.purify import purify
-from bimask.victim import VictimSpec, load_victim, obtain_victim, resolve_device
+from bimask.victim import VictimSpec, load_victim, obtain_victim
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,27 @@ from bimask.synthesis import InnerOptimizer, Norm
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+# What prepares the one net that all members of a population share.
+ENGINE = ("precision", "memory_format", "fold_batch_norm", "compile", "images_per_pass")
+
+
+# Settings by the name of what they are for; `benchmarks/` holds the ablation of each.
+PROFILES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "fast": {
+        "precision": "bfloat16",
+        "images_per_pass": "device",
+        "loss_form": "log",
+        "mask_lr_schedule": "cosine",
+        "patience": None,
+        "inner_optimizer": "sign",
+        "inner_steps": 3,
+        "step_size": None,
+        "clip_images": True,
+    },
+}
 
 
 class BudgetWarning(UserWarning):
@@ -31,6 +52,9 @@ class PurifyConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sharpness: Positive = Field(20.0, description="k, the slope of the mask's sigmoid")
+    mask_estimator: Literal["soft", "straight_through"] = Field(
+        "soft", description="straight_through: 0 or 1 in the forward pass, the soft slope backward"
+    )
     initial_mask: Unit = Field(1.0, description="a at the start")
     initial_selection: Unit = Field(1.0, description="s at the start; below 1, a has a gradient")
     mask_lr: Positive = Field(0.02, description="AdamW's rate on masks and selections")
@@ -55,11 +79,46 @@ class PurifyConfig(BaseModel):
     inner_weight_decay: NonNegative = Field(0.01, description="AdamW's on the perturbation")
     clip_images: bool = Field(False, description="keep perturbed images in [0, 1]")
     warm_start: Unit = Field(0.0, description="share of images whose perturbation goes on, not from 0")
+    early_batch_size: int | None = Field(
+        None, ge=1, description="images a round of initialise and minimise; null is batch_size"
+    )
+    inner_steps_at_start: int | None = Field(
+        None, ge=1, description="inner steps of the first triggered round; they grow to inner_steps"
+    )
+    inner_momentum: float = Field(0.0, ge=0, lt=1, description="of sign steps")
+    reuse_last_pass: bool = Field(
+        False, description="learn masks on the perturbation of the last inner pass, one step behind"
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the passes")
+    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    fold_batch_norm: bool = Field(
+        True, description="into masked convolutions, where they can be traced"
+    )
+    compile: bool = Field(False, description="torch.compile of the passes")
+    images_per_pass: Annotated[int, Field(ge=1)] | Literal["batch", "device"] = Field(
+        "batch", description="bound on memory; batch: one batch a member, device: what it is good for"
+    )
+
+    def inner_steps_at(self, progress: float) -> int:
+        """Inner steps at a share `progress` in [0, 1] of the rounds with triggers."""
+        if self.inner_steps_at_start is None:
+            return self.inner_steps
+        grown = progress * (self.inner_steps - self.inner_steps_at_start)
+        return round(self.inner_steps_at_start + grown)
+
+    def step_size_of(self, steps: int) -> float:
+        """The length of one of `steps` inner steps."""
+        return self.budget / steps if self.step_size is None else self.step_size
+
+    @property
+    def straight_through(self) -> bool:
+        """Whether masks decide every channel."""
+        return self.mask_estimator == "straight_through"
 
     @property
     def resolved_step_size(self) -> float:
-        """The length of one inner step."""
-        return self.budget / self.inner_steps if self.step_size is None else self.step_size
+        """The length of one of all inner steps."""
+        return self.step_size_of(self.inner_steps)
 
     def unreachable_budget(self) -> str | None:
         """One sentence if step size x steps cannot reach the budget, else None.
@@ -78,6 +137,17 @@ class PurifyConfig(BaseModel):
             f"{self.resolved_step_size:g} end at {reach:g} at most; raise `step_size` or "
             f"`inner_steps`, or lower `budget` to {reach:g}."
         )
+
+    @classmethod
+    def profile(cls, name: str, **changes: Any) -> PurifyConfig:
+        """The settings of a profile, "paper" or "fast", with changes.
+
+        Raises:
+            SettingError: no such profile.
+        """
+        if name not in PROFILES:
+            raise SettingError(f"Unknown profile {name!r}; known are {', '.join(PROFILES)}.")
+        return cls.model_validate(PROFILES[name] | changes)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> PurifyConfig:

@@ -25,32 +25,32 @@ def agree(u: Tensor, v: Tensor, *, form: LossForm = "paper") -> Tensor:
     """mean over the batch of -log(overlap(u, v)): small where both answer alike.
 
     Args:
-        u, v: logits (N, K), any real numbers.
+        u, v: logits (..., N, K), any real numbers; leading dimensions are batches of their own.
         form: "paper" or "log", see the module.
 
     Returns:
-        Scalar >= 0. It reaches 0 only where both distributions are one-hot: the loss rewards
-        sharpness as well as agreement.
+        (...), a scalar for (N, K); >= 0. It reaches 0 only where both distributions are one-hot: the
+        loss rewards sharpness as well as agreement.
     """
     if form == "paper":
-        return -(_overlap(u, v) + EPSILON).log().mean()
-    return -torch.logsumexp(u.log_softmax(1) + v.log_softmax(1), dim=1).mean()
+        return -(_overlap(u, v) + EPSILON).log().mean(-1)
+    return -torch.logsumexp(u.log_softmax(-1) + v.log_softmax(-1), dim=-1).mean(-1)
 
 
 def disagree(u: Tensor, v: Tensor, *, form: LossForm = "paper") -> Tensor:
     """mean over the batch of -log(1 - overlap(u, v)): small where the answers differ.
 
     Args:
-        u, v: logits (N, K), any real numbers.
+        u, v: logits (..., N, K), any real numbers; leading dimensions are batches of their own.
         form: "paper" or "log", see the module.
 
     Returns:
-        Scalar >= 0 ("paper" can undercut 0 by 1e-8).
+        (...), a scalar for (N, K); >= 0 ("paper" can undercut 0 by 1e-8).
     """
     if form == "paper":
-        return -(1 - _overlap(u, v) + EPSILON).log().mean()
+        return -(1 - _overlap(u, v) + EPSILON).log().mean(-1)
     # 1 - sum_c u_c v_c = sum_c u_c (1 - v_c): a sum of positive terms, nothing cancels.
-    return -torch.logsumexp(u.log_softmax(1) + _log_complement(v), dim=1).mean()
+    return -torch.logsumexp(u.log_softmax(-1) + _log_complement(v), dim=-1).mean(-1)
 
 
 def selection_cost(selections: Sequence[Tensor]) -> Tensor:
@@ -61,25 +61,25 @@ def selection_cost(selections: Sequence[Tensor]) -> Tensor:
     the layers is kept in float32, also where all else is float64.
 
     Args:
-        selections: s of every site, (C_site,) each, in [0, 1].
+        selections: s of every site, (..., C_site) each, in [0, 1].
 
     Returns:
-        Scalar in [0, 1], float32.
+        (...), a scalar for vectors; in [0, 1], float32.
     """
-    total = torch.zeros((), device=selections[0].device)
+    first = selections[0]
+    total = torch.zeros(first.shape[:-1], device=first.device)
     for selection in selections:
-        total.add_((1 - selection).abs().sum())
-    return total / sum(len(selection) for selection in selections)
+        total.add_((1 - selection).abs().sum(-1))
+    return total / sum(selection.shape[-1] for selection in selections)
 
 
 def _overlap(u: Tensor, v: Tensor) -> Tensor:
-    """(N, K), (N, K) -> (N,) in [0, 1]."""
-    return (u.softmax(1) * v.softmax(1)).sum(1)
+    """(..., N, K), (..., N, K) -> (..., N) in [0, 1]."""
+    return (u.softmax(-1) * v.softmax(-1)).sum(-1)
 
 
 def _log_complement(logits: Tensor) -> Tensor:
-    """log(1 - softmax(logits)) as the share of all *other* classes: (N, K) -> (N, K)."""
-    classes = logits.shape[1]
-    itself = torch.eye(classes, dtype=torch.bool, device=logits.device)
-    others = logits.unsqueeze(1).masked_fill(itself, -torch.inf)  # (N, K, K)
-    return torch.logsumexp(others, dim=2) - torch.logsumexp(logits, dim=1, keepdim=True)
+    """log(1 - softmax(logits)) as the share of all *other* classes: (..., N, K) -> same."""
+    itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    others = logits.unsqueeze(-2).masked_fill(itself, -torch.inf)  # (..., N, K, K)
+    return torch.logsumexp(others, dim=-1) - torch.logsumexp(logits, dim=-1, keepdim=True)

@@ -16,11 +16,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bimask.errors import MaskMismatchError, SettingError
+
+
+def keep_factor(
+    mask: Tensor,
+    selection: Tensor,
+    sharpness: Tensor | float,
+    *,
+    inverse: bool = False,
+    straight_through: bool = False,
+) -> Tensor:
+    """The factor on every channel's output: equation 1, or 2 with `inverse`.
+
+    Args:
+        mask, selection: a and s, (..., C) in [0, 1].
+        sharpness: k > 0, a number or one for each row, (..., 1).
+        straight_through: sigma is 0 or 1, with the slope of the soft one (Bengio et al. 2013,
+            arXiv 1308.3432).
+
+    Returns:
+        (..., C) in [s, 1].
+    """
+    sign = -1 if inverse else 1
+    sigma = torch.sigmoid(sign * sharpness * (mask - 0.5))
+    if straight_through:
+        sigma = (sigma > 0.5).to(sigma) + (sigma - sigma.detach())
+    return sigma + selection * (1 - sigma)
 
 
 class InvertibleMask(nn.Module):
@@ -30,13 +57,20 @@ class InvertibleMask(nn.Module):
         channels: C.
         sharpness: k > 0, the slope of sigma; the paper uses 20.
         mask, selection: initial a and s, in [0, 1]; the paper uses 1 and 1.
+        straight_through: decide every channel, see `keep_factor`; the paper's masks stay soft.
 
     Attributes:
         mask, selection: parameters (C,), kept in [0, 1] by `clamp_`.
     """
 
     def __init__(
-        self, channels: int, *, sharpness: float = 20.0, mask: float = 1.0, selection: float = 1.0
+        self,
+        channels: int,
+        *,
+        sharpness: float = 20.0,
+        mask: float = 1.0,
+        selection: float = 1.0,
+        straight_through: bool = False,
     ) -> None:
         super().__init__()
         if not sharpness > 0:
@@ -44,15 +78,19 @@ class InvertibleMask(nn.Module):
         for name, value in (("mask", mask), ("selection", selection)):
             if not 0 <= value <= 1:
                 raise SettingError(f"`0 <= {name} <= 1` must hold, but got {name}={value}.")
-        self.sharpness = sharpness
+        self.sharpness, self.straight_through = sharpness, straight_through
         self.mask = nn.Parameter(torch.full((channels,), float(mask)))
         self.selection = nn.Parameter(torch.full((channels,), float(selection)))
 
     def keep(self, *, inverse: bool = False) -> Tensor:
         """The factor of every channel, (C,) in [s, 1]; equation 1, or 2 with `inverse`."""
-        sign = -1 if inverse else 1
-        sigma = torch.sigmoid(sign * self.sharpness * (self.mask - 0.5))
-        return sigma + self.selection * (1 - sigma)
+        return keep_factor(
+            self.mask,
+            self.selection,
+            self.sharpness,
+            inverse=inverse,
+            straight_through=self.straight_through,
+        )
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -68,7 +106,7 @@ class MaskSet(InvertibleMask):
 
     Args:
         sites: dotted module name -> number of output channels, in module order.
-        sharpness, mask, selection: as in `InvertibleMask`.
+        sharpness, mask, selection, straight_through: as in `InvertibleMask`.
     """
 
     def __init__(
@@ -78,14 +116,21 @@ class MaskSet(InvertibleMask):
         sharpness: float = 20.0,
         mask: float = 1.0,
         selection: float = 1.0,
+        straight_through: bool = False,
     ) -> None:
         if not sites:
             raise MaskMismatchError("No site to mask: the model has no Conv2d.")
-        super().__init__(sum(sites.values()), sharpness=sharpness, mask=mask, selection=selection)
+        super().__init__(
+            sum(sites.values()),
+            sharpness=sharpness,
+            mask=mask,
+            selection=selection,
+            straight_through=straight_through,
+        )
         self.sites = dict(sites)
 
     @classmethod
-    def for_model(cls, model: nn.Module, **values: float) -> MaskSet:
+    def for_model(cls, model: nn.Module, **values: Any) -> MaskSet:
         """A mask for every Conv2d of `model`, squeeze-excite and shortcuts too, as published."""
         convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
         masks = cls({name: conv.out_channels for name, conv in convs.items()}, **values)
@@ -113,8 +158,10 @@ class MaskSet(InvertibleMask):
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], *, sharpness: float) -> MaskSet:
-        """The masks that `tensors()` wrote; `sharpness` is part of the configuration.
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], *, sharpness: float, straight_through: bool = False
+    ) -> MaskSet:
+        """The masks that `tensors()` wrote; how to read them is part of the configuration.
 
         Raises:
             MaskMismatchError: a site lacks its mask or selection, or their shapes differ.
@@ -133,7 +180,11 @@ class MaskSet(InvertibleMask):
                 raise MaskMismatchError(
                     f"Mask and selection of {name!r} must be vectors of one length, got {shapes}."
                 )
-        masks = cls({name: len(tensors[f"{name}.mask"]) for name in names}, sharpness=sharpness)
+        masks = cls(
+            {name: len(tensors[f"{name}.mask"]) for name in names},
+            sharpness=sharpness,
+            straight_through=straight_through,
+        )
         masks = masks.to(tensors[f"{names[0]}.mask"].dtype)
         with torch.no_grad():
             masks.mask.copy_(torch.cat([tensors[f"{name}.mask"] for name in names]))

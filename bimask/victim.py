@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from bimask.attacks import Attack, build_attack
 from bimask.data import LOADERS, ImageData, Splits, load_data
-from bimask.errors import NonFiniteError, SettingError, VictimError, VictimRefusedError
+from bimask.errors import NonFiniteError, VictimError, VictimRefusedError
 from bimask.metrics import EvalSets, Scores, Split, evaluate
 from bimask.nets import NETS, build_net
 
@@ -168,6 +168,7 @@ def _fit(
         std=std,
     ).to(data.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = max(1, len(data) // spec.batch_size)
+    low = spec.precision == "bfloat16"
     sgd = torch.optim.SGD(
         net.parameters(), lr=spec.lr, momentum=0.9, weight_decay=spec.weight_decay, nesterov=True
     )
@@ -178,7 +179,7 @@ def _fit(
         order = torch.randperm(len(data)).to(data.images.device)
         for batch in order[: steps * spec.batch_size].chunk(steps):
             images = _augment(data.floats(batch), spec.shift, spec.flip)
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
                 logits = net(images)
             loss = F.cross_entropy(logits.float(), data.labels[batch])
             sgd.zero_grad()
@@ -342,26 +343,6 @@ def obtain_victim(
         return victim
     victim = train_victim(spec, device=device, on_epoch=on_epoch)
     return load_victim(save_victim(victim, root))  # the same bits as the next time it is asked for
-
-
-def resolve_device(name: str) -> torch.device:
-    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> a device that is here.
-
-    Raises:
-        SettingError: no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingError(
-            f"The device {name!r} cannot be used here ({reason}); use 'auto', 'cpu' or a GPU that "
-            "this machine has."
-        ) from error
-    return device
 
 
 def _sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -48,9 +49,10 @@ class StudyConfig(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(0, ge=0, lt=2**32)
     trials: int = Field(ge=1)
-    concurrency: int | None = Field(None, ge=1, description="trials at once; null fills the cluster")
-    cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of a trial")
-    gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four trials")
+    concurrency: int | None = Field(None, ge=1, description="actors at once; null fills the cluster")
+    trials_per_actor: int = Field(1, ge=1, description="trials that one actor runs at once, as a group")
+    cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of an actor")
+    gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four actors")
     device: str = Field("auto", description="auto: cuda where a trial has a GPU share, else cpu")
     sampler: Literal["tpe", "random"] = "tpe"
     selection: Literal["oracle"] = Field("oracle", description="scores on val use the true trigger")
@@ -67,10 +69,16 @@ class StudyConfig(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits of everything that decides results."""
-        deciding = self.model_dump(mode="json", exclude={"name", "concurrency"})
+        """Sixteen hex digits of everything that decides results; how much runs at once does not."""
+        at_once = {"concurrency", "trials_per_actor"}
+        deciding = self.model_dump(mode="json", exclude={"name", *at_once})
         text = json.dumps(deciding, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def groups(self) -> int:
+        """How many groups of `trials_per_actor` trials there are; the last may be smaller."""
+        return math.ceil(self.trials / self.trials_per_actor)
 
     def victim_names(self) -> list[str]:
         """One distinct name a victim: dataset and attack, with its digest where that is not enough."""

@@ -20,7 +20,9 @@ def main(
         Path, typer.Argument(metavar="[STUDY.yaml]", show_default="search_spaces/ims_digits.yaml")
     ] = DEFAULT,
     trials: Annotated[int | None, typer.Option(help="Trials, instead of the file's.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Trials at once.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Actors at once; each runs `trials_per_actor` trials.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join: 'auto', or ADDRESS:PORT.")
     ] = None,

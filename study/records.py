@@ -62,14 +62,21 @@ class Recorder:
         """Whether the trial has begun, or has ended already."""
         return number in self.open or any(r["number"] == number for r in self.records)
 
-    def started(self, number: int, preset: str | None, parameters: dict[str, Any]) -> None:
-        """A trial has begun: its run is opened in MLflow."""
+    def started(
+        self, number: int, preset: str | None, parameters: dict[str, Any], *, group: int = 1
+    ) -> None:
+        """A trial has begun: its run is opened in MLflow.
+
+        Args:
+            group: how many trials share its actor, itself included.
+        """
         settings = PurifyConfig() if preset else self.config.purify_config(parameters)
         self.open[number] = {
             "number": number,
             "preset": preset,
             "parameters": parameters,
             "purify": settings.model_dump(),
+            "group": group,
             "started": time.time(),
             "history": {},
         }
@@ -114,7 +121,8 @@ class Recorder:
         if number not in self.open:
             return
         trial = self.open.pop(number)
-        self._append(trial, "FAILED", reason, {"seconds": time.time() - trial["started"]})
+        seconds = (time.time() - trial["started"]) / trial["group"]
+        self._append(trial, "FAILED", reason, {"seconds": seconds})
         self.tracker.end_trial(number, histories=trial["history"], reason=reason)
 
     def _append(
@@ -183,8 +191,9 @@ def write_yaml(path: Path, content: dict[str, Any], header: str) -> None:
 def load(name: str, outputs: Path | str = OUTPUTS) -> pd.DataFrame:
     """The trials of a study, one row a trial.
 
-    Columns: number, status, reason, preset, clean_accuracy, attack_success, recovery, seconds, then
-    `parameters.NAME`, `scores.VICTIM.SCORE`, `passes.KIND` and `provenance.*`.
+    Columns: number, status, reason, preset, clean_accuracy, attack_success, recovery, seconds (of a
+    trial alone; in a group, an even share of the group's), then `parameters.NAME`,
+    `scores.VICTIM.SCORE`, `passes.KIND` and `provenance.*`.
 
     Raises:
         StudyError: no study of that name.

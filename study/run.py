@@ -19,8 +19,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from bimask.config import PurifyConfig
+from bimask.devices import resolve_device
 from bimask.metrics import Scores, evaluate
-from bimask.victim import EpochLog, Victim, obtain_victim, resolve_device
+from bimask.victim import EpochLog, Victim, obtain_victim
 from study import records, search
 from study.config import StudyConfig, StudyError, load_config
 from study.pareto import OBJECTIVES, ParetoFront, choose
@@ -65,7 +66,8 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
         try:
             searching = time.perf_counter()
             digests = {name: victim.spec.digest for name, victim in victims.items()}
-            with trial_progress(console, config.trials, concurrency) as on_change:
+            at_once = min(config.trials, concurrency * config.trials_per_actor)
+            with trial_progress(console, config.trials, at_once) as on_change:
                 recorder = records.Recorder(config, folder, tracker, digests, on_change)
                 search.run_search(config, cases, recorder, folder=folder, concurrency=concurrency)
             wall = time.perf_counter() - searching
@@ -176,15 +178,15 @@ def _bar(console: Console) -> Progress:
 
 @contextmanager
 def trial_progress(
-    console: Console, trials: int, concurrency: int
+    console: Console, trials: int, at_once: int
 ) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """A bar of finished trials with the best scores so far."""
     with _bar(console) as progress:
-        task = progress.add_task(f"trials, {concurrency} at once", total=trials)
+        task = progress.add_task(f"trials, {at_once} at once", total=trials)
 
         def on_change(done: list[dict[str, Any]]) -> None:
             complete = [r for r in done if r["status"] == "COMPLETE"]
-            text = f"trials, {concurrency} at once"
+            text = f"trials, {at_once} at once"
             if complete:
                 best = min(complete, key=lambda r: r["attack_success"])
                 text += f"; least ASR {best['attack_success']:.3f} at ACC {best['clean_accuracy']:.3f}"

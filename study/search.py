@@ -1,5 +1,8 @@
 """The search: Optuna proposes, Ray Tune runs, every trial ends in one record.
 
+A trial is Optuna's. What Ray calls a trial is a group of them, `trials_per_actor` or fewer, which one
+actor runs at once; its configuration and its final report hold a list, one entry a member.
+
 The only file that imports ray or optuna. Facts of the stack that shape it:
 
 - Ray's own OptunaSearch turns a two-objective study into a single-objective one when TuneConfig names
@@ -7,6 +10,8 @@ The only file that imports ray or optuna. Facts of the stack that shape it:
   to Optuna through its public ask-and-tell interface: two directions, or it does not start, and
   every trial is told COMPLETE with finite values or FAIL.
 - A trial that ends early never reaches the front: only a final report carries objectives.
+- Trials of a group are asked for before the first of them is told, so TPE must keep its distance from
+  those still running: `constant_liar`, the default since Optuna 5, for several objectives since 3.5.
 - Actors are reused, so each trial sets its own threads and works on copies.
 """
 
@@ -15,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 import tempfile
 import warnings
@@ -35,6 +41,7 @@ from ray.tune.search import Searcher
 from safetensors.torch import save_file
 
 from bimask.config import PurifyConfig
+from bimask.errors import NonFiniteError
 from bimask.metrics import Scores
 from bimask.purify import RoundLog
 from study.config import StudyConfig, StudyError
@@ -42,9 +49,10 @@ from study.pareto import OBJECTIVES
 from study.plots import draw_masks
 from study.records import Recorder
 from study.space import suggest
-from study.trial import Case, TrialResult, run_trial
+from study.trial import Case, TrialResult, run_trials
 
 PAPER = "paper"  # the preset of trial 0
+RAY = "ray"  # Tune's folder in the study's
 
 
 def start_ray(address: str | None) -> None:
@@ -78,10 +86,10 @@ def stop_ray() -> None:
 
 
 def check_resources(config: StudyConfig) -> int:
-    """How many trials run at once on the nodes that are up.
+    """How many actors run at once on the nodes that are up.
 
     Raises:
-        StudyError: no node offers the CPUs or the GPU share of one trial.
+        StudyError: no node offers the CPUs or the GPU share of one actor.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
@@ -98,15 +106,15 @@ def check_resources(config: StudyConfig) -> int:
     fitting = sum(map(slots, nodes))
     if not fitting:
         raise StudyError(
-            f"A trial asks for {cpus} CPU(s) and {gpus:g} GPU, but the largest of {len(nodes)} "
+            f"An actor asks for {cpus} CPU(s) and {gpus:g} GPU, but the largest of {len(nodes)} "
             f"node(s) has {max(node.get('CPU', 0) for node in nodes):g} CPU(s); lower "
             "`cpus_per_trial` or `gpus_per_trial`, or wait until larger nodes are up."
         )
-    return min(config.concurrency or fitting, fitting, config.trials)
+    return min(config.concurrency or fitting, fitting, config.groups)
 
 
 class ParetoSearch(Searcher):
-    """Optuna's multi-objective search, one Optuna trial a Tune trial.
+    """Optuna's multi-objective search, a group of Optuna's trials a Tune trial.
 
     Args:
         config: the study.
@@ -117,19 +125,19 @@ class ParetoSearch(Searcher):
         super().__init__()
         self.config = config
         self.storage = storage
-        self.asked: dict[str, optuna.Trial] = {}
+        self.asked: dict[str, list[optuna.Trial]] = {}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study = optuna.create_study(
-            storage=storage,
-            study_name=config.name,
-            directions=list(OBJECTIVES.values()),
-            sampler=SAMPLERS[config.sampler](config.seed),
-        )
+        with warnings.catch_warnings():  # constant_liar before 5.0, metric names
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.study = optuna.create_study(
+                storage=storage,
+                study_name=config.name,
+                directions=list(OBJECTIVES.values()),
+                sampler=SAMPLERS[config.sampler](config.seed),
+            )
+            self.study.set_metric_names(list(OBJECTIVES))  # the axes in dashboards
         if len(self.study.directions) != len(OBJECTIVES):
             raise StudyError(f"Optuna's study has directions {self.study.directions}.")
-        with warnings.catch_warnings():  # "experimental" since 3.2; names the axes in dashboards
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study.set_metric_names(list(OBJECTIVES))
         self.study.enqueue_trial({}, user_attrs={"preset": PAPER})
         for point in config.start:
             self.study.enqueue_trial(point)
@@ -139,22 +147,30 @@ class ParetoSearch(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The next configuration: `number`, `preset` and `parameters` of the trial."""
-        trial = self.asked[trial_id] = self.study.ask()
-        preset = trial.user_attrs.get("preset")
-        trial.set_user_attr("tune_trial_id", trial_id)
-        parameters = published() if preset == PAPER else suggest(self.config.space, trial)
-        return {"number": trial.number, "preset": preset, "parameters": parameters}
+        """The next group: `number`, `preset` and `parameters` of each of its trials."""
+        left = self.config.trials - sum(map(len, self.asked.values()))
+        group = self.asked[trial_id] = []
+        members = []
+        for _ in range(min(self.config.trials_per_actor, left)):
+            trial = self.study.ask()
+            group.append(trial)
+            preset = trial.user_attrs.get("preset")
+            trial.set_user_attr("tune_trial_id", trial_id)
+            parameters = published() if preset == PAPER else suggest(self.config.space, trial)
+            members.append({"number": trial.number, "preset": preset, "parameters": parameters})
+        return {"members": members}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell Optuna: COMPLETE with finite values of a final report, or FAIL."""
-        values = None if error else objectives_of(result)
-        if values is None:
-            self.study.tell(self.asked[trial_id], state=TrialState.FAIL)
-        else:
-            self.study.tell(self.asked[trial_id], values)
+        """Tell Optuna of each member: COMPLETE with finite values of a final report, or FAIL."""
+        reports = {} if error else final_reports(result)
+        for trial in self.asked[trial_id]:
+            values = objectives_of(reports.get(trial.number))
+            if values is None:
+                self.study.tell(trial, state=TrialState.FAIL)
+            else:
+                self.study.tell(trial, values)
 
     def close(self) -> list[int]:
         """Fail what is still RUNNING, and say which numbers those were."""
@@ -176,7 +192,7 @@ class ParetoSearch(Searcher):
 
 
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=6),
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=6, constant_liar=True),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
 
@@ -186,49 +202,64 @@ def published() -> dict[str, Any]:
     return PurifyConfig().model_dump()
 
 
-def objectives_of(result: dict[str, Any] | None) -> list[float] | None:
-    """The objectives of a final report in order, or None where one is missing or not finite."""
+def final_reports(result: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
+    """Number -> what a group's final report says of that member; empty for any other report."""
     if not result or not result.get("final"):
-        return None
-    values = [result.get(name) for name in OBJECTIVES]
+        return {}
+    return {report["number"]: report for report in result.get("members", [])}
+
+
+def objectives_of(report: dict[str, Any] | None) -> list[float] | None:
+    """The objectives of a member's report in order, or None where one is missing or not finite."""
+    values = [(report or {}).get(name) for name in OBJECTIVES]
     if all(isinstance(v, int | float) and math.isfinite(v) for v in values):
         return [float(v) for v in values if v is not None]
     return None
 
 
 def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
-    """What a Ray actor runs: one trial, with its share of the threads."""
+    """What a Ray actor runs: the trials of one group at once, with its share of the threads."""
     torch.set_num_threads(study.cpus_per_trial)
-    purify_config = (
-        PurifyConfig.model_validate(config["parameters"])
-        if config["preset"] == PAPER
-        else study.purify_config(config["parameters"])
-    )
+    members = config["members"]
     device = study.device
     if device == "auto":
         device = "cuda" if study.gpus_per_trial else "cpu"
 
-    def report(victim: str, log: RoundLog, scores: Scores) -> None:
-        tune.report({"victim": victim, "step": log.step, "loss": log.loss, **asdict(scores)})
+    def report(member: int, victim: str, log: RoundLog, scores: Scores) -> None:
+        number = members[member]["number"]
+        tune.report(
+            {"number": number, "victim": victim, "step": log.step, "loss": log.loss, **asdict(scores)}
+        )
 
-    result = run_trial(
-        purify_config,
+    results = run_trials(
+        [
+            PurifyConfig.model_validate(member["parameters"])
+            if member["preset"] == PAPER
+            else study.purify_config(member["parameters"])
+            for member in members
+        ],
         cases,
         seed=study.seed,
         device=device,
         report_every=study.report_every,
         on_report=report,
     )
+    reports: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        write_artifacts(result, Path(folder), config["number"])
-        tune.report(
-            {"final": True, "device": device, **result.record()},
-            checkpoint=tune.Checkpoint.from_directory(folder),
-        )
+        for member, result in zip(members, results, strict=True):
+            number = member["number"]
+            if isinstance(result, NonFiniteError):
+                reports.append({"number": number, "reason": f"NonFiniteError: {result}"})
+            else:
+                write_artifacts(result, Path(folder) / str(number), number)
+                reports.append({"number": number, "device": device, **result.record()})
+        kept = tune.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
+        tune.report({"final": True, "members": reports}, checkpoint=kept)
 
 
 def write_artifacts(result: TrialResult, folder: Path, number: int) -> None:
-    """Masks (safetensors), their picture and the rounds (JSON) of every victim."""
+    """Masks (safetensors), their picture and the rounds (JSON) of every victim, in a new folder."""
+    folder.mkdir()
     for name, case in result.cases.items():
         save_file(case.masks.tensors(), folder / f"{name}.masks.safetensors")
         draw_masks(folder / f"{name}.masks.png", case.masks, f"trial {number}, {name}")
@@ -243,38 +274,47 @@ class _Recording(tune.Callback):
         self.recorder: Recorder | None = recorder
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        if self.recorder is not None:
-            self.recorder.started(**trial.config)
+        if self.recorder is None:
+            return
+        members = trial.config["members"]
+        for member in members:
+            if not self.recorder.knows(member["number"]):
+                self.recorder.started(**member, group=len(members))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
         if self.recorder is not None and not result.get("final"):
-            self.recorder.reported(trial.config["number"], result)
+            self.recorder.reported(result["number"], result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         if self.recorder is None:
             return
-        number, result = trial.config["number"], trial.last_result
-        if objectives_of(result) is None:
-            shown = {name: result.get(name) for name in OBJECTIVES} if result else None
-            self.recorder.failed(number, f"ended without finite objectives: {shown}")
-            return
-        with trial.checkpoint.as_directory() as folder:
-            self.recorder.completed(number, result, Path(folder))
+        reports = final_reports(trial.last_result)
+        for member in trial.config["members"]:
+            number = member["number"]
+            report = reports.get(number, {})
+            if objectives_of(report) is None:
+                shown = {name: report.get(name) for name in OBJECTIVES}
+                reason = report.get("reason") or f"ended without finite objectives: {shown}"
+                self.recorder.failed(number, reason)
+                continue
+            with trial.checkpoint.as_directory() as folder:
+                self.recorder.completed(number, report, Path(folder) / str(number))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        if self.recorder is not None:
-            if not self.recorder.knows(trial.config["number"]):  # its actor never came up
-                self.recorder.started(**trial.config)
-            self.recorder.failed(trial.config["number"], _reason(trial))
+        if self.recorder is None:
+            return
+        self.on_trial_start(iteration, trials, trial)  # for an actor that never came up
+        for member in trial.config["members"]:
+            self.recorder.failed(member["number"], _reason(trial))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"recorder": None}  # what Tune pickles holds no client, no path, no secret
 
 
 def _reason(trial: Any) -> str:
-    """The last line of a failed trial's traceback: the error and its sentence."""
+    """The last line of a failed group's traceback: the error and its sentence."""
     path = trial.error_file
     text = Path(path).read_text() if path and Path(path).is_file() else ""
     lines = [line for line in text.splitlines() if line and not line.startswith(" ")]
@@ -294,8 +334,11 @@ def run_search(
 
     Args:
         folder: the study's folder; Optuna's database and Ray's files go there.
-        concurrency: trials at once.
+        concurrency: actors at once.
         function: what an actor runs; takes `config`, `study` and `cases` as `trainable` does.
+
+    Ray's files are removed where no actor failed: nothing reads them later, and the masks are in the
+    records' folders. Else they stay, for the tracebacks in them.
     """
     searcher = ParetoSearch(config, f"sqlite:///{(folder / 'optuna.db').resolve()}")
     function = tune.with_parameters(function, study=config, cases=cases)
@@ -304,19 +347,21 @@ def run_search(
         tune.with_resources(function, resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            num_samples=config.trials,
+            num_samples=config.groups,
             max_concurrent_trials=concurrency,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name="ray",
+            name=RAY,
             storage_path=str(folder.resolve()),
             callbacks=[_Recording(recorder)],
             verbose=0,
         ),
     )
     try:
-        tuner.fit()
+        failed = tuner.fit().num_errors
     finally:
         for number in searcher.close():
             recorder.failed(number, "the study ended before the trial did")
+    if not failed:
+        shutil.rmtree(folder / RAY, ignore_errors=True)

@@ -1,6 +1,7 @@
-"""One trial: purify every victim with one configuration, and score what comes out on `val`.
+"""A trial is one configuration: every victim is purified with it and scored on `val`.
 
-Plain functions; nothing here knows Ray, Optuna or MLflow.
+The trials of a group run at once, on one prepared victim (`bimask.population`), and each ends with the
+numbers that it has alone. Plain functions; nothing here knows Ray, Optuna or MLflow.
 """
 
 from __future__ import annotations
@@ -8,18 +9,18 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bimask.config import PurifyConfig
+from bimask.config import ENGINE, PurifyConfig
 from bimask.errors import NonFiniteError
 from bimask.masks import MaskSet, fold
 from bimask.metrics import EvalSets, Scores, evaluate
-from bimask.purify import Passes, RoundLog, purify
+from bimask.population import Passes, PopulationPurifier, RoundLog
 from bimask.victim import Victim
 from study.config import StudyConfig
 
@@ -58,7 +59,6 @@ class CaseResult:
     masks: MaskSet
     rounds: list[RoundLog]
     passes: Passes
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TrialResult:
     Attributes:
         cases: victim name -> result.
         scores: mean over the victims of `SCORES`.
-        seconds: wall time of the trial.
+        seconds: the trial's share of its group's wall time, which is divided evenly.
     """
 
     cases: dict[str, CaseResult]
@@ -89,60 +89,87 @@ class TrialResult:
         }
 
 
-Report = Callable[[str, RoundLog, Scores], None]
+Report = Callable[[int, str, RoundLog, Scores], None]
 
 
-def run_trial(
-    config: PurifyConfig,
-    cases: list[Case],
+def run_trials(
+    configs: Sequence[PurifyConfig],
+    cases: Sequence[Case],
     *,
     seed: int,
     device: torch.device | str = "cpu",
     report_every: int = 10,
     on_report: Report | None = None,
-) -> TrialResult:
-    """Purify each case with one configuration.
+) -> list[TrialResult | NonFiniteError]:
+    """Purify each case with every configuration, all configurations at once.
 
     Args:
-        config: settings of the defence.
+        configs: settings of the defence, one a trial.
         cases: victims; they are left as they are.
-        seed: of the defence; the same seed gives the same result on the same hardware.
-        on_report: called with the victim's name, the round and its scores on `val`, every
-            `report_every` rounds.
+        seed: of the defence, the same for every trial; the same seed gives the same result on the
+            same hardware, whatever else is in the group.
+        on_report: called with the trial's position, the victim's name, the round and its scores on
+            `val`, every `report_every` rounds.
 
-    Raises:
-        NonFiniteError: a loss or a score is NaN or infinite. No number is ever made up for it.
+    Returns:
+        One result a configuration, or the error that ended this one alone: a loss or an objective is
+        NaN or infinite. No number is ever made up for it.
     """
     started = time.perf_counter()
-    results = {}
+    results: list[dict[str, CaseResult]] = [{} for _ in configs]
+    failures: dict[int, NonFiniteError] = {}
     for case in cases:
         model = copy.deepcopy(case.victim.model).to(device)
-        val = case.val.to(device)
+        clean, val = case.clean.to(device), case.val.to(device)
+        for group in _populations(configs):
+            running = [trial for trial in group if trial not in failures]
+            if not running:
+                continue
 
-        def on_round(log: RoundLog, masks: MaskSet) -> None:
-            if on_report is not None and (log.step + 1) % report_every == 0:
-                on_report(case.name, log, evaluate(fold(model, masks), val))  # noqa: B023
+            def on_round(member: int, log: RoundLog, masks: MaskSet) -> None:
+                if on_report is not None and (log.step + 1) % report_every == 0:
+                    scores = evaluate(fold(model, masks), val)  # noqa: B023
+                    on_report(running[member], case.name, log, scores)  # noqa: B023
 
-        result = purify(
-            model,
-            case.clean.to(device),
-            config,
-            generator=torch.Generator().manual_seed(seed),
-            on_round=on_round,
-        )
-        scores = evaluate(result.model(), val)
-        results[case.name] = CaseResult(
-            scores, result.masks.cpu(), result.rounds, result.passes, result.seconds
-        )
-    means = {
-        name: sum(getattr(r.scores, name) for r in results.values()) / len(results) for name in SCORES
-    }
+            population = PopulationPurifier(
+                model,
+                clean,
+                [configs[trial] for trial in running],
+                generators=[torch.Generator().manual_seed(seed) for _ in running],
+                on_round=on_round,
+            )
+            for trial, result in zip(running, population.run(), strict=True):
+                if isinstance(result, NonFiniteError):
+                    failures[trial] = result
+                else:
+                    scores = evaluate(result.model(), val)
+                    results[trial][case.name] = CaseResult(
+                        scores, result.masks.cpu(), result.rounds, result.passes
+                    )
+    seconds = (time.perf_counter() - started) / len(configs)
+    return [failures.get(i) or _result(mine, seconds) for i, mine in enumerate(results)]
+
+
+def _populations(configs: Sequence[PurifyConfig]) -> list[list[int]]:
+    """Positions of the configurations that can share one prepared net, as `ENGINE` says."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for position, config in enumerate(configs):
+        groups.setdefault(tuple(getattr(config, name) for name in ENGINE), []).append(position)
+    return list(groups.values())
+
+
+def _result(cases: dict[str, CaseResult], seconds: float) -> TrialResult | NonFiniteError:
+    """A trial's result from those of its cases; the error where an objective is not finite."""
+    means = {name: sum(getattr(r.scores, name) for r in cases.values()) / len(cases) for name in SCORES}
     for name, value in means.items():
         if not math.isfinite(value):
-            raise NonFiniteError(f"The objective {name} is {value}.")
-    return TrialResult(results, means, time.perf_counter() - started)
+            return NonFiniteError(f"The objective {name} is {value}.")
+    return TrialResult(cases, means, seconds)
 
 
 def purified(model: nn.Module, tensors: dict[str, Tensor], config: PurifyConfig) -> nn.Module:
     """The purified model from saved masks."""
-    return fold(model, MaskSet.from_tensors(tensors, sharpness=config.sharpness))
+    masks = MaskSet.from_tensors(
+        tensors, sharpness=config.sharpness, straight_through=config.straight_through
+    )
+    return fold(model, masks)

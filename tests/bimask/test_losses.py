@@ -46,6 +46,18 @@ def test_is_the_mean_over_the_batch(loss, form):
     assert loss(u, v, form=form).item() == pytest.approx(sum(rows) / len(rows), rel=1e-12)
 
 
+@FORMS
+@BOTH
+def test_leading_dimensions_are_batches_of_their_own(loss, form):
+    u, v = random_logits(0).view(2, 1, 3, 10), random_logits(1).view(1, 2, 3, 10)
+    got = loss(u, v, form=form)
+    assert got.shape == (2, 2)
+    for i in range(2):
+        for j in range(2):
+            wanted = loss(u[i, 0], v[0, j], form=form).item()
+            assert got[i, j].item() == pytest.approx(wanted, rel=1e-12)
+
+
 @BOTH
 @given(seed=st.integers(0, 10_000), classes=st.integers(2, 12))
 def test_log_form_is_the_paper_form_without_its_floor(loss, seed, classes):
@@ -122,6 +134,13 @@ def test_selection_cost_is_the_mean_over_all_channels():
     assert selection_cost(selections).item() == (0.5 + 0.75 + 1.0) / 4
     assert selection_cost([torch.ones(3), torch.ones(2)]).item() == 0
     assert selection_cost([torch.zeros(3), torch.zeros(2)]).item() == 1
+
+
+def test_selection_cost_of_members_is_that_of_each():
+    rows = [torch.tensor([[1.0, 0.5], [0.0, 0.0]]), torch.tensor([[0.25], [1.0]])]
+    assert selection_cost(rows).tolist() == pytest.approx([1.25 / 3, 2 / 3])
+    for member in range(2):
+        assert selection_cost(rows)[member] == selection_cost([row[member] for row in rows])
 
 
 def test_selection_cost_has_no_gradient_at_one_and_an_even_one_below():

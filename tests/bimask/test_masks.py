@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bimask.errors import MaskMismatchError, SettingError
-from bimask.masks import InvertibleMask, MaskSet, fold, fold_into, masked_forward
+from bimask.masks import InvertibleMask, MaskSet, fold, fold_into, keep_factor, masked_forward
 
 unit = st.floats(0, 1)
 SIDES = pytest.mark.parametrize("inverse", [False, True])
@@ -52,6 +52,35 @@ def test_keep_by_hand():
     sigma = 0.8807970779778823  # sigmoid(2)
     wanted = torch.tensor([0.5, sigma, (1 + sigma) / 2], dtype=torch.float64)
     torch.testing.assert_close(masks.keep().detach(), wanted, rtol=0, atol=1e-15)
+
+
+@SIDES
+def test_factors_of_members_are_those_of_each_with_its_own_sharpness(inverse):
+    generator = torch.Generator().manual_seed(0)
+    a, s = torch.rand(2, 3, 7, generator=generator, dtype=torch.float64)
+    k = torch.tensor([[1.0], [20.0], [300.0]], dtype=torch.float64)
+    together = keep_factor(a, s, k, inverse=inverse)
+    for row in range(3):
+        masks = InvertibleMask(7, sharpness=k[row].item()).double()
+        masks.mask.data, masks.selection.data = a[row], s[row]
+        torch.testing.assert_close(
+            together[row], masks.keep(inverse=inverse).detach(), rtol=0, atol=1e-15
+        )
+
+
+@SIDES
+def test_straight_through_decides_with_the_slope_of_the_soft_mask(inverse):
+    values = torch.tensor([0.0, 0.3, 0.49, 0.51, 0.7, 1.0], dtype=torch.float64)
+    masks = [InvertibleMask(6, straight_through=hard).double() for hard in (False, True)]
+    for mask in masks:
+        mask.mask.data, mask.selection.data = values.clone(), torch.full_like(values, 0.25)
+        mask.keep(inverse=inverse).sum().backward()
+    soft, hard = masks
+    kept = [0.25] * 3 + [1.0] * 3
+    assert hard.keep(inverse=inverse).tolist() == (kept[::-1] if inverse else kept)
+    torch.testing.assert_close(hard.mask.grad, soft.mask.grad, rtol=0, atol=1e-15)
+    # s holds up what is dropped, and only that
+    assert hard.selection.grad.tolist() == [float(k < 1) for k in hard.keep(inverse=inverse)]
 
 
 @SIDES

@@ -8,6 +8,7 @@ from bimask.attacks import BadNets, TriggeredData
 from bimask.data import ImageData
 from bimask.errors import DataError, NonFiniteError
 from bimask.metrics import EvalSets, Scores, evaluate, predict
+from bimask.nets import SmallResNet
 
 
 class Lookup(nn.Module):
@@ -152,3 +153,59 @@ def test_scoring_keeps_no_graph_and_changes_no_statistics():
     answers = predict(model, eight_images().images)
     assert answers.dtype == torch.int64
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- evaluation in bfloat16, and in batches that fit ---
+
+
+class Close(nn.Module):
+    """Logits a hundredth apart, which bfloat16 rounds together around 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, images):
+        x = images.mean((1, 2, 3))
+        return self.base + torch.stack([x / 50, (1 - x) / 50, torch.full_like(x, -1)], dim=1)
+
+
+def test_answers_in_bfloat16_are_those_in_float32():
+    images = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    model = Close()
+    low = model.to(torch.bfloat16)((images.float() / 255).bfloat16()).argmax(1)
+    model = Close()
+    wanted = predict(model, images)
+    assert (low != wanted).sum() > 50  # without the second look
+    assert torch.equal(predict(model, images, precision="bfloat16"), wanted)
+    assert model.base.dtype == torch.float32
+
+
+def test_answers_in_bfloat16_of_a_real_net():
+    torch.manual_seed(0)
+    net = SmallResNet(1, 10, width=4)
+    images = torch.randint(0, 256, (700, 1, 8, 8), dtype=torch.uint8)
+    assert torch.equal(predict(net, images, precision="bfloat16"), predict(net, images))
+
+
+def test_batches_are_halved_until_they_fit():
+    class Small(Close):
+        def forward(self, images):
+            sizes.append(len(images))
+            if len(images) > 3:
+                raise torch.OutOfMemoryError("too many")
+            return super().forward(images)
+
+    sizes: list[int] = []
+    images = torch.randint(0, 256, (10, 1, 2, 2), dtype=torch.uint8)
+    assert torch.equal(predict(Small(), images, batch_size=10), predict(Close(), images))
+    assert sizes == [10, 5, 3, 3, 3, 1]
+
+
+def test_one_image_that_does_not_fit_is_the_callers_to_know():
+    class Full(nn.Module):
+        def forward(self, images):
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        predict(Full(), torch.zeros(4, 1, 2, 2, dtype=torch.uint8))

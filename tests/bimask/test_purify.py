@@ -2,6 +2,7 @@ import copy
 import inspect
 import itertools
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,11 @@ from bimask.attacks import BadNets
 from bimask.config import PurifyConfig
 from bimask.data import ImageData
 from bimask.errors import MaskMismatchError, NonFiniteError, SettingError
+from bimask.frozen import FrozenNet
 from bimask.masks import masked_forward
 from bimask.metrics import EvalSets, evaluate
-from bimask.purify import _Plateau, purify
+from bimask.population import _Plateau
+from bimask.purify import purify
 
 STAGES = ("initialise", "minimise", "select")
 SHORT = {
@@ -32,28 +35,30 @@ def short(**changes):
     return PurifyConfig(**(SHORT | changes))
 
 
-def watched(model):
-    """A copy of `model`, and what passes through it and through the copies made of it.
+@contextmanager
+def watched():
+    """What passes through the prepared net meanwhile, pass by pass.
 
-    `forward` counts images, `backward` images whose logits receive a gradient.
+    `forward` counts images, `backward` images whose logits receive a gradient: with blocks of n
+    images, n for each block.
     """
     seen = SimpleNamespace(batches=[], forward=0, backward=0)
+    forward = FrozenNet.forward
 
-    def enter(_module, inputs):
-        seen.batches.append(inputs[0].detach().clone())
-        seen.forward += len(inputs[0])
-
-    def leave(_module, _inputs, logits):
+    def counting(net, images, factors=None):
         def count(gradient):
             seen.backward += len(gradient)
 
+        seen.batches.append(images.detach().clone())
+        seen.forward += len(images)
+        logits = forward(net, images, factors)
         if logits.requires_grad:
             logits.register_hook(count)
+        return logits
 
-    twin = copy.deepcopy(model)
-    twin.register_forward_pre_hook(enter)
-    twin.register_forward_hook(leave)
-    return twin, seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenNet, "forward", counting)
+        yield seen
 
 
 # --- the published program ---
@@ -62,7 +67,6 @@ def watched(model):
 @pytest.fixture(scope="module")
 def parity_run(parity, parity_victim):
     """One run with the recorded settings: its result, masks at the stages' ends, passes so far."""
-    model, seen = watched(parity_victim)
     config = PurifyConfig(
         initialise_rounds=60,
         minimise_rounds=60,
@@ -73,11 +77,14 @@ def parity_run(parity, parity_victim):
     )
     ends, passes = {}, []
 
-    def on_round(log, masks):
-        ends[log.stage] = masks.tensors()
-        passes.append((seen.forward, seen.backward))
+    with watched() as seen:
 
-    result = purify(model, torch.from_numpy(parity["images"]), config, on_round=on_round)
+        def on_round(log, masks):
+            ends[log.stage] = masks.tensors()
+            passes.append((seen.forward, seen.backward))
+
+        images = torch.from_numpy(parity["images"])
+        result = purify(parity_victim, images, config, on_round=on_round)
     return SimpleNamespace(result=result, ends=ends, passes=passes, config=config)
 
 
@@ -131,9 +138,9 @@ def test_reported_passes_are_the_counted_ones(parity, parity_run):
 
 
 def test_clean_logits_are_computed_once_in_batches(tiny_net, pictures):
-    model, seen = watched(tiny_net)
     config = short(batch_size=10, initialise_rounds=0, minimise_rounds=0, select_rounds=0)
-    result = purify(model, pictures, config)
+    with watched() as seen:
+        result = purify(tiny_net, pictures, config)
     assert [len(batch) for batch in seen.batches] == [10, 10, 4]
     assert (result.passes.forward, result.passes.backward) == (3, 0)
 
@@ -232,6 +239,22 @@ def test_on_round_gets_the_masks_after_the_update(tiny_net, pictures):
     assert seen[-1] == result.masks.mask.tolist()
 
 
+@pytest.mark.parametrize("step", [0, 4, 8])
+def test_a_true_answer_ends_the_run_there(tiny_net, pictures, step):
+    whole, masks_after = purify(tiny_net, pictures, short()), []
+
+    def on_round(log, masks):
+        masks_after.append(masks.tensors())
+        return log.step == step
+
+    result = purify(tiny_net, pictures, short(), on_round=on_round)
+    assert result.rounds == whole.rounds[: step + 1]
+    assert len(masks_after) == step + 1
+    tensors = result.masks.tensors()
+    assert all(torch.equal(tensors[name], masks_after[-1][name]) for name in tensors)
+    assert result.passes.forward == 1 + sum(2 if i < 3 else 9 for i in range(step + 1))
+
+
 def test_only_the_middle_stage_has_no_selection_cost(tiny_net, pictures):
     result = purify(tiny_net, pictures, short(initial_selection=0.5, selection_weight=4))
     first = {}
@@ -255,9 +278,9 @@ def test_masks_stay_in_range(tiny_net, pictures):
 
 
 def test_a_small_batch_is_drawn_anew_without_replacement(tiny_net, pictures):
-    model, seen = watched(tiny_net)
     config = short(batch_size=16, initialise_rounds=4, minimise_rounds=0, select_rounds=0)
-    purify(model, pictures, config, generator=torch.Generator().manual_seed(0))
+    with watched() as seen:
+        purify(tiny_net, pictures, config, generator=torch.Generator().manual_seed(0))
     whole = {tuple(picture.flatten().tolist()) for picture in pictures}
     clean, rounds = seen.batches[:2], seen.batches[2:]
     assert sum(map(len, clean)) == len(whole) == 24
@@ -289,11 +312,12 @@ def test_the_whole_set_needs_no_randomness(tiny_net, pictures):
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
 def test_that_share_of_perturbations_goes_on_and_the_rest_starts_at_zero(tiny_net, pictures, share):
-    model, seen = watched(tiny_net)
     config = short(initialise_rounds=0, minimise_rounds=2, select_rounds=0, warm_start=share)
-    purify(model, pictures, config, generator=torch.Generator().manual_seed(0))
-    in_a_round = 2 * config.inner_steps + 3  # calls: two of the last five passes come in pairs
-    first, last = seen.batches[1], seen.batches[in_a_round - 2]
+    with watched() as seen:
+        purify(tiny_net, pictures, config, generator=torch.Generator().manual_seed(0))
+    in_a_round = 2 * config.inner_steps + 5
+    # the victim answers the triggered images between the inner problem and the outer losses
+    first, last = seen.batches[1], seen.batches[in_a_round - 4]
     again = seen.batches[1 + in_a_round]
     assert torch.equal(first, pictures)
     goes_on = (again == last).flatten(1).all(1)

@@ -3,9 +3,11 @@ import warnings
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from bimask.config import BudgetWarning, PurifyConfig
+from bimask.config import ENGINE, PROFILES, BudgetWarning, PurifyConfig
 from bimask.errors import SettingError
 from bimask.purify import purify
 
@@ -38,6 +40,16 @@ def test_the_defaults_are_the_published_settings():
         "inner_weight_decay": 0.01,
         "clip_images": False,
         "warm_start": 0,
+        "mask_estimator": "soft",
+        "early_batch_size": None,
+        "inner_steps_at_start": None,
+        "inner_momentum": 0,
+        "reuse_last_pass": False,
+        "precision": "float32",
+        "memory_format": "channels_last",
+        "fold_batch_norm": True,
+        "compile": False,
+        "images_per_pass": "batch",
     }
     assert PurifyConfig().model_dump() == published
 
@@ -89,6 +101,15 @@ BAD_VALUES = [
     ("inner_optimizer", "sgd"),
     ("inner_weight_decay", -0.1),
     ("warm_start", 1.1),
+    ("mask_estimator", "hard"),
+    ("early_batch_size", 0),
+    ("inner_steps_at_start", 0),
+    ("inner_momentum", 1),
+    ("inner_momentum", -0.1),
+    ("precision", "float16"),
+    ("memory_format", "channels_first"),
+    ("images_per_pass", 0),
+    ("images_per_pass", "all"),
 ]
 
 
@@ -96,6 +117,63 @@ BAD_VALUES = [
 def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ValidationError, match=name):
         PurifyConfig(**{name: value})
+
+
+@given(
+    start=st.integers(1, 40),
+    end=st.integers(1, 40),
+    progress=st.lists(st.floats(0, 1), min_size=2, max_size=9),
+)
+def test_inner_steps_go_evenly_from_start_to_end(start, end, progress):
+    config = PurifyConfig(inner_steps=end, inner_steps_at_start=start)
+    assert (config.inner_steps_at(0), config.inner_steps_at(1)) == (start, end)
+    steps = [config.inner_steps_at(share) for share in sorted(progress)]
+    assert steps == sorted(steps, reverse=end < start)
+    for share, count in zip(sorted(progress), steps, strict=True):
+        assert abs(count - (start + share * (end - start))) <= 0.5 + 1e-9
+
+
+def test_inner_steps_do_not_grow_unless_they_are_told_to():
+    assert {PurifyConfig(inner_steps=7).inner_steps_at(share) for share in (0, 0.3, 1)} == {7}
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_step_size_null_reaches_the_budget_in_any_number_of_steps(steps):
+    config = PurifyConfig(step_size=None, inner_steps=9, budget=0.6)
+    assert config.step_size_of(steps) * steps == pytest.approx(0.6)
+    assert PurifyConfig(step_size=0.25).step_size_of(steps) == 0.25
+
+
+# --- profiles ---
+
+
+def test_the_profile_of_the_paper_is_the_published_settings():
+    assert PurifyConfig.profile("paper") == PurifyConfig()
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profiles_can_be_changed_and_are_checked(name):
+    profile = PurifyConfig.profile(name)
+    changed = PurifyConfig.profile(name, mask_lr=0.5, precision="float32")
+    assert changed == profile.model_copy(update={"mask_lr": 0.5, "precision": "float32"})
+    with pytest.raises(ValidationError, match="budget"):
+        PurifyConfig.profile(name, budget=-1)
+
+
+def test_the_fast_profile_is_fast_and_reaches_its_budget():
+    fast = PurifyConfig.profile("fast")
+    assert fast.precision == "bfloat16"
+    assert fast.inner_steps < PurifyConfig().inner_steps
+    assert fast.unreachable_budget() is None
+
+
+def test_an_unknown_profile_is_refused_and_the_known_are_named():
+    with pytest.raises(SettingError, match="'slow'; known are .*paper.*fast"):
+        PurifyConfig.profile("slow")
+
+
+def test_what_prepares_the_net_are_settings():
+    assert set(ENGINE) < set(PurifyConfig.model_fields)
 
 
 def test_unknown_settings_are_refused():

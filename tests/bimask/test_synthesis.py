@@ -18,6 +18,11 @@ def inverse_net(tiny_net):
     return fold(tiny_net, masks, inverse=True)
 
 
+def both(inverse, reference):
+    """What a synthesizer asks for: the reference's logits, then the inverse-masked ones."""
+    return lambda images: (reference(images), inverse(images))
+
+
 def norm_of(delta, norm):
     return delta.abs().amax((1, 2, 3)) if norm == "linf" else delta.square().sum((1, 2, 3)).sqrt()
 
@@ -46,7 +51,7 @@ def test_recorded_inner_problem(parity, parity_victim):
     check(fold(parity_victim, masks)(images).detach(), "logits_masked")
     check(inverse(images).detach(), "logits_inverse")
     synthesize = TriggerSynthesizer(steps=20, step_size=0.01, budget=0.15, weight_decay=0.01)
-    triggers = synthesize(inverse, parity_victim, images, clean_logits)
+    triggers = synthesize(both(inverse, parity_victim), images, clean_logits)
     check(triggers.delta, "delta")
     check(triggers.agree, "agree")
     check(triggers.disagree, "disagree")
@@ -63,7 +68,7 @@ def test_perturbations_end_inside_the_budget_and_reach_it(
     @given(budget=st.floats(1e-3, 0.2), clip=st.booleans())
     def check(budget, clip):
         synthesize = TriggerSynthesizer(budget=budget, clip_images=clip, **settings)
-        delta = synthesize(inverse_net, tiny_net, pictures, clean_logits).delta
+        delta = synthesize(both(inverse_net, tiny_net), pictures, clean_logits).delta
         norms = norm_of(delta, norm)
         if clip:
             assert norms.max() <= budget + 1e-6  # the pixels' rounding, not the budget's
@@ -84,7 +89,7 @@ def test_only_clipping_keeps_images_in_range(tiny_net, inverse_net, norm):
         synthesize = TriggerSynthesizer(
             steps=5, step_size=0.1, budget=0.3, norm=norm, optimizer="sign", clip_images=clip
         )
-        ends[clip] = edges + synthesize(inverse_net, tiny_net, edges, clean_logits).delta
+        ends[clip] = edges + synthesize(both(inverse_net, tiny_net), edges, clean_logits).delta
     assert ends[False].min() < 0
     assert ends[False].max() > 1
     assert ends[True].min() >= 0
@@ -100,7 +105,7 @@ def test_loss_falls(tiny_net, inverse_net, pictures, norm, optimizer, form):
     synthesize = TriggerSynthesizer(
         steps=10, step_size=0.01, budget=0.5, norm=norm, optimizer=optimizer, form=form
     )
-    triggers = synthesize(inverse_net, tiny_net, pictures, clean_logits)
+    triggers = synthesize(both(inverse_net, tiny_net), pictures, clean_logits)
     before = losses(inverse_net, tiny_net, pictures, 0, form)
     after = losses(inverse_net, tiny_net, pictures, triggers.delta, form)
     assert sum(after) < sum(before) - 1e-3
@@ -112,7 +117,9 @@ def test_loss_falls(tiny_net, inverse_net, pictures, norm, optimizer, form):
 def test_losses_are_those_before_each_step(tiny_net, inverse_net, pictures):
     clean_logits = tiny_net(pictures).detach()
     run = [
-        TriggerSynthesizer(steps=steps, step_size=0.02)(inverse_net, tiny_net, pictures, clean_logits)
+        TriggerSynthesizer(steps=steps, step_size=0.02)(
+            both(inverse_net, tiny_net), pictures, clean_logits
+        )
         for steps in (3, 4)
     ]
     agreed, disagreed = losses(inverse_net, tiny_net, pictures, run[0].delta)
@@ -130,19 +137,119 @@ def test_one_sign_step_is_the_step_size_down_the_gradient(tiny_net, inverse_net,
     wanted = {"linf": -0.01 * gradient.sign(), "l2": -0.01 * gradient / lengths}
     for norm, step in wanted.items():
         synthesize = TriggerSynthesizer(steps=1, step_size=0.01, norm=norm, optimizer="sign")
-        got = synthesize(inverse_net, tiny_net, pictures, clean_logits).delta
+        got = synthesize(both(inverse_net, tiny_net), pictures, clean_logits).delta
         torch.testing.assert_close(got, step, rtol=1e-4, atol=1e-8)
+
+
+@NORMS
+def test_momentum_by_hand(tiny_net, inverse_net, pictures, norm):
+    model, inverse, images = tiny_net.double(), inverse_net.double(), pictures.double()
+    clean_logits = model(images).detach()
+
+    def gradient_at(delta):
+        delta = delta.clone().requires_grad_()
+        logits = model(images + delta)
+        total = agree(inverse(images + delta), logits) + disagree(logits, clean_logits)
+        (gradient,) = torch.autograd.grad(total, delta)
+        return gradient / gradient.abs().sum((1, 2, 3), keepdim=True)
+
+    def step(velocity):
+        lengths = velocity.square().sum((1, 2, 3), keepdim=True).sqrt()
+        return 0.01 * (velocity.sign() if norm == "linf" else velocity / lengths)
+
+    velocity = gradient_at(torch.zeros_like(images))
+    wanted = -step(velocity)
+    velocity = 0.7 * velocity + gradient_at(wanted)
+    wanted = wanted - step(velocity)
+    deltas = [
+        TriggerSynthesizer(steps=2, step_size=0.01, norm=norm, optimizer="sign", momentum=momentum)(
+            both(inverse, model), images, clean_logits
+        ).delta
+        for momentum in (0.7, 0.0)
+    ]
+    torch.testing.assert_close(deltas[0], wanted, rtol=0, atol=1e-10)
+    assert (deltas[1] - wanted).abs().max() > 1e-4
+
+
+@OPTIMIZERS
+def test_last_is_one_step_behind_with_the_answer_to_it(tiny_net, inverse_net, pictures, optimizer):
+    clean_logits, answers = tiny_net(pictures).detach(), both(inverse_net, tiny_net)
+    run = {
+        steps: TriggerSynthesizer(steps=steps, step_size=0.02, optimizer=optimizer)(
+            answers, pictures, clean_logits
+        )
+        for steps in (1, 2, 3)
+    }
+    assert not run[1].last.any()
+    torch.testing.assert_close(run[1].last_logits, clean_logits)
+    for steps in (2, 3):
+        assert torch.equal(run[steps].last, run[steps - 1].delta)
+        answer = tiny_net(pictures + run[steps].last).detach()
+        torch.testing.assert_close(run[steps].last_logits, answer)
+    assert not torch.equal(run[3].delta, run[3].last)
+    assert not run[3].last_logits.requires_grad
+
+
+MEMBERS = [
+    {"steps": 4, "step_size": 0.05, "budget": 0.1, "weight_decay": 0.5},
+    {"steps": 2, "step_size": 0.01, "budget": 0.2, "weight_decay": 0.0},
+    {"steps": 2, "step_size": 0.3, "budget": 0.15, "weight_decay": 0.01},
+    {"steps": 1, "step_size": 0.02, "budget": 1.0, "weight_decay": 0.01},
+]
+SHARED = [
+    {},
+    {"norm": "l2", "clip_images": True},
+    {"optimizer": "sign", "momentum": 0.8},
+    {"optimizer": "sign", "norm": "l2", "form": "log"},
+]
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("shared", SHARED, ids=str)
+def test_members_get_what_each_would_get_alone(tiny_net, inverse_net, pictures, shared, started):
+    images = torch.stack([pictures, pictures.flip(0), pictures.flip(3), pictures / 2])
+    with torch.no_grad():
+        clean_logits = torch.stack([tiny_net(part) for part in images])
+    start = 0.05 * torch.rand(images.shape, generator=torch.Generator().manual_seed(5))
+    asked = []
+
+    def answers(stacked):
+        asked.append(len(stacked))
+        flat = stacked.flatten(0, 1)
+        logits, inverse_logits = tiny_net(flat), inverse_net(flat)
+        return logits.unflatten(0, stacked.shape[:2]), inverse_logits.unflatten(0, stacked.shape[:2])
+
+    lists = {name: [member[name] for member in MEMBERS] for name in MEMBERS[0]}
+    together = TriggerSynthesizer(**lists, **shared)(
+        answers, images, clean_logits, start=start if started else None
+    )
+    assert asked == [4, 3, 1, 1]  # those that still have steps to go
+    for number, member in enumerate(MEMBERS):
+        alone = TriggerSynthesizer(**member, **shared)(
+            both(inverse_net, tiny_net),
+            images[number],
+            clean_logits[number],
+            start=start[number] if started else None,
+        )
+        steps = member["steps"]
+        assert torch.equal(together.delta[number], alone.delta)
+        assert torch.equal(together.last[number], alone.last)
+        assert torch.equal(together.last_logits[number], alone.last_logits)
+        # losses are means over few numbers, which single precision sums as it likes
+        for history, mine in ((together.agree, alone.agree), (together.disagree, alone.disagree)):
+            torch.testing.assert_close(history[:steps, number], mine)
+            assert history[steps:, number].isnan().all()
 
 
 def test_a_start_is_gone_on_from_and_left_alone(tiny_net, inverse_net, pictures):
     clean_logits = tiny_net(pictures).detach()
     synthesize = TriggerSynthesizer(steps=2, step_size=0.01, budget=0.1, optimizer="sign")
-    first = synthesize(inverse_net, tiny_net, pictures, clean_logits).delta
+    first = synthesize(both(inverse_net, tiny_net), pictures, clean_logits).delta
     before = first.clone()
-    second = synthesize(inverse_net, tiny_net, pictures, clean_logits, start=first).delta
+    second = synthesize(both(inverse_net, tiny_net), pictures, clean_logits, start=first).delta
     assert torch.equal(first, before)
     once = TriggerSynthesizer(steps=4, step_size=0.01, budget=0.1, optimizer="sign")
-    assert torch.equal(second, once(inverse_net, tiny_net, pictures, clean_logits).delta)
+    assert torch.equal(second, once(both(inverse_net, tiny_net), pictures, clean_logits).delta)
 
 
 def test_neither_parameters_nor_images_get_gradients(tiny_net, inverse_net, pictures):
@@ -150,7 +257,7 @@ def test_neither_parameters_nor_images_get_gradients(tiny_net, inverse_net, pict
     assert all(value.requires_grad for model in models for value in model.parameters())
     images, weights = pictures.clone(), [v.clone() for m in models for v in m.state_dict().values()]
     synthesize = TriggerSynthesizer(steps=3, step_size=0.1)
-    triggers = synthesize(inverse_net, tiny_net, images, tiny_net(images).detach())
+    triggers = synthesize(both(inverse_net, tiny_net), images, tiny_net(images).detach())
     assert all(value.grad is None for model in models for value in model.parameters())
     assert all(map(torch.equal, weights, [v for m in models for v in m.state_dict().values()]))
     assert torch.equal(images, pictures)

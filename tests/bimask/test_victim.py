@@ -5,13 +5,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from bimask.errors import SettingError, VictimError, VictimRefusedError
+from bimask.errors import VictimError, VictimRefusedError
 from bimask.metrics import evaluate
 from bimask.victim import (
     VictimSpec,
     load_victim,
     obtain_victim,
-    resolve_device,
     save_victim,
     train_victim,
 )
@@ -95,7 +94,10 @@ def test_the_seed_decides_more_than_who_is_poisoned():
     assert not torch.equal(weights_of(one), weights_of(other))
 
 
-@pytest.mark.parametrize("changes", [{"flip": True}, {"shift": 0}, {"attack": {"name": "blended"}}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"flip": True}, {"shift": 0}, {"attack": {"name": "blended"}}, {"precision": "bfloat16"}],
+)
 def test_the_spec_decides_the_weights(changes):
     usual, other = train_victim(VictimSpec(**HASTY)), train_victim(VictimSpec(**HASTY | changes))
     assert not torch.equal(weights_of(usual), weights_of(other))
@@ -282,6 +284,7 @@ def test_the_digest_is_that_of_everything_but_the_bounds():
         {"poisoning_rate_of": "target_class"},
         {"image_size": 16},
         {"net": "preactresnet18"},
+        {"precision": "bfloat16"},
     ]
     digests = {VictimSpec(**GOOD | other).digest for other in others}
     assert len(digests | {spec.digest}) == 1 + len(others)
@@ -291,14 +294,3 @@ def test_the_name_is_for_people():
     assert VictimSpec().name == "digits-badnets"
     spec = VictimSpec(dataset="imagefolder:/some/where/pets", attack={"name": "sig"})
     assert spec.name == "pets-sig"
-
-
-def test_devices_that_are_here():
-    assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.mark.parametrize("name", ["cuda:99", "gpu", ""])
-def test_devices_that_are_not_here_are_refused(name):
-    with pytest.raises(SettingError, match=f"device '{name}' cannot be used"):
-        resolve_device(name)

@@ -46,12 +46,19 @@ def test_overrides_replace_and_digest_sees_them(study):
     assert load_config(path, {"trials": 5}).digest != load_config(path).digest
 
 
+def test_how_much_runs_at_once_makes_no_other_study(study):
+    config = load_config(study(GOOD), {"trials": 7, "concurrency": 2, "trials_per_actor": 3})
+    assert config.groups == 3
+    assert config.digest == load_config(study(GOOD), {"trials": 7}).digest
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
         ("trials: 2", "trails: 2", ["study.yaml:2: trails: unknown key", "trials: is missing"]),
         ("trials: 2", "trials: 0", ["study.yaml:2: trials:", "greater than or equal to 1, got 0"]),
         ("trials: 2", "trials: many", ["trials:", "got 'many'"]),
+        ("trials: 2", "trials: 2\ntrials_per_actor: 0", ["study.yaml:3: trials_per_actor:", "got 0"]),
         ("name: tiny", "name: ../up", ["study.yaml:1: name:"]),
         ("low: 2, high: 4", "low: 4, high: 2", ["study.yaml:9: space.inner_steps:", "`low < high`"]),
         ("low: 0.01", "low: 0.0", ["space.mask_lr", "log scale"]),

@@ -1,0 +1,41 @@
+"""Devices by name, and small numbers on their way to one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bimask.errors import SettingError
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto", "cpu", "cuda", "cuda:1", "mps" -> a device that is here.
+
+    Raises:
+        SettingError: no such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(
+            f"The device {name!r} cannot be used here ({reason}); use 'auto', 'cpu' or a GPU that "
+            "this machine has."
+        ) from error
+    return device
+
+
+def upload(values: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    """Host numbers as a tensor where `like` lives; the host does not wait for an accelerator.
+
+    Floats take the dtype of `like`; a tensor keeps its own.
+    """
+    host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=like.dtype)
+    if like.device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(like.device, non_blocking=True)

@@ -1,0 +1,634 @@
+"""Many purifications of one victim in one pass: the members differ in their settings only.
+
+The victim is frozen and shared, so members are blocks of one stacked batch (`bimask.frozen`) and rows
+of the tensors of masks, perturbations and moments. Members may stand at different rounds and stages,
+stop early or fail; none changes the numbers of another: a member ends with the bits of a run alone.
+
+Dunnett, Arablouei, Miller, Dedeoglu, Jurdak, "Backdoor Mitigation via Invertible Pruning Masks",
+NeurIPS 2025 (arXiv 2509.15497). f is the frozen victim, f_a the masked, f_abar the inverse-masked
+model, x clean images, d the inner problem's perturbations (`bimask.synthesis`).
+
+    initialise   agree(f_a(x), f(x)) + disagree(f_abar(x), f(x)) + selection cost          (eq. 4)
+    minimise     agree(f_a(x), f(x)) + agree(f_a(x+d), f(x)) + agree(f_abar(x+d), f(x+d))
+                 + disagree(f_abar(x+d), f(x)) + disagree(f_abar(x), f(x))             (eqs. 6, 7)
+    select       the same + selection cost
+
+No label is used anywhere: only images enter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bimask.config import ENGINE, BudgetWarning, PurifyConfig
+from bimask.devices import upload
+from bimask.errors import NonFiniteError, SettingError
+from bimask.frozen import FrozenNet
+from bimask.losses import agree, disagree, selection_cost
+from bimask.masks import MaskSet, fold, keep_factor
+from bimask.optim import AdamWState, bias_corrections
+from bimask.synthesis import TriggerSynthesizer
+
+Stage = Literal["initialise", "minimise", "select"]
+OnRound = Callable[[int, "RoundLog", MaskSet], bool | None]
+
+
+# Masks, their updates and the losses are few numbers. Kernels round the last lanes of a tensor unlike
+# the others, so what a member gets would depend on who is beside it; in double precision that is far
+# below what single precision sees. Apple's GPUs have no double.
+def _fine(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+# The largest masked activation of one pass, in bytes, where the settings do not say: what stays in a
+# CPU's cache, and what an accelerator has to spare.
+PASS_BYTES = {"cpu": 16 * 2**20}
+PASS_BYTES_ELSEWHERE = 2**30
+
+
+@dataclass(frozen=True)
+class RoundLog:
+    """One round of the outer problem.
+
+    Attributes:
+        stage: "initialise", "minimise" or "select".
+        round: from 0 within the stage.
+        step: from 0 within the run.
+        losses: term -> value before the round's update, in the order of the module's formulas.
+        loss: their sum, which early stopping watches.
+    """
+
+    stage: Stage
+    round: int
+    step: int
+    losses: dict[str, float]
+    loss: float
+
+
+@dataclass
+class Passes:
+    """Passes of one batch through the network, forward and backward."""
+
+    forward: int = 0
+    backward: int = 0
+
+    def add(self, forward: int, backward: int) -> None:
+        self.forward += forward
+        self.backward += backward
+
+
+@dataclass(frozen=True)
+class PurifyResult:
+    """What a purification ends with.
+
+    Attributes:
+        masks: the learned masks; `masked_forward(model, masks, x)` is the purified model.
+        rounds: one log a round, in order.
+        passes: counted passes.
+        seconds: wall time, in a population from the start of all to the end of this one.
+        config: the settings used.
+    """
+
+    masks: MaskSet
+    rounds: list[RoundLog]
+    passes: Passes
+    seconds: float
+    config: PurifyConfig
+    _model: nn.Module = field(repr=False)
+
+    def model(self, *, inverse: bool = False) -> nn.Module:
+        """The purified model (or its inverse twin): a plain copy with the masks folded in."""
+        return fold(self._model, self.masks, inverse=inverse)
+
+
+class _Plateau:
+    """Published early stopping: more than `patience` rounds without `loss < threshold x best`."""
+
+    def __init__(self, patience: int | None, threshold: float) -> None:
+        self.patience, self.threshold = patience, threshold
+        self.best, self.stale = float("inf"), 0
+
+    def reached(self, loss: float) -> bool:
+        if loss < self.threshold * self.best:
+            self.best, self.stale = loss, 0
+        else:
+            self.stale += 1
+        return self.patience is not None and self.stale > self.patience
+
+
+class _Member:
+    """Where one member stands: its stage and round, and what it has logged."""
+
+    def __init__(self, row: int, config: PurifyConfig, generator: torch.Generator | None) -> None:
+        self.row, self.config, self.generator = row, config, generator
+        self.rounds: list[RoundLog] = []
+        self.passes = Passes()
+        self.result: PurifyResult | NonFiniteError | None = None
+        limits: dict[Stage, int] = {
+            "initialise": config.initialise_rounds,
+            "minimise": config.minimise_rounds,
+            "select": config.select_rounds,
+        }
+        self.limits = {stage: limit for stage, limit in limits.items() if limit}
+        self.stages = list(self.limits)
+        self.begin_stage()
+
+    def begin_stage(self) -> None:
+        self.round, self.best_loss = 0, math.inf
+        self.plateau = _Plateau(self.config.patience, self.config.threshold)
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[0]
+
+    @property
+    def lr(self) -> float:
+        """The rate of the round, as torch's CosineAnnealingLR has it in closed form."""
+        rate = self.config.mask_lr
+        if self.config.mask_lr_schedule == "cosine" and self.stage == "select":
+            rate *= (1 + math.cos(math.pi * self.round / self.limits["select"])) / 2
+        return rate
+
+    @property
+    def selection_weight(self) -> float:
+        return 0.0 if self.stage == "minimise" else self.config.selection_weight
+
+    @property
+    def batch_size(self) -> int:
+        early = self.config.early_batch_size
+        return early if early is not None and self.stage != "select" else self.config.batch_size
+
+    @property
+    def inner_steps(self) -> int:
+        """The round's inner steps; 0 where the stage needs no triggers."""
+        if self.stage == "initialise":
+            return 0
+        total = sum(limit for stage, limit in self.limits.items() if stage != "initialise")
+        done = self.round + (self.limits.get("minimise", 0) if self.stage == "select" else 0)
+        return self.config.inner_steps_at(done / max(1, total - 1))
+
+    def likeness(self, images: int) -> tuple[object, ...]:
+        """Members that are alike in these go through the round together."""
+        c = self.config
+        return (
+            self.inner_steps > 0,
+            min(images, self.batch_size),
+            c.loss_form,
+            c.norm,
+            c.inner_optimizer,
+            c.inner_momentum,
+            c.clip_images,
+            c.reuse_last_pass,
+            c.straight_through,
+        )
+
+
+class _Term(NamedTuple):
+    """A term of the outer loss: what the blocks from `first` on are compared with, and how."""
+
+    name: str
+    first: int
+    loss: Callable[..., Tensor]
+    target: Tensor
+
+
+class PopulationPurifier:
+    """Learn the masks of several configurations on one victim at once.
+
+    Args:
+        model: the suspect, (N, C, H, W) in [0, 1] -> (N, K) logits, with at least one Conv2d. It is
+            copied, never edited; batch norm is frozen.
+        images: clean images (N, C, H, W), float in [0, 1]. No labels.
+        configs: one a member, at least one. They share `precision`, `compile`, `memory_format` and
+            `fold_batch_norm`, which decide how the one net is prepared.
+        generators: CPU, one a member: draws the batches, and the images whose perturbations go on.
+        on_round: called after every round of a member with its number, its log and its masks as they
+            are then; a true answer ends the member there.
+
+    Raises:
+        SettingError: images of another shape or outside [0, 1]; configurations that do not fit.
+        MaskMismatchError: the model has no Conv2d.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        configs: Sequence[PurifyConfig],
+        *,
+        generators: Sequence[torch.Generator | None] | None = None,
+        on_round: OnRound | None = None,
+    ) -> None:
+        self.started = time.perf_counter()
+        _check_images(images)
+        generators = [None] * len(configs) if generators is None else generators
+        engine = _common_engine(configs)
+        if len(generators) != len(configs):
+            raise SettingError(
+                f"{len(configs)} members need as many generators, got {len(generators)}."
+            )
+        for config in configs:
+            if (problem := config.unreachable_budget()) is not None:
+                warnings.warn(problem, BudgetWarning, stacklevel=3)
+        self.model, self.on_round = model, on_round
+        self.blank = MaskSet.for_model(model)
+        like = self.blank.mask
+        self.fine = _fine(images.device)
+        self.images = images.to(like).contiguous(memory_format=torch.channels_last)
+        self.net = FrozenNet(
+            model,
+            self.blank,
+            sample=self.images[:8],
+            dtype=torch.bfloat16 if engine.precision == "bfloat16" else None,
+            channels_last=engine.memory_format == "channels_last",
+            fold_batch_norm=engine.fold_batch_norm,
+            compile=engine.compile,
+        )
+        self.per_pass = engine.images_per_pass
+        self.members = [
+            _Member(row, config, generator)
+            for row, (config, generator) in enumerate(zip(configs, generators, strict=True))
+        ]
+        self.sharpness = self._column(lambda m: m.config.sharpness, self.members)
+        self.weight_decay = self._column(lambda m: m.config.weight_decay, self.members)
+
+        def initial(value: Callable[[_Member], float]) -> Tensor:
+            return self._column(value, self.members).expand(-1, len(like)).clone()
+
+        # masks and selections of all members side by side: one update moves both
+        self.state = torch.cat(
+            [initial(lambda m: m.config.initial_mask), initial(lambda m: m.config.initial_selection)],
+            dim=1,
+        )
+        self.best = self.state.clone()
+        self.best_losses = self.state.new_full((len(configs),), math.inf)
+        self.adamw = AdamWState(self.state)
+        self.deltas: Tensor | None = None
+        if any(config.warm_start for config in configs):
+            self.deltas = self.images.new_zeros(len(configs), *self.images.shape)
+        with torch.no_grad():
+            parts = [
+                torch.cat([self.net(piece) for piece in part.split(self._pass_size(len(part)))]).to(
+                    self.fine
+                )
+                for part in self.images.split(max(m.config.batch_size for m in self.members))
+            ]
+        self.clean_logits = torch.cat(parts)
+        for member in self.members:  # what each would need alone
+            member.passes.add(forward=-(-len(images) // member.config.batch_size), backward=0)
+
+    def run(self) -> list[PurifyResult | NonFiniteError]:
+        """Run all members to their ends: one result each, or the error that ended it alone."""
+        for member in self.members:
+            if not member.stages:
+                self._finish(member)
+        while running := [member for member in self.members if member.result is None]:
+            for group in _alike(running, len(self.images)):
+                self._round(group)
+        return [member.result for member in self.members if member.result is not None]
+
+    def _round(self, group: list[_Member]) -> None:
+        """One round of members that are alike."""
+        rows = self._rows(group)
+        state = self.state[rows]
+        channels = state.shape[1] // 2
+        variables = state.detach().requires_grad_()
+        a, s = variables.split(channels, dim=1)
+        sharpness = self.sharpness[rows]
+        hard = group[0].config.straight_through
+        keep = keep_factor(a, s, sharpness, straight_through=hard)
+        inverse = keep_factor(a, s, sharpness, inverse=True, straight_through=hard)
+        weight = self._column(lambda m: m.selection_weight, group).squeeze(1).float()  # as published
+        cost = weight * selection_cost(s.split(list(self.blank.sites.values()), dim=1))
+
+        factors = torch.stack([keep, inverse])
+        terms, gradient = self._terms(group, factors.detach())
+        terms["selection_cost"] = cost.detach()
+        (slope,) = torch.autograd.grad([factors, cost], variables, [gradient, torch.ones_like(cost)])
+        losses = torch.stack(list(terms.values()))
+        self._remember_best(group, rows, state, losses.sum(0))
+        decay = self.weight_decay[rows]
+        first, second = zip(*(bias_corrections(m.round + 1) for m in group), strict=True)
+        self.adamw.step_(
+            state,
+            slope,
+            lr=self._column(lambda m: m.lr, group),
+            weight_decay=decay,
+            corrections=(
+                upload(first, self.state).view(-1, 1),
+                upload(second, self.state).view(-1, 1),
+            ),
+            rows=rows,
+        )
+        self.state[rows] = state.clamp_(0, 1)
+        # the round's only read-back
+        for member, values in zip(group, losses.T.tolist(), strict=True):
+            self._log(member, dict(zip(terms, values, strict=True)))
+
+    def _terms(self, group: list[_Member], factors: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The terms of the outer loss, (M,) each, and the gradient of their sum by `factors`.
+
+        Args:
+            factors: (2, M, C), keep and inverse.
+        """
+        batches = self._draw(group)
+        x = self._batch(self.images, group, batches)
+        clean = self._batch(self.clean_logits, group, batches)
+        keep, inverse = factors
+        m = len(group)
+        if group[0].inner_steps == 0:
+            for member in group:
+                member.passes.add(forward=2, backward=2)
+            return self._outer(
+                [(x, keep), (x, inverse)],
+                [
+                    _Term("clean_agree", 0, agree, clean),
+                    _Term("inverse_clean_disagree", m, disagree, clean),
+                ],
+                group,
+            )
+        triggered, triggered_logits = self._triggered(group, batches, x, clean, inverse)
+        for member in group:
+            steps, reused = member.inner_steps, member.config.reuse_last_pass
+            member.passes.add(forward=2 * steps + (4 if reused else 5), backward=2 * steps + 4)
+        return self._outer(
+            [(x, keep), (triggered, keep), (triggered, inverse), (x, inverse)],
+            [
+                _Term("clean_agree", 0, agree, clean),
+                _Term("triggered_agree", m, agree, clean),
+                _Term("inverse_triggered_agree", 2 * m, agree, triggered_logits),
+                _Term("inverse_triggered_disagree", 2 * m, disagree, clean),
+                _Term("inverse_clean_disagree", 3 * m, disagree, clean),
+            ],
+            group,
+        )
+
+    def _outer(
+        self, sources: list[tuple[Tensor, Tensor]], terms: list[_Term], group: list[_Member]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Every source's images under its factors, in passes of bounded size.
+
+        Args:
+            sources: images (M, N, C, H, W) and factors (M, C), M blocks each.
+            terms: their `first` counts blocks over all sources.
+        """
+        m, n = len(group), sources[0][0].shape[1]
+        images = torch.cat([source for source, _ in sources])
+        factors = torch.cat([factor for _, factor in sources])
+        form = group[0].config.loss_form
+        values = {term.name: factors.new_zeros(m) for term in terms}
+        gradient = torch.zeros_like(factors)
+        blocks = self._blocks(m, n)
+        for low in range(0, len(images), blocks):
+            high = min(low + blocks, len(images))
+            factor = factors[low:high].requires_grad_()
+            for part in _slices(n, self._pass_size(n)):  # one for all images, as a rule
+                logits = self._answer(images[low:high, part], factor)
+                losses = []
+                for term in terms:
+                    start, stop = max(term.first, low), min(term.first + m, high)
+                    if start < stop:
+                        mine = slice(start - term.first, stop - term.first)
+                        loss = (
+                            term.loss(
+                                logits[start - low : stop - low], term.target[mine, part], form=form
+                            )
+                            * (part.stop - part.start)
+                            / n
+                        )
+                        values[term.name][mine] += loss.detach()
+                        losses.append(loss)
+                gradient[low:high] += torch.autograd.grad(torch.cat(losses).sum(), factor)[0]
+        keep, inverse = gradient.view(len(sources), m, -1).split(len(sources) // 2)
+        return values, torch.stack([keep.sum(0), inverse.sum(0)])
+
+    def _triggered(
+        self,
+        group: list[_Member],
+        batches: list[Tensor] | None,
+        x: Tensor,
+        clean: Tensor,
+        inverse: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Images with fresh triggers, (M, N, C, H, W), and the victim's logits of them, (M, N, K)."""
+        n = len(x[0])
+        starts = self._starts(group, batches, x)
+        found, answered = torch.empty_like(x), torch.empty_like(clean)
+        for part in _slices(len(group), self._blocks(len(group), n)):
+            settings = [member.config for member in group[part]]
+            steps = [member.inner_steps for member in group[part]]
+            first = settings[0]
+            synthesize = TriggerSynthesizer(
+                steps=steps,
+                step_size=[c.step_size_of(k) for c, k in zip(settings, steps, strict=True)],
+                budget=[c.budget for c in settings],
+                norm=first.norm,
+                optimizer=first.inner_optimizer,
+                momentum=first.inner_momentum,
+                weight_decay=[c.inner_weight_decay for c in settings],
+                clip_images=first.clip_images,
+                form=first.loss_form,
+            )
+            triggers = synthesize(
+                self._both(inverse[part]),
+                x[part],
+                clean[part],
+                start=None if starts is None else starts[part],
+            )
+            if first.reuse_last_pass:
+                found[part], answered[part] = x[part] + triggers.last, triggers.last_logits
+            else:
+                found[part] = x[part] + triggers.delta
+            if self.deltas is not None:
+                for member, delta in zip(group[part], triggers.delta, strict=True):
+                    where = slice(None) if batches is None else batches[group.index(member)]
+                    self.deltas[member.row, where] = delta
+        if not group[0].config.reuse_last_pass:
+            with torch.no_grad():
+                for part in _slices(len(group), self._blocks(len(group), n)):
+                    answered[part] = self._answer(found[part], None)
+        return found, answered
+
+    def _both(self, inverse: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """What the inner problem asks: the victim's and the inverse-masked logits of images."""
+
+        def answers(images: Tensor) -> tuple[Tensor, Tensor]:
+            m, n = images.shape[:2]
+            factors = torch.cat([torch.ones_like(inverse[:m]), inverse[:m]])
+            stacked = torch.cat([images, images])
+            logits = torch.cat(
+                [
+                    self._answer(stacked[part], factors[part])
+                    for part in _slices(2 * m, self._blocks(m, n))
+                ]
+            )
+            return logits[:m], logits[m:]
+
+        return answers
+
+    def _starts(self, group: list[_Member], batches: list[Tensor] | None, x: Tensor) -> Tensor | None:
+        """Where perturbations start: at 0, or for a share of the images where they ended."""
+        if self.deltas is None:
+            return None
+        starts = torch.zeros_like(x)
+        for row, member in enumerate(group):
+            share = member.config.warm_start
+            if share:
+                goes_on = torch.rand(x.shape[1], 1, 1, 1, generator=member.generator) < share
+                where = slice(None) if batches is None else batches[row]
+                starts[row] = self.deltas[member.row, where] * upload(goes_on, x)
+        return starts
+
+    def _draw(self, group: list[_Member]) -> list[Tensor] | None:
+        """A fresh subset for each member, without replacement; None where that is everything."""
+        n = len(self.images)
+        if group[0].batch_size >= n:
+            return None
+        return [
+            upload(torch.randperm(n, generator=m.generator)[: m.batch_size], self.images) for m in group
+        ]
+
+    def _batch(self, values: Tensor, group: list[_Member], batches: list[Tensor] | None) -> Tensor:
+        """The members' own rows of `values` (n, ...): (M, N, ...)."""
+        if batches is None:
+            return values.expand(len(group), *values.shape)
+        return torch.stack([values[batch] for batch in batches])
+
+    def _answer(self, images: Tensor, factors: Tensor | None) -> Tensor:
+        """Logits of blocks: (B, N, C, H, W) under (B, C) factors -> (B, N, K), in double."""
+        logits: Tensor = self.net(images.flatten(0, 1), factors).to(self.fine)
+        return logits.unflatten(0, images.shape[:2])
+
+    def _pass_size(self, n: int) -> int:
+        """Images of one block in one pass, for blocks of n."""
+        return n if isinstance(self.per_pass, str) else min(n, self.per_pass)
+
+    def _blocks(self, members: int, n: int) -> int:
+        """Blocks of n images in one pass.
+
+        "batch" holds no more than one block a member, so that a run alone needs the memory of one
+        pass of its batch; "device" as many as the device is good for.
+        """
+        if not isinstance(self.per_pass, str):
+            return max(1, self.per_pass // n)
+        size = torch.finfo(self.net.dtype).bits // 8 * self.net.activation
+        bytes_ = PASS_BYTES.get(self.images.device.type, PASS_BYTES_ELSEWHERE)
+        fitting = max(1, bytes_ // (size * n))
+        return min(members, fitting) if self.per_pass == "batch" else fitting
+
+    def _rows(self, group: list[_Member]) -> Tensor:
+        return upload(torch.tensor([member.row for member in group]), self.images)
+
+    def _column(self, value: Callable[[_Member], float], members: list[_Member]) -> Tensor:
+        """A setting of each member as (M, 1), in double."""
+        host = torch.tensor([value(member) for member in members], dtype=self.fine)
+        return upload(host, self.images).view(-1, 1)
+
+    def _remember_best(self, group: list[_Member], rows: Tensor, state: Tensor, losses: Tensor) -> None:
+        """Keep the masks of the least loss of the stage, on the device."""
+        if any(member.config.keep == "best" for member in group):
+            better = (losses < self.best_losses[rows]).view(-1, 1)
+            self.best[rows] = torch.where(better, state, self.best[rows])
+            self.best_losses[rows] = torch.minimum(losses, self.best_losses[rows])
+
+    def _log(self, member: _Member, losses: dict[str, float]) -> None:
+        """Log a member's round, and bring it to its next round, stage or end."""
+        log = RoundLog(member.stage, member.round, len(member.rounds), losses, sum(losses.values()))
+        if not math.isfinite(log.loss):
+            member.result = NonFiniteError(
+                f"Loss not finite in stage {log.stage!r}, round {log.round}: {log.losses}; lower "
+                "`mask_lr` or `step_size`."
+            )
+            return
+        member.rounds.append(log)
+        stop = self.on_round is not None and self.on_round(member.row, log, self._masks(member))
+        member.round += 1
+        if member.plateau.reached(log.loss) or member.round == member.limits[log.stage]:
+            self._end_stage(member)
+        if stop or not member.stages:
+            self._finish(member)
+
+    def _end_stage(self, member: _Member) -> None:
+        row = member.row
+        if member.config.keep == "best":
+            self.state[row] = self.best[row]
+        self.best_losses[row] = math.inf
+        self.adamw.forget(row)
+        member.stages.pop(0)
+        member.begin_stage()
+
+    def _finish(self, member: _Member) -> None:
+        masks = self._masks(member).requires_grad_(False)
+        seconds = time.perf_counter() - self.started
+        member.result = PurifyResult(
+            masks, member.rounds, member.passes, seconds, member.config, self.model
+        )
+
+    def _masks(self, member: _Member) -> MaskSet:
+        """A member's masks as they are now."""
+        masks = MaskSet(
+            self.blank.sites,
+            sharpness=member.config.sharpness,
+            straight_through=member.config.straight_through,
+        ).to(self.blank.mask)
+        with torch.no_grad():
+            masks.mask.copy_(self.state[member.row, : len(masks.mask)])
+            masks.selection.copy_(self.state[member.row, len(masks.mask) :])
+        return masks
+
+
+def _alike(members: list[_Member], images: int) -> Iterator[list[_Member]]:
+    """Groups that go through a round together, in each the members of more inner steps first."""
+
+    def key(member: _Member) -> tuple[str, int]:
+        return str(member.likeness(images)), -member.inner_steps
+
+    for _, group in itertools.groupby(sorted(members, key=key), lambda m: key(m)[0]):
+        yield list(group)
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    """range(n) in slices of at most `size`."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def _common_engine(configs: Sequence[PurifyConfig]) -> PurifyConfig:
+    """The first configuration, if all agree in what prepares the one net.
+
+    Raises:
+        SettingError: no configuration, or one that differs, named.
+    """
+    if not configs:
+        raise SettingError("A population needs at least one configuration, got none.")
+    for number, config in enumerate(configs):
+        for name in ENGINE:
+            if getattr(config, name) != getattr(configs[0], name):
+                raise SettingError(
+                    f"Members share one prepared net, so `{name}` must be the same for all; member 0 "
+                    f"has {getattr(configs[0], name)!r}, member {number} {getattr(config, name)!r}."
+                )
+    return configs[0]
+
+
+def _check_images(images: Tensor) -> None:
+    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
+        raise SettingError(
+            "Clean images must be a float tensor (N, C, H, W) with N >= 1, got "
+            f"{tuple(images.shape)} of {images.dtype}."
+        )
+    low, high = (value.item() for value in images.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise SettingError(
+            f"Clean images must lie in [0, 1], got [{low:g}, {high:g}]; divide bytes by 255 and "
+            "leave normalisation to the model."
+        )

@@ -253,7 +253,8 @@ def quality(
     """Seconds until the goal is held for good, each program at its own best settings, five seeds."""
     found: dict[str, Any] = {}
     for program in programs:
-        config = TUNED[attack][program]
+        if (config := TUNED[attack].get(program)) is None:
+            continue
         runs = []
         for seed in SEEDS:
             runs.append(quality_run(case, config, seed, device, naive=program == "naive", every=1))

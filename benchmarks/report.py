@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +134,16 @@ def _quality_rows(first: str, runs: dict[str, Any]) -> Iterable[str]:
     yield from _table(columns, (row(name, v) for name, v in runs.items()))
 
 
-WRITERS = {
+def _levers(value: dict[str, Any]) -> Iterable[str]:
+    yield from _quality_rows("lever", value)
+
+
+WRITERS: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "rounds": _rounds,
     "exactness": _plain,
     "memory": _memory,
     "population": _population,
     "growth": _growth,
     "quality": _quality,
-    "levers": lambda value: _quality_rows("lever", value),
+    "levers": _levers,
 }

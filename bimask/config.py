@@ -30,10 +30,20 @@ PROFILES: dict[str, dict[str, Any]] = {
         "loss_form": "log",
         "mask_lr_schedule": "cosine",
         "patience": None,
+        "initialise_rounds": 10,
+        "minimise_rounds": 10,
+        "select_rounds": 40,
+        "mask_lr": 0.1,
+        "selection_weight": 1.0,
+        "sharpness": 10.0,
+        "initial_selection": 0.92,
         "inner_optimizer": "sign",
-        "inner_steps": 3,
+        "inner_steps": 2,
         "step_size": None,
+        "budget": 0.3,
         "clip_images": True,
+        "warm_start": 0.5,
+        "shift": 1,
     },
 }
 
@@ -79,6 +89,8 @@ class PurifyConfig(BaseModel):
     inner_weight_decay: NonNegative = Field(0.01, description="AdamW's on the perturbation")
     clip_images: bool = Field(False, description="keep perturbed images in [0, 1]")
     warm_start: Unit = Field(0.0, description="share of images whose perturbation goes on, not from 0")
+    shift: int = Field(0, ge=0, description="clean images shifted anew each round, pixels at most")
+    flip: bool = Field(False, description="clean images flipped at random each round")
     early_batch_size: int | None = Field(
         None, ge=1, description="images a round of initialise and minimise; null is batch_size"
     )
@@ -109,6 +121,11 @@ class PurifyConfig(BaseModel):
     def step_size_of(self, steps: int) -> float:
         """The length of one of `steps` inner steps."""
         return self.budget / steps if self.step_size is None else self.step_size
+
+    @property
+    def augments(self) -> bool:
+        """Whether a round sees the clean images changed."""
+        return self.flip or self.shift > 0
 
     @property
     def straight_through(self) -> bool:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from bimask.devices import upload
 from bimask.errors import DataError
 
 T = TypeVar("T")
@@ -125,6 +126,33 @@ def load_data(name: str, *, image_size: int | None = None) -> Splits:
             f"Unknown dataset {name!r}; known are {', '.join(sorted(LOADERS))} and imagefolder:PATH."
         )
     return LOADERS[name](image_size)
+
+
+def augment(
+    images: Tensor, *, shift: int = 0, flip: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """Shift every image by its own offset (edges repeated) and flip half of them.
+
+    Args:
+        images: (N, C, H, W).
+        shift: largest offset in pixels, both ways.
+        generator: of the images' device, or of the CPU; None is torch's own.
+    """
+    n, _, height, width = images.shape
+    source = images.device if generator is None else generator.device
+    if flip:
+        mirrored = torch.rand(n, 1, 1, 1, device=source, generator=generator) < 0.5
+        images = torch.where(upload(mirrored, images), images.flip(3), images)
+    if shift:
+        padded = F.pad(images, [shift] * 4, mode="replicate")
+        offset = torch.randint(0, 2 * shift + 1, (2, n, 1), device=source, generator=generator)
+        offset = upload(offset, images)
+        rows = (offset[0] + torch.arange(height, device=images.device)).view(n, 1, height, 1)
+        columns = (offset[1] + torch.arange(width, device=images.device)).view(n, 1, 1, width)
+        picture = torch.arange(n, device=images.device).view(n, 1, 1, 1)
+        channel = torch.arange(images.shape[1], device=images.device).view(1, -1, 1, 1)
+        images = padded[picture, channel, rows, columns]
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _digits(image_size: int | None) -> Splits:

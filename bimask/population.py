@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from bimask.config import ENGINE, BudgetWarning, PurifyConfig
+from bimask.data import augment
 from bimask.devices import upload
 from bimask.errors import NonFiniteError, SettingError
 from bimask.frozen import FrozenNet
@@ -189,6 +190,7 @@ class _Member:
             c.clip_images,
             c.reuse_last_pass,
             c.straight_through,
+            c.augments,
         )
 
 
@@ -343,6 +345,8 @@ class PopulationPurifier:
         batches = self._draw(group)
         x = self._batch(self.images, group, batches)
         clean = self._batch(self.clean_logits, group, batches)
+        if group[0].config.augments:
+            x, clean = self._augmented(group, x)
         keep, inverse = factors
         m = len(group)
         if group[0].inner_steps == 0:
@@ -487,6 +491,25 @@ class PopulationPurifier:
                 where = slice(None) if batches is None else batches[row]
                 starts[row] = self.deltas[member.row, where] * upload(goes_on, x)
         return starts
+
+    @torch.no_grad()
+    def _augmented(self, group: list[_Member], x: Tensor) -> tuple[Tensor, Tensor]:
+        """The images changed, each member's by its own generator, and the victim's logits of them."""
+        changed = torch.stack(
+            [
+                augment(
+                    images,
+                    shift=member.config.shift,
+                    flip=member.config.flip,
+                    generator=member.generator,
+                )
+                for member, images in zip(group, x, strict=True)
+            ]
+        )
+        for member in group:
+            member.passes.add(forward=1, backward=0)
+        parts = _slices(len(group), self._blocks(len(group), x.shape[1]))
+        return changed, torch.cat([self._answer(changed[part], None) for part in parts])
 
     def _draw(self, group: list[_Member]) -> list[Tensor] | None:
         """A fresh subset for each member, without replacement; None where that is everything."""

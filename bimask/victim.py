@@ -17,11 +17,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from bimask.attacks import Attack, build_attack
-from bimask.data import LOADERS, ImageData, Splits, load_data
+from bimask.data import LOADERS, ImageData, Splits, augment, load_data
 from bimask.errors import NonFiniteError, VictimError, VictimRefusedError
 from bimask.metrics import EvalSets, Scores, Split, evaluate
 from bimask.nets import NETS, build_net
@@ -178,7 +178,7 @@ def _fit(
         losses = []
         order = torch.randperm(len(data)).to(data.images.device)
         for batch in order[: steps * spec.batch_size].chunk(steps):
-            images = _augment(data.floats(batch), spec.shift, spec.flip)
+            images = augment(data.floats(batch), shift=spec.shift, flip=spec.flip)
             with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
                 logits = net(images)
             loss = F.cross_entropy(logits.float(), data.labels[batch])
@@ -209,23 +209,6 @@ def _statistics(data: ImageData) -> tuple[list[float], list[float]]:
         means.append(mean.item())
         stds.append(std.item() if std > 0 else 1.0)
     return means, stds
-
-
-def _augment(images: Tensor, shift: int, flip: bool) -> Tensor:
-    """Shift every image by its own offset (edges repeated) and flip half of them."""
-    n, _, height, width = images.shape
-    if flip:
-        mirrored = torch.rand(n, 1, 1, 1, device=images.device) < 0.5
-        images = torch.where(mirrored, images.flip(3), images)
-    if shift:
-        padded = F.pad(images, [shift] * 4, mode="replicate")
-        offset = torch.randint(0, 2 * shift + 1, (2, n, 1), device=images.device)
-        rows = (offset[0] + torch.arange(height, device=images.device)).view(n, 1, height, 1)
-        columns = (offset[1] + torch.arange(width, device=images.device)).view(n, 1, 1, width)
-        picture = torch.arange(n, device=images.device).view(n, 1, 1, 1)
-        channel = torch.arange(images.shape[1], device=images.device).view(1, -1, 1, 1)
-        images = padded[picture, channel, rows, columns]
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _refuse_if_useless(victim: Victim) -> None:

@@ -128,7 +128,7 @@ def run_trials(
 
             def on_round(member: int, log: RoundLog, masks: MaskSet) -> None:
                 if on_report is not None and (log.step + 1) % report_every == 0:
-                    scores = evaluate(fold(model, masks), val)  # noqa: B023
+                    scores = evaluate(fold(model, masks), val, precision="bfloat16")  # noqa: B023
                     on_report(running[member], case.name, log, scores)  # noqa: B023
 
             population = PopulationPurifier(

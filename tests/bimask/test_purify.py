@@ -411,6 +411,23 @@ def test_a_stage_keeps_its_last_or_its_best_iterate(tiny_net, pictures, keep):
     assert got == (iterates[-1] if keep == "last" else iterates[best - 1])
 
 
+def test_every_stage_has_a_best_iterate_of_its_own(tiny_net, pictures):
+    iterates, losses = {"start": [[1.0] * 40]}, {}
+
+    def on_round(log, masks):
+        iterates.setdefault(log.stage, []).append(masks.mask.tolist() + masks.selection.tolist())
+        losses.setdefault(log.stage, []).append(log.loss)
+
+    rounds = {"initialise_rounds": 10, "minimise_rounds": 10, "select_rounds": 10}
+    result = purify(tiny_net, pictures, short(**rounds, mask_lr=0.3, keep="best"), on_round=on_round)
+    best = iterates["start"][0]
+    for stage in STAGES:  # the loss of a round is that of the masks before its update
+        before = [best, *iterates[stage]]
+        best = before[losses[stage].index(min(losses[stage]))]
+    assert min(losses["minimise"]) > min(losses["initialise"])  # one best of all would be another
+    assert result.masks.mask.tolist() + result.masks.selection.tolist() == best
+
+
 def test_the_purified_model_is_the_masked_one_with_the_masks_folded_in(tiny_net, pictures):
     model, images = tiny_net.double(), pictures.double()
     result = purify(model, images, short(initial_selection=0.5))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bimask.data import ImageData, cache_folder, load_data
+from bimask.data import ImageData, augment, cache_folder, load_data
 from bimask.errors import DataError
 
 
@@ -298,3 +298,46 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     assert cache_folder() == tmp_path
     monkeypatch.delenv("BIMASK_CACHE")
     assert cache_folder().parts[-2:] == (".cache", "bimask")
+
+
+# --- augmentation ---
+
+
+def test_nothing_asked_is_nothing_changed():
+    images = torch.rand(5, 2, 6, 6)
+    assert torch.equal(augment(images), images)
+
+
+def test_shifted_images_are_shifted_with_their_edges_repeated():
+    images = torch.rand(40, 3, 7, 7)
+    got = augment(images, shift=2, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images, [2] * 4, mode="replicate")
+    offsets = set()
+    for image, whole in zip(got, padded, strict=True):
+        matches = [
+            (top, left)
+            for top in range(5)
+            for left in range(5)
+            if torch.equal(image, whole[:, top : top + 7, left : left + 7])
+        ]
+        assert len(matches) == 1
+        offsets.add(matches[0])
+    assert len(offsets) > 10
+
+
+def test_about_half_of_the_images_are_flipped():
+    images = torch.rand(200, 1, 4, 4)
+    got = augment(images, flip=True, generator=torch.Generator().manual_seed(0))
+    flipped = (got == images.flip(3)).flatten(1).all(1)
+    kept = (got == images).flatten(1).all(1)
+    assert (flipped ^ kept).all()
+    assert 70 < flipped.sum() < 130
+
+
+def test_augmentation_comes_from_its_generator_alone():
+    images, state = torch.rand(8, 1, 5, 5), torch.random.get_rng_state()
+    first, again = (
+        augment(images, shift=1, flip=True, generator=torch.Generator().manual_seed(7)) for _ in "ab"
+    )
+    assert torch.equal(first, again)
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -44,6 +44,7 @@ MIX = [
     {"norm": "l2", "reuse_last_pass": True, "step_size": 0.02, "clip_images": True},
     {"patience": 0, "minimise_rounds": 9, "threshold": 0.5},
     {"mask_estimator": "straight_through", "initial_selection": 0.8, "initial_mask": 0.6},
+    {"shift": 1, "flip": True, "batch_size": 20, "warm_start": 0.5},
     NO_ROUNDS,
 ]
 ENGINES = {

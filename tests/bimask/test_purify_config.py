@@ -40,6 +40,8 @@ def test_the_defaults_are_the_published_settings():
         "inner_weight_decay": 0.01,
         "clip_images": False,
         "warm_start": 0,
+        "shift": 0,
+        "flip": False,
         "mask_estimator": "soft",
         "early_batch_size": None,
         "inner_steps_at_start": None,

@@ -146,6 +146,8 @@ ONLY = {
     "clip_images": True,
     "warm_start": 0.5,
     "reuse_last_pass": True,
+    "shift": 2,
+    "flip": True,
 }
 
 
@@ -590,6 +592,7 @@ KINDS = [
     EVERYTHING,
     EVERYTHING | {"norm": "l2", "loss_form": "log"},
     EVERYTHING | {"inner_optimizer": "sign", "inner_momentum": 0.5, "reuse_last_pass": True},
+    EVERYTHING | {"shift": 1, "flip": True, "mask_estimator": "straight_through"},
 ]
 
 
@@ -664,7 +667,7 @@ def placed_anew(module, fn, recurse=True):
     return module
 
 
-@pytest.mark.parametrize("kind", [2, 3])
+@pytest.mark.parametrize("kind", [2, 3, 4])
 def test_nothing_stays_on_the_host_where_there_is_an_accelerator(monkeypatch, kind):
     """Tensors without numbers that say they are on a GPU: mixing them with the host's, or reading
     them, is an error."""

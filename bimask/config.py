@@ -108,7 +108,7 @@ class PurifyConfig(BaseModel):
     )
     compile: bool = Field(False, description="torch.compile of the passes")
     images_per_pass: Annotated[int, Field(ge=1)] | Literal["batch", "device"] = Field(
-        "batch", description="bound on memory; batch: one batch a member, device: what it is good for"
+        "batch", description="of an outer pass; batch: one batch a member, device: what it is good for"
     )
 
     def inner_steps_at(self, progress: float) -> int:

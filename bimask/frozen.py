@@ -9,6 +9,7 @@ what a pass of that block alone would give, bit for bit on one machine: nothing 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -17,41 +18,21 @@ from torch import Tensor, fx, nn
 
 from bimask.masks import MaskSet
 
+# Kernels are chosen by how many images come; from here on they are the same.
+FEWEST = 16
 
-class _MaskedConv(nn.Module):
-    """A convolution with frozen weights: factor * conv(x) + shift, the factor set by `FrozenNet`.
 
-    Args:
-        conv: it is changed and kept; masks scale its output with its own bias.
-        norm: the batch norm that alone consumes its output, in eval mode, or None.
+class _Site:
+    """What follows a masked convolution: factor * output + shift, the factor set by `FrozenNet`.
+
+    It stands behind the convolution as a hook, so that the convolution stays the module it was.
     """
 
-    shift: Tensor | None
+    factor: Tensor | None = None
+    shift: Tensor | None = None
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> None:
-        super().__init__()
-        self.conv = conv
-        self.factor: Tensor | None = None
-        self.register_buffer("shift", None)
-        if norm is not None:
-            mean, variance = norm.running_mean, norm.running_var
-            assert mean is not None
-            assert variance is not None
-            scale = (variance.double() + norm.eps).rsqrt()
-            if norm.weight is not None:
-                scale = scale * norm.weight.double()
-            shift = -mean.double() * scale
-            if norm.bias is not None:
-                shift = shift + norm.bias.double()
-            dtype = conv.weight.dtype
-            conv.weight.data = (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(dtype)
-            if conv.bias is not None:
-                conv.bias.data = (conv.bias.double() * scale).to(dtype)
-            self.shift = shift.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B n, C_in, H, W) -> (B n, C, H', W')."""
-        out: Tensor = self.conv(x)
+    def __call__(self, _conv: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+        """(B n, C, H, W) -> same."""
         factor, shift = self.factor, self.shift
         if factor is None:
             return out if shift is None else out + shift.view(-1, 1, 1)
@@ -60,6 +41,24 @@ class _MaskedConv(nn.Module):
         if shift is None:
             return (blocks * factor).flatten(0, 1)
         return torch.addcmul(shift.view(-1, 1, 1), blocks, factor).flatten(0, 1)
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """Put the scale of a batch norm in eval mode into `conv`; its shift, (C,), comes back."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = (variance.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    dtype = conv.weight.dtype
+    conv.weight.data = (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(dtype)
+    if conv.bias is not None:
+        conv.bias.data = (conv.bias.double() * scale).to(dtype)
+    return shift.to(dtype)
 
 
 class FrozenNet(nn.Module):
@@ -110,23 +109,38 @@ class FrozenNet(nn.Module):
             net = self._prepared(copy.deepcopy(model).eval().requires_grad_(False), False)
         self._measure(net, sample)
         self.dtype = dtype or expected.dtype
+        for site in self._sites.values():
+            site.shift = None if site.shift is None else site.shift.to(self.dtype)
         self.net: Any = net.to(dtype=self.dtype, memory_format=self.format)  # type: ignore[call-overload]
         if compile:
-            self.net = torch.compile(self.net)
+            self.net = self._compiled(sample.to(self.dtype, memory_format=self.format))
 
     def _prepared(self, net: nn.Module, fold: bool) -> nn.Module:
         norms: dict[str, nn.BatchNorm2d] = {}
         if fold:
             net, norms = _without_batch_norms(net, self.sites)
         self.folded = len(norms)
-        self._convs = {}
-        for site in self.sites:
-            parent, _, name = site.rpartition(".")
-            conv = net.get_submodule(site)
+        self._sites = {}
+        for name in self.sites:
+            conv = net.get_submodule(name)
             assert isinstance(conv, nn.Conv2d)
-            self._convs[site] = _MaskedConv(conv, norms.get(site))
-            setattr(net.get_submodule(parent), name, self._convs[site])
+            self._sites[name] = site = _Site()
+            if name in norms:
+                site.shift = _fold(conv, norms[name])
+            conv.register_forward_hook(site)
         return net
+
+    @torch.no_grad()
+    def _compiled(self, sample: Tensor) -> Any:
+        """The net compiled, or as it is where that fails."""
+        compiled: Any = torch.compile(self.net)
+        try:
+            compiled(sample)
+        except Exception as error:  # no compiler here, or a model it cannot take
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"torch.compile failed ({reason}); the net runs as it is.", stacklevel=4)
+            return self.net
+        return compiled
 
     @staticmethod
     @torch.no_grad()
@@ -140,7 +154,7 @@ class FrozenNet(nn.Module):
         def seen(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
             self.activation = max(self.activation, out[0].numel())
 
-        handles = [conv.register_forward_hook(seen) for conv in self._convs.values()]
+        handles = [net.get_submodule(name).register_forward_hook(seen) for name in self.sites]
         net(sample[:1])
         for handle in handles:
             handle.remove()
@@ -153,16 +167,23 @@ class FrozenNet(nn.Module):
             factors: (B, C) factors on the outputs of all sites' channels, one row a block; None means
                 the victim itself.
         """
+        given = len(images)
+        if given < FEWEST:
+            blocks = 1 if factors is None else len(factors)
+            more = -(-FEWEST * blocks // given) - blocks
+            images = torch.cat([images, images.new_zeros(more * given // blocks, *images.shape[1:])])
+            if factors is not None:
+                factors = torch.cat([factors, torch.ones_like(factors[:1]).expand(more, -1)])
         if factors is not None:
             rows = factors.to(self.dtype).split(list(self.sites.values()), dim=1)
             for site, row in zip(self.sites, rows, strict=True):
-                self._convs[site].factor = row
+                self._sites[site].factor = row
         try:
             logits: Tensor = self.net(images.to(self.dtype).contiguous(memory_format=self.format))
         finally:
-            for conv in self._convs.values():
-                conv.factor = None
-        return logits.to(images.dtype)
+            for held in self._sites.values():
+                held.factor = None
+        return logits[:given].to(images.dtype)
 
 
 class _Tracer(fx.Tracer):
@@ -177,7 +198,7 @@ def _without_batch_norms(
 ) -> tuple[nn.Module, dict[str, nn.BatchNorm2d]]:
     """The net without the batch norms that alone follow a site, and these norms by site.
 
-    A model without any, or that cannot be traced, comes back as it is.
+    A model that cannot be traced comes back as it is.
     """
     try:
         traced = fx.GraphModule(net, _Tracer().trace(net))

@@ -46,7 +46,9 @@ def keep_factor(
     sign = -1 if inverse else 1
     sigma = torch.sigmoid(sign * sharpness * (mask - 0.5))
     if straight_through:
-        sigma = (sigma > 0.5).to(sigma) + (sigma - sigma.detach())
+        # at the middle one side keeps the channel, so that both still add up to 1 + s
+        kept = sigma > 0.5 if inverse else sigma >= 0.5
+        sigma = kept.to(sigma) + (sigma - sigma.detach())
     return sigma + selection * (1 - sigma)
 
 

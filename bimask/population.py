@@ -575,7 +575,7 @@ class PopulationPurifier:
         member.rounds.append(log)
         stop = self.on_round is not None and self.on_round(member.row, log, self._masks(member))
         member.round += 1
-        if member.plateau.reached(log.loss) or member.round == member.limits[log.stage]:
+        if stop or member.plateau.reached(log.loss) or member.round == member.limits[log.stage]:
             self._end_stage(member)
         if stop or not member.stages:
             self._finish(member)

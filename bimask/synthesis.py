@@ -105,6 +105,8 @@ class TriggerSynthesizer:
             _column(value, images) for value in (self.step_size, self.budget, self.weight_decay)
         )
         delta = torch.zeros_like(images) if start is None else start.clone()
+        if start is not None:  # the images may have moved since
+            self._project_(delta, images, budget)
         last, last_logits = delta.clone(), clean_logits.clone()
         moments = AdamWState(delta) if self.optimizer == "adamw" else None
         velocity = torch.zeros_like(delta) if self.momentum else None

@@ -167,7 +167,6 @@ MODELS = {
         0,
     ),
 }
-WRAPPED = "a wrapped convolution has no attributes, and its second name leads to the bare one"
 UNUSUAL = {
     "convolution asked for its weight": lambda: Net(
         lambda net, x: net.norm(net.conv(x)) + net.conv.weight.mean(),
@@ -187,10 +186,7 @@ UNUSUAL = {
     "convolution under two names": tied,
 }
 EACH_MODEL = pytest.mark.parametrize("name", MODELS)
-FEW = pytest.mark.xfail(reason="kernels of their own for few images")
-BLOCK_SIZES = pytest.mark.parametrize(
-    "n", [pytest.param(1, marks=FEW), pytest.param(3, marks=FEW), 7, 16]
-)
+BLOCK_SIZES = pytest.mark.parametrize("n", [1, 3, 7, 16])
 
 
 def prepared(build, dtype=torch.float64):
@@ -272,7 +268,6 @@ def test_nothing_is_folded_where_that_is_not_wanted(name):
     assert net.folded == 0
 
 
-@pytest.mark.xfail(raises=(AttributeError, TypeError, AssertionError), strict=True, reason=WRAPPED)
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_a_model_may_look_at_its_convolutions_in_any_way(name):
     for folds in (True, False):
@@ -328,7 +323,7 @@ def test_a_block_has_the_bits_of_a_pass_alone(name, dtype, n):
     check_bits(prepared(MODELS[name][0], torch.float32), n, dtype=dtype)
 
 
-@pytest.mark.parametrize("n", [pytest.param(7, marks=FEW), 16])
+@pytest.mark.parametrize("n", [7, 16])
 def test_a_block_behind_a_narrow_convolution_has_the_bits_of_a_pass_alone(n):
     check_bits(prepared(MODELS["1x1"][0], torch.float32), n)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +103,3 @@ def published(rounds: dict[str, int], **changes: Any) -> PurifyConfig:
 
 def fast(**changes: Any) -> PurifyConfig:
     return PurifyConfig.profile("fast", **changes)
-
-
-Clock = Callable[[], float]

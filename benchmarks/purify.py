@@ -33,8 +33,9 @@ from bimask.config import PurifyConfig
 from bimask.devices import resolve_device
 from bimask.masks import MaskSet
 from bimask.metrics import Scores
-from bimask.population import PopulationPurifier, RoundLog
+from bimask.population import PopulationPurifier
 from bimask.purify import purify
+from bimask.result import RoundLog
 
 STAGES = ("initialise", "minimise", "select")
 SEEDS = range(5)

@@ -104,8 +104,8 @@ def predict(
     Args:
         batch_size: images a pass; None means 512 on a CPU, elsewhere as many as memory allows.
         precision: with "bfloat16" the passes run in it, and every image that could be answered
-            otherwise in float32 is asked again there: the difference of logits is bounded by twice
-            the largest one of a sample, and two classes closer than that are not told apart.
+            otherwise in float32 is asked again there. Logits are taken to differ by no more than
+            twice what they differ by on a sample, and classes closer than that are not told apart.
 
     Raises:
         NonFiniteError: logits that are NaN or infinite, which have no class.

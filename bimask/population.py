@@ -2,7 +2,8 @@
 
 The victim is frozen and shared, so members are blocks of one stacked batch (`bimask.frozen`) and rows
 of the tensors of masks, perturbations and moments. Members may stand at different rounds and stages,
-stop early or fail; none changes the numbers of another: a member ends with the bits of a run alone.
+stop early or fail; none changes the numbers of another: in float32 and bfloat16 a member ends with the
+bits of a run alone, in float64 with its numbers but for rounding.
 
 Dunnett, Arablouei, Miller, Dedeoglu, Jurdak, "Backdoor Mitigation via Invertible Pruning Masks",
 NeurIPS 2025 (arXiv 2509.15497). f is the frozen victim, f_a the masked, f_abar the inverse-masked
@@ -23,8 +24,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,13 @@ from bimask.devices import upload
 from bimask.errors import NonFiniteError, SettingError
 from bimask.frozen import FrozenNet
 from bimask.losses import agree, disagree, selection_cost
-from bimask.masks import MaskSet, fold, keep_factor
+from bimask.masks import MaskSet, keep_factor
+from bimask.member import Member
 from bimask.optim import AdamWState, bias_corrections
+from bimask.result import PurifyResult, RoundLog
 from bimask.synthesis import TriggerSynthesizer
 
-Stage = Literal["initialise", "minimise", "select"]
-OnRound = Callable[[int, "RoundLog", MaskSet], bool | None]
+OnRound = Callable[[int, RoundLog, MaskSet], bool | None]
 
 
 # Masks, their updates and the losses are few numbers. Kernels round the last lanes of a tensor unlike
@@ -54,144 +55,6 @@ def _fine(device: torch.device) -> torch.dtype:
 # CPU's cache, and what an accelerator has to spare.
 PASS_BYTES = {"cpu": 16 * 2**20}
 PASS_BYTES_ELSEWHERE = 2**30
-
-
-@dataclass(frozen=True)
-class RoundLog:
-    """One round of the outer problem.
-
-    Attributes:
-        stage: "initialise", "minimise" or "select".
-        round: from 0 within the stage.
-        step: from 0 within the run.
-        losses: term -> value before the round's update, in the order of the module's formulas.
-        loss: their sum, which early stopping watches.
-    """
-
-    stage: Stage
-    round: int
-    step: int
-    losses: dict[str, float]
-    loss: float
-
-
-@dataclass
-class Passes:
-    """Passes of one batch through the network, forward and backward."""
-
-    forward: int = 0
-    backward: int = 0
-
-    def add(self, forward: int, backward: int) -> None:
-        self.forward += forward
-        self.backward += backward
-
-
-@dataclass(frozen=True)
-class PurifyResult:
-    """What a purification ends with.
-
-    Attributes:
-        masks: the learned masks; `masked_forward(model, masks, x)` is the purified model.
-        rounds: one log a round, in order.
-        passes: counted passes.
-        seconds: wall time, in a population from the start of all to the end of this one.
-        config: the settings used.
-    """
-
-    masks: MaskSet
-    rounds: list[RoundLog]
-    passes: Passes
-    seconds: float
-    config: PurifyConfig
-    _model: nn.Module = field(repr=False)
-
-    def model(self, *, inverse: bool = False) -> nn.Module:
-        """The purified model (or its inverse twin): a plain copy with the masks folded in."""
-        return fold(self._model, self.masks, inverse=inverse)
-
-
-class _Plateau:
-    """Published early stopping: more than `patience` rounds without `loss < threshold x best`."""
-
-    def __init__(self, patience: int | None, threshold: float) -> None:
-        self.patience, self.threshold = patience, threshold
-        self.best, self.stale = float("inf"), 0
-
-    def reached(self, loss: float) -> bool:
-        if loss < self.threshold * self.best:
-            self.best, self.stale = loss, 0
-        else:
-            self.stale += 1
-        return self.patience is not None and self.stale > self.patience
-
-
-class _Member:
-    """Where one member stands: its stage and round, and what it has logged."""
-
-    def __init__(self, row: int, config: PurifyConfig, generator: torch.Generator | None) -> None:
-        self.row, self.config, self.generator = row, config, generator
-        self.rounds: list[RoundLog] = []
-        self.passes = Passes()
-        self.result: PurifyResult | NonFiniteError | None = None
-        limits: dict[Stage, int] = {
-            "initialise": config.initialise_rounds,
-            "minimise": config.minimise_rounds,
-            "select": config.select_rounds,
-        }
-        self.limits = {stage: limit for stage, limit in limits.items() if limit}
-        self.stages = list(self.limits)
-        self.begin_stage()
-
-    def begin_stage(self) -> None:
-        self.round, self.best_loss = 0, math.inf
-        self.plateau = _Plateau(self.config.patience, self.config.threshold)
-
-    @property
-    def stage(self) -> Stage:
-        return self.stages[0]
-
-    @property
-    def lr(self) -> float:
-        """The rate of the round, as torch's CosineAnnealingLR has it in closed form."""
-        rate = self.config.mask_lr
-        if self.config.mask_lr_schedule == "cosine" and self.stage == "select":
-            rate *= (1 + math.cos(math.pi * self.round / self.limits["select"])) / 2
-        return rate
-
-    @property
-    def selection_weight(self) -> float:
-        return 0.0 if self.stage == "minimise" else self.config.selection_weight
-
-    @property
-    def batch_size(self) -> int:
-        early = self.config.early_batch_size
-        return early if early is not None and self.stage != "select" else self.config.batch_size
-
-    @property
-    def inner_steps(self) -> int:
-        """The round's inner steps; 0 where the stage needs no triggers."""
-        if self.stage == "initialise":
-            return 0
-        total = sum(limit for stage, limit in self.limits.items() if stage != "initialise")
-        done = self.round + (self.limits.get("minimise", 0) if self.stage == "select" else 0)
-        return self.config.inner_steps_at(done / max(1, total - 1))
-
-    def likeness(self, images: int) -> tuple[object, ...]:
-        """Members that are alike in these go through the round together."""
-        c = self.config
-        return (
-            self.inner_steps > 0,
-            min(images, self.batch_size),
-            c.loss_form,
-            c.norm,
-            c.inner_optimizer,
-            c.inner_momentum,
-            c.clip_images,
-            c.reuse_last_pass,
-            c.straight_through,
-            c.augments,
-        )
 
 
 class _Term(NamedTuple):
@@ -257,13 +120,13 @@ class PopulationPurifier:
         )
         self.per_pass = engine.images_per_pass
         self.members = [
-            _Member(row, config, generator)
+            Member(row, config, generator)
             for row, (config, generator) in enumerate(zip(configs, generators, strict=True))
         ]
         self.sharpness = self._column(lambda m: m.config.sharpness, self.members)
         self.weight_decay = self._column(lambda m: m.config.weight_decay, self.members)
 
-        def initial(value: Callable[[_Member], float]) -> Tensor:
+        def initial(value: Callable[[Member], float]) -> Tensor:
             return self._column(value, self.members).expand(-1, len(like)).clone()
 
         # masks and selections of all members side by side: one update moves both
@@ -298,7 +161,7 @@ class PopulationPurifier:
                 self._round(group)
         return [member.result for member in self.members if member.result is not None]
 
-    def _round(self, group: list[_Member]) -> None:
+    def _round(self, group: list[Member]) -> None:
         """One round of members that are alike."""
         rows = self._rows(group)
         state = self.state[rows]
@@ -336,7 +199,7 @@ class PopulationPurifier:
         for member, values in zip(group, losses.T.tolist(), strict=True):
             self._log(member, dict(zip(terms, values, strict=True)))
 
-    def _terms(self, group: list[_Member], factors: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _terms(self, group: list[Member], factors: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The terms of the outer loss, (M,) each, and the gradient of their sum by `factors`.
 
         Args:
@@ -377,7 +240,7 @@ class PopulationPurifier:
         )
 
     def _outer(
-        self, sources: list[tuple[Tensor, Tensor]], terms: list[_Term], group: list[_Member]
+        self, sources: list[tuple[Tensor, Tensor]], terms: list[_Term], group: list[Member]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Every source's images under its factors, in passes of bounded size.
 
@@ -417,7 +280,7 @@ class PopulationPurifier:
 
     def _triggered(
         self,
-        group: list[_Member],
+        group: list[Member],
         batches: list[Tensor] | None,
         x: Tensor,
         clean: Tensor,
@@ -479,7 +342,7 @@ class PopulationPurifier:
 
         return answers
 
-    def _starts(self, group: list[_Member], batches: list[Tensor] | None, x: Tensor) -> Tensor | None:
+    def _starts(self, group: list[Member], batches: list[Tensor] | None, x: Tensor) -> Tensor | None:
         """Where perturbations start: at 0, or for a share of the images where they ended."""
         if self.deltas is None:
             return None
@@ -493,7 +356,7 @@ class PopulationPurifier:
         return starts
 
     @torch.no_grad()
-    def _augmented(self, group: list[_Member], x: Tensor) -> tuple[Tensor, Tensor]:
+    def _augmented(self, group: list[Member], x: Tensor) -> tuple[Tensor, Tensor]:
         """The images changed, each member's by its own generator, and the victim's logits of them."""
         changed = torch.stack(
             [
@@ -511,7 +374,7 @@ class PopulationPurifier:
         parts = _slices(len(group), self._blocks(len(group), x.shape[1]))
         return changed, torch.cat([self._answer(changed[part], None) for part in parts])
 
-    def _draw(self, group: list[_Member]) -> list[Tensor] | None:
+    def _draw(self, group: list[Member]) -> list[Tensor] | None:
         """A fresh subset for each member, without replacement; None where that is everything."""
         n = len(self.images)
         if group[0].batch_size >= n:
@@ -520,7 +383,7 @@ class PopulationPurifier:
             upload(torch.randperm(n, generator=m.generator)[: m.batch_size], self.images) for m in group
         ]
 
-    def _batch(self, values: Tensor, group: list[_Member], batches: list[Tensor] | None) -> Tensor:
+    def _batch(self, values: Tensor, group: list[Member], batches: list[Tensor] | None) -> Tensor:
         """The members' own rows of `values` (n, ...): (M, N, ...)."""
         if batches is None:
             return values.expand(len(group), *values.shape)
@@ -548,22 +411,22 @@ class PopulationPurifier:
         fitting = max(1, bytes_ // (size * n))
         return min(members, fitting) if self.per_pass == "batch" else fitting
 
-    def _rows(self, group: list[_Member]) -> Tensor:
+    def _rows(self, group: list[Member]) -> Tensor:
         return upload(torch.tensor([member.row for member in group]), self.images)
 
-    def _column(self, value: Callable[[_Member], float], members: list[_Member]) -> Tensor:
+    def _column(self, value: Callable[[Member], float], members: list[Member]) -> Tensor:
         """A setting of each member as (M, 1), in double."""
         host = torch.tensor([value(member) for member in members], dtype=self.fine)
         return upload(host, self.images).view(-1, 1)
 
-    def _remember_best(self, group: list[_Member], rows: Tensor, state: Tensor, losses: Tensor) -> None:
+    def _remember_best(self, group: list[Member], rows: Tensor, state: Tensor, losses: Tensor) -> None:
         """Keep the masks of the least loss of the stage, on the device."""
         if any(member.config.keep == "best" for member in group):
             better = (losses < self.best_losses[rows]).view(-1, 1)
             self.best[rows] = torch.where(better, state, self.best[rows])
             self.best_losses[rows] = torch.minimum(losses, self.best_losses[rows])
 
-    def _log(self, member: _Member, losses: dict[str, float]) -> None:
+    def _log(self, member: Member, losses: dict[str, float]) -> None:
         """Log a member's round, and bring it to its next round, stage or end."""
         log = RoundLog(member.stage, member.round, len(member.rounds), losses, sum(losses.values()))
         if not math.isfinite(log.loss):
@@ -580,7 +443,7 @@ class PopulationPurifier:
         if stop or not member.stages:
             self._finish(member)
 
-    def _end_stage(self, member: _Member) -> None:
+    def _end_stage(self, member: Member) -> None:
         row = member.row
         if member.config.keep == "best":
             self.state[row] = self.best[row]
@@ -589,14 +452,14 @@ class PopulationPurifier:
         member.stages.pop(0)
         member.begin_stage()
 
-    def _finish(self, member: _Member) -> None:
+    def _finish(self, member: Member) -> None:
         masks = self._masks(member).requires_grad_(False)
         seconds = time.perf_counter() - self.started
         member.result = PurifyResult(
             masks, member.rounds, member.passes, seconds, member.config, self.model
         )
 
-    def _masks(self, member: _Member) -> MaskSet:
+    def _masks(self, member: Member) -> MaskSet:
         """A member's masks as they are now."""
         masks = MaskSet(
             self.blank.sites,
@@ -609,10 +472,10 @@ class PopulationPurifier:
         return masks
 
 
-def _alike(members: list[_Member], images: int) -> Iterator[list[_Member]]:
+def _alike(members: list[Member], images: int) -> Iterator[list[Member]]:
     """Groups that go through a round together, in each the members of more inner steps first."""
 
-    def key(member: _Member) -> tuple[str, int]:
+    def key(member: Member) -> tuple[str, int]:
         return str(member.likeness(images)), -member.inner_steps
 
     for _, group in itertools.groupby(sorted(members, key=key), lambda m: key(m)[0]):

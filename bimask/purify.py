@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from bimask.config import PurifyConfig
 from bimask.errors import NonFiniteError
 from bimask.masks import MaskSet
-from bimask.population import Passes, PopulationPurifier, PurifyResult, RoundLog, Stage
+from bimask.population import PopulationPurifier
+from bimask.result import Passes, PurifyResult, RoundLog, Stage
 
 __all__ = ["Passes", "PurifyResult", "RoundLog", "Stage", "purify"]
 
@@ -40,9 +41,7 @@ def purify(
         NonFiniteError: a loss is NaN or infinite, with its stage and round.
     """
 
-    def of_member(_member: int, log: RoundLog, masks: MaskSet) -> bool | None:
-        return None if on_round is None else on_round(log, masks)
-
+    of_member = None if on_round is None else lambda _member, log, masks: on_round(log, masks)
     population = PopulationPurifier(
         model, images, [config or PurifyConfig()], generators=[generator], on_round=of_member
     )

@@ -20,7 +20,8 @@ from bimask.config import ENGINE, PurifyConfig
 from bimask.errors import NonFiniteError
 from bimask.masks import MaskSet, fold
 from bimask.metrics import EvalSets, Scores, evaluate
-from bimask.population import Passes, PopulationPurifier, RoundLog
+from bimask.population import PopulationPurifier
+from bimask.result import Passes, RoundLog
 from bimask.victim import Victim
 from study.config import StudyConfig
 

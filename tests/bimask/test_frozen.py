@@ -417,4 +417,18 @@ def test_shapes_are_right_on_a_device_without_numbers(monkeypatch, folds):
 
 @pytest.mark.slow
 def test_a_compiled_net_answers_the_same():
-    answers_are_right(prepared(MODELS["grouped, dilated, reflecting"][0]), 1e-10, compile=True)
+    model = prepared(MODELS["grouped, dilated, reflecting"][0])
+    net = answers_are_right(model, 1e-10, compile=True)
+    assert isinstance(net.net, torch._dynamo.OptimizedModule)  # not the fallback
+
+
+def test_a_net_that_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch):
+    def broken(_net):
+        def forward(_images):
+            raise RuntimeError("no compiler found")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match="torch.compile failed .no compiler found.; the net runs as"):
+        answers_are_right(prepared(MODELS["bias"][0]), 1e-10, compile=True)

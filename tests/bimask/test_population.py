@@ -16,7 +16,8 @@ from bimask import frozen, population
 from bimask.config import ENGINE, PurifyConfig
 from bimask.errors import NonFiniteError, SettingError
 from bimask.frozen import FrozenNet
-from bimask.population import PopulationPurifier, _Member
+from bimask.member import Member
+from bimask.population import PopulationPurifier
 
 SHORT = {
     "initialise_rounds": 2,
@@ -458,7 +459,7 @@ def test_eight_members_in_one_pass_need_far_fewer_kernels_each(tiny_net, picture
 
 def test_the_cosine_is_that_of_torch():
     config = short(mask_lr=0.3, mask_lr_schedule="cosine", select_rounds=17)
-    member, weights = _Member(0, config, None), [torch.zeros(1, requires_grad=True)]
+    member, weights = Member(0, config, None), [torch.zeros(1, requires_grad=True)]
     for stage, rounds in (("initialise", 2), ("minimise", 3)):
         assert member.stage == stage
         for member.round in range(rounds):

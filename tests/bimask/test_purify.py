@@ -15,8 +15,8 @@ from bimask.data import ImageData
 from bimask.errors import MaskMismatchError, NonFiniteError, SettingError
 from bimask.frozen import FrozenNet
 from bimask.masks import masked_forward
+from bimask.member import Plateau
 from bimask.metrics import EvalSets, evaluate
-from bimask.population import _Plateau
 from bimask.purify import purify
 
 STAGES = ("initialise", "minimise", "select")
@@ -330,7 +330,7 @@ def test_that_share_of_perturbations_goes_on_and_the_rest_starts_at_zero(tiny_ne
 
 
 def test_a_plateau_is_more_failures_in_a_row_than_patience():
-    plateau = _Plateau(patience=2, threshold=0.5)
+    plateau = Plateau(patience=2, threshold=0.5)
     losses = [8, 4, 3, 1.5, 2, 1.4, 0.7, 0.9, 5]
     #  best   8  8  3  3    3  1.4  1.4  1.4  1.4
     #  stale  0  1  0  1    2  0    1    2    3
@@ -338,12 +338,12 @@ def test_a_plateau_is_more_failures_in_a_row_than_patience():
 
 
 def test_no_patience_ends_at_the_first_failure():
-    plateau = _Plateau(patience=0, threshold=1)
+    plateau = Plateau(patience=0, threshold=1)
     assert [plateau.reached(loss) for loss in (3, 2, 2)] == [False, False, True]
 
 
 def test_endless_patience_never_ends():
-    plateau = _Plateau(patience=None, threshold=0.98)
+    plateau = Plateau(patience=None, threshold=0.98)
     assert not any(plateau.reached(1) for _ in range(500))
 
 

@@ -74,7 +74,7 @@ def _rounds(value: dict[str, Any]) -> Iterable[str]:
 
 def _plain(value: dict[str, Any]) -> Iterable[str]:
     yield from _table(
-        ["settings", "largest difference of a mask"], ([k, f"{v:.1e}"] for k, v in value.items())
+        ["compared", "largest difference of a mask"], ([k, f"{v:.1e}"] for k, v in value.items())
     )
 
 

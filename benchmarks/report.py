@@ -15,7 +15,7 @@ def keep(path: Path, case: str, part: str, value: dict[str, Any]) -> None:
     """Put one part's result into the file, in place of the one it had."""
     results = json.loads(path.read_text()) if path.is_file() else {}
     results.setdefault(case, {})[part] = value
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 

@@ -78,9 +78,13 @@ class PurifyConfig(BaseModel):
     select_rounds: int = Field(200, ge=0)
     patience: int | None = Field(25, ge=0, description="rounds without progress a stage bears")
     threshold: float = Field(0.98, gt=0, le=1, description="progress: loss < threshold x best")
-    keep: Literal["last", "best"] = Field("last", description="iterate a stage hands on")
+    keep: Literal["last", "best", "average"] = Field(
+        "last",
+        description="what a stage hands on; average: of select, the mean of its second half",
+    )
     batch_size: int = Field(256, ge=1, description="images drawn anew for each round")
     loss_form: LossForm = "paper"
+    clean_weight: NonNegative = Field(1.0, description="of agree(f_a(x), f(x)) in the outer loss")
     inner_steps: int = Field(20, ge=1)
     step_size: Positive | None = Field(0.001, description="of one inner step")
     budget: Positive = Field(1.0, description="largest perturbation")
@@ -89,6 +93,7 @@ class PurifyConfig(BaseModel):
     inner_weight_decay: NonNegative = Field(0.01, description="AdamW's on the perturbation")
     clip_images: bool = Field(False, description="keep perturbed images in [0, 1]")
     warm_start: Unit = Field(0.0, description="share of images whose perturbation goes on, not from 0")
+    universal: Unit = Field(0.0, description="share of images that get one perturbation in common")
     shift: int = Field(0, ge=0, description="clean images shifted anew each round, pixels at most")
     flip: bool = Field(False, description="clean images flipped at random each round")
     early_batch_size: int | None = Field(

@@ -64,6 +64,14 @@ class Member:
         return 0.0 if self.stage == "minimise" else self.config.selection_weight
 
     @property
+    def averaging(self) -> float:
+        """Weight of the round's masks in the mean of those of select's second half; 0 before it."""
+        if self.config.keep != "average" or self.stage != "select":
+            return 0.0
+        since = self.round - self.limits["select"] // 2
+        return 1 / (since + 1) if since >= 0 else 0.0
+
+    @property
     def batch_size(self) -> int:
         early = self.config.early_batch_size
         return early if early is not None and self.stage != "select" else self.config.batch_size

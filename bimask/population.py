@@ -14,17 +14,23 @@ model, x clean images, d the inner problem's perturbations (`bimask.synthesis`).
                  + disagree(f_abar(x+d), f(x)) + disagree(f_abar(x), f(x))             (eqs. 6, 7)
     select       the same + selection cost
 
+`clean_weight` multiplies agree(f_a(x), f(x)); it is 1 in the paper.
+
 No label is used anywhere: only images enter.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +44,11 @@ from bimask.losses import agree, disagree, selection_cost
 from bimask.masks import MaskSet, keep_factor
 from bimask.member import Member
 from bimask.optim import AdamWState, bias_corrections
+from bimask.perturbations import Perturbations
 from bimask.result import PurifyResult, RoundLog
 from bimask.synthesis import TriggerSynthesizer
 
+T = TypeVar("T")
 OnRound = Callable[[int, RoundLog, MaskSet], bool | None]
 
 
@@ -64,6 +72,7 @@ class _Term(NamedTuple):
     first: int
     loss: Callable[..., Tensor]
     target: Tensor
+    weight: Tensor | None = None  # (M,); None is 1
 
 
 class PopulationPurifier:
@@ -119,6 +128,12 @@ class PopulationPurifier:
             compile=engine.compile,
         )
         self.per_pass = engine.images_per_pass
+        # A CPU's threads are better spent on members than within the kernels of one pass.
+        self.threads = min(torch.get_num_threads(), len(configs))
+        if self.images.device.type != "cpu" or engine.compile:
+            self.threads = 1
+        self.workers: ThreadPoolExecutor | None = None
+        self.worker = threading.local()
         self.members = [
             Member(row, config, generator)
             for row, (config, generator) in enumerate(zip(configs, generators, strict=True))
@@ -134,12 +149,10 @@ class PopulationPurifier:
             [initial(lambda m: m.config.initial_mask), initial(lambda m: m.config.initial_selection)],
             dim=1,
         )
-        self.best = self.state.clone()
+        self.kept = self.state.clone()  # what a stage hands on, where that is not its last masks
         self.best_losses = self.state.new_full((len(configs),), math.inf)
         self.adamw = AdamWState(self.state)
-        self.deltas: Tensor | None = None
-        if any(config.warm_start for config in configs):
-            self.deltas = self.images.new_zeros(len(configs), *self.images.shape)
+        self.perturbations = Perturbations(configs, self.images)
         with torch.no_grad():
             parts = [
                 torch.cat([self.net(piece) for piece in part.split(self._pass_size(len(part)))]).to(
@@ -156,10 +169,43 @@ class PopulationPurifier:
         for member in self.members:
             if not member.stages:
                 self._finish(member)
-        while running := [member for member in self.members if member.result is None]:
-            for group in _alike(running, len(self.images)):
-                self._round(group)
+        with self._at_work():
+            while running := [member for member in self.members if member.result is None]:
+                for group in _alike(running, len(self.images)):
+                    self._round(group)
         return [member.result for member in self.members if member.result is not None]
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Workers while the members run, where there is more than one thread to share out.
+
+        Each has one thread and a net of its own, since a net holds the factors of the pass it is in.
+        """
+        if self.threads == 1:
+            yield
+            return
+
+        def begin() -> None:
+            torch.set_num_threads(1)
+            self.worker.net = copy.deepcopy(self.net)
+
+        threads = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(self.threads, initializer=begin) as self.workers:
+                yield
+        finally:
+            self.workers = None
+            torch.set_num_threads(threads)
+
+    def _each(self, work: Callable[[slice], T], count: int, most: int) -> list[T]:
+        """`work` on slices of range(count), of at most `most`, by the workers if there are any.
+
+        What `work` does to one slice must not touch another's.
+        """
+        if self.workers is None:
+            return [work(part) for part in _slices(count, most)]
+        most = min(most, -(-count // self.threads))  # something for every worker
+        return list(self.workers.map(work, _slices(count, most)))
 
     def _round(self, group: list[Member]) -> None:
         """One round of members that are alike."""
@@ -180,7 +226,7 @@ class PopulationPurifier:
         terms["selection_cost"] = cost.detach()
         (slope,) = torch.autograd.grad([factors, cost], variables, [gradient, torch.ones_like(cost)])
         losses = torch.stack(list(terms.values()))
-        self._remember_best(group, rows, state, losses.sum(0))
+        self._keep_best(group, rows, state, losses.sum(0))
         decay = self.weight_decay[rows]
         first, second = zip(*(bias_corrections(m.round + 1) for m in group), strict=True)
         self.adamw.step_(
@@ -195,6 +241,7 @@ class PopulationPurifier:
             rows=rows,
         )
         self.state[rows] = state.clamp_(0, 1)
+        self._keep_average(group, rows, state)
         # the round's only read-back
         for member, values in zip(group, losses.T.tolist(), strict=True):
             self._log(member, dict(zip(terms, values, strict=True)))
@@ -212,13 +259,14 @@ class PopulationPurifier:
             x, clean = self._augmented(group, x)
         keep, inverse = factors
         m = len(group)
+        weight = self._column(lambda member: member.config.clean_weight, group).squeeze(1)
         if group[0].inner_steps == 0:
             for member in group:
                 member.passes.add(forward=2, backward=2)
             return self._outer(
                 [(x, keep), (x, inverse)],
                 [
-                    _Term("clean_agree", 0, agree, clean),
+                    _Term("clean_agree", 0, agree, clean, weight),
                     _Term("inverse_clean_disagree", m, disagree, clean),
                 ],
                 group,
@@ -230,7 +278,7 @@ class PopulationPurifier:
         return self._outer(
             [(x, keep), (triggered, keep), (triggered, inverse), (x, inverse)],
             [
-                _Term("clean_agree", 0, agree, clean),
+                _Term("clean_agree", 0, agree, clean, weight),
                 _Term("triggered_agree", m, agree, clean),
                 _Term("inverse_triggered_agree", 2 * m, agree, triggered_logits),
                 _Term("inverse_triggered_disagree", 2 * m, disagree, clean),
@@ -254,27 +302,27 @@ class PopulationPurifier:
         form = group[0].config.loss_form
         values = {term.name: factors.new_zeros(m) for term in terms}
         gradient = torch.zeros_like(factors)
-        blocks = self._blocks(m, n)
-        for low in range(0, len(images), blocks):
-            high = min(low + blocks, len(images))
-            factor = factors[low:high].requires_grad_()
+
+        def one_pass(span: slice) -> None:
+            low, high = span.start, span.stop
+            factor = factors[span].requires_grad_()
             for part in _slices(n, self._pass_size(n)):  # one for all images, as a rule
-                logits = self._answer(images[low:high, part], factor)
+                logits = self._answer(images[span, part], factor)
                 losses = []
                 for term in terms:
                     start, stop = max(term.first, low), min(term.first + m, high)
                     if start < stop:
                         mine = slice(start - term.first, stop - term.first)
-                        loss = (
-                            term.loss(
-                                logits[start - low : stop - low], term.target[mine, part], form=form
-                            )
-                            * (part.stop - part.start)
-                            / n
-                        )
+                        got, wanted = logits[start - low : stop - low], term.target[mine, part]
+                        share = (part.stop - part.start) / n
+                        loss = term.loss(got, wanted, form=form) * share
+                        if term.weight is not None:
+                            loss = loss * term.weight[mine]
                         values[term.name][mine] += loss.detach()
                         losses.append(loss)
-                gradient[low:high] += torch.autograd.grad(torch.cat(losses).sum(), factor)[0]
+                gradient[span] += torch.autograd.grad(torch.cat(losses).sum(), factor)[0]
+
+        self._each(one_pass, len(images), self._blocks(m, n))
         keep, inverse = gradient.view(len(sources), m, -1).split(len(sources) // 2)
         return values, torch.stack([keep.sum(0), inverse.sum(0)])
 
@@ -288,12 +336,15 @@ class PopulationPurifier:
     ) -> tuple[Tensor, Tensor]:
         """Images with fresh triggers, (M, N, C, H, W), and the victim's logits of them, (M, N, K)."""
         n = len(x[0])
-        starts = self._starts(group, batches, x)
-        found, answered = torch.empty_like(x), torch.empty_like(clean)
-        for part in _slices(len(group), self._blocks(len(group), n)):
+        start = self.perturbations.start(group, batches, x)
+        deltas, found, answered = torch.empty_like(x), torch.empty_like(x), torch.empty_like(clean)
+        reuse = group[0].config.reuse_last_pass
+
+        def synthesize_for(part: slice) -> None:
             settings = [member.config for member in group[part]]
             steps = [member.inner_steps for member in group[part]]
             first = settings[0]
+            shared = None if start.shared is None else start.shared[part]
             synthesize = TriggerSynthesizer(
                 steps=steps,
                 step_size=[c.step_size_of(k) for c, k in zip(settings, steps, strict=True)],
@@ -309,20 +360,20 @@ class PopulationPurifier:
                 self._both(inverse[part]),
                 x[part],
                 clean[part],
-                start=None if starts is None else starts[part],
+                start=None if start.delta is None else start.delta[part],
+                shared=shared,
             )
-            if first.reuse_last_pass:
-                found[part], answered[part] = x[part] + triggers.last, triggers.last_logits
+            deltas[part] = triggers.delta
+            delta = triggers.last if reuse else triggers.delta
+            found[part] = synthesize.perturb(x[part], delta, shared)
+            if reuse:
+                answered[part] = triggers.last_logits
             else:
-                found[part] = x[part] + triggers.delta
-            if self.deltas is not None:
-                for member, delta in zip(group[part], triggers.delta, strict=True):
-                    where = slice(None) if batches is None else batches[group.index(member)]
-                    self.deltas[member.row, where] = delta
-        if not group[0].config.reuse_last_pass:
-            with torch.no_grad():
-                for part in _slices(len(group), self._blocks(len(group), n)):
+                with torch.no_grad():
                     answered[part] = self._answer(found[part], None)
+
+        self._each(synthesize_for, len(group), self._blocks(len(group), n))
+        self.perturbations.keep(group, batches, start, deltas)
         return found, answered
 
     def _both(self, inverse: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -342,20 +393,6 @@ class PopulationPurifier:
 
         return answers
 
-    def _starts(self, group: list[Member], batches: list[Tensor] | None, x: Tensor) -> Tensor | None:
-        """Where perturbations start: at 0, or for a share of the images where they ended."""
-        if self.deltas is None:
-            return None
-        starts = torch.zeros_like(x)
-        for row, member in enumerate(group):
-            share = member.config.warm_start
-            if share:
-                goes_on = torch.rand(x.shape[1], 1, 1, 1, generator=member.generator) < share
-                where = slice(None) if batches is None else batches[row]
-                starts[row] = self.deltas[member.row, where] * upload(goes_on, x)
-        return starts
-
-    @torch.no_grad()
     def _augmented(self, group: list[Member], x: Tensor) -> tuple[Tensor, Tensor]:
         """The images changed, each member's by its own generator, and the victim's logits of them."""
         changed = torch.stack(
@@ -371,8 +408,13 @@ class PopulationPurifier:
         )
         for member in group:
             member.passes.add(forward=1, backward=0)
-        parts = _slices(len(group), self._blocks(len(group), x.shape[1]))
-        return changed, torch.cat([self._answer(changed[part], None) for part in parts])
+
+        @torch.no_grad()
+        def answered(part: slice) -> Tensor:
+            return self._answer(changed[part], None)
+
+        blocks = self._blocks(len(group), x.shape[1])
+        return changed, torch.cat(self._each(answered, len(group), blocks))
 
     def _draw(self, group: list[Member]) -> list[Tensor] | None:
         """A fresh subset for each member, without replacement; None where that is everything."""
@@ -391,7 +433,8 @@ class PopulationPurifier:
 
     def _answer(self, images: Tensor, factors: Tensor | None) -> Tensor:
         """Logits of blocks: (B, N, C, H, W) under (B, C) factors -> (B, N, K), in double."""
-        logits: Tensor = self.net(images.flatten(0, 1), factors).to(self.fine)
+        net = getattr(self.worker, "net", self.net)
+        logits: Tensor = net(images.flatten(0, 1), factors).to(self.fine)
         return logits.unflatten(0, images.shape[:2])
 
     def _pass_size(self, n: int) -> int:
@@ -419,12 +462,18 @@ class PopulationPurifier:
         host = torch.tensor([value(member) for member in members], dtype=self.fine)
         return upload(host, self.images).view(-1, 1)
 
-    def _remember_best(self, group: list[Member], rows: Tensor, state: Tensor, losses: Tensor) -> None:
+    def _keep_best(self, group: list[Member], rows: Tensor, state: Tensor, losses: Tensor) -> None:
         """Keep the masks of the least loss of the stage, on the device."""
         if any(member.config.keep == "best" for member in group):
             better = (losses < self.best_losses[rows]).view(-1, 1)
-            self.best[rows] = torch.where(better, state, self.best[rows])
+            self.kept[rows] = torch.where(better, state, self.kept[rows])
             self.best_losses[rows] = torch.minimum(losses, self.best_losses[rows])
+
+    def _keep_average(self, group: list[Member], rows: Tensor, state: Tensor) -> None:
+        """Keep the mean of select's second half (Izmailov et al. 2018, arXiv 1803.05407)."""
+        if any(member.averaging for member in group):
+            newest = self._column(lambda m: m.averaging, group)
+            self.kept[rows] = self.kept[rows].lerp(state, newest)
 
     def _log(self, member: Member, losses: dict[str, float]) -> None:
         """Log a member's round, and bring it to its next round, stage or end."""
@@ -437,16 +486,18 @@ class PopulationPurifier:
             return
         member.rounds.append(log)
         stop = self.on_round is not None and self.on_round(member.row, log, self._masks(member))
-        member.round += 1
-        if stop or member.plateau.reached(log.loss) or member.round == member.limits[log.stage]:
+        last = member.round + 1 == member.limits[log.stage]
+        if member.plateau.reached(log.loss) or last or stop:
             self._end_stage(member)
+        else:
+            member.round += 1
         if stop or not member.stages:
             self._finish(member)
 
     def _end_stage(self, member: Member) -> None:
         row = member.row
-        if member.config.keep == "best":
-            self.state[row] = self.best[row]
+        if member.config.keep == "best" or member.averaging:
+            self.state[row] = self.kept[row]
         self.best_losses[row] = math.inf
         self.adamw.forget(row)
         member.stages.pop(0)
@@ -460,15 +511,17 @@ class PopulationPurifier:
         )
 
     def _masks(self, member: Member) -> MaskSet:
-        """A member's masks as they are now."""
+        """A member's masks as they are now: those it would end with."""
         masks = MaskSet(
             self.blank.sites,
             sharpness=member.config.sharpness,
             straight_through=member.config.straight_through,
         ).to(self.blank.mask)
+        averaged = member.stages and member.averaging
+        state = (self.kept if averaged else self.state)[member.row]
         with torch.no_grad():
-            masks.mask.copy_(self.state[member.row, : len(masks.mask)])
-            masks.selection.copy_(self.state[member.row, len(masks.mask) :])
+            masks.mask.copy_(state[: len(masks.mask)])
+            masks.selection.copy_(state[len(masks.mask) :])
         return masks
 
 

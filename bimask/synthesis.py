@@ -44,6 +44,9 @@ class TriggerSynthesizer:
     budget after each step. One synthesizer serves one set of images (N, C, H, W), or M members with
     settings of their own (M, N, C, H, W); a member's numbers do not depend on the others.
 
+    Some images may share one universal perturbation (Moosavi-Dezfooli et al. 2017, arXiv 1610.08401):
+    it follows the sum of their gradients, so what it finds works on all of them, as a trigger does.
+
     Args:
         steps: gradient steps, >= 1; the paper uses 20. Members: a list that does not rise.
         step_size: AdamW's learning rate, or the length of one sign step, in [0, 1] pixel units.
@@ -89,6 +92,7 @@ class TriggerSynthesizer:
         clean_logits: Tensor,
         *,
         start: Tensor | None = None,
+        shared: Tensor | None = None,
     ) -> Triggers:
         """Perturbations of `images`.
 
@@ -99,6 +103,8 @@ class TriggerSynthesizer:
             images: (..., N, C, H, W) in [0, 1].
             clean_logits: the victim's logits of `images`, (..., N, K), computed once by the caller.
             start: where d starts, inside the budget; None means 0, as published.
+            shared: (..., N, 1, 1, 1) booleans, the images with one d in common, which `start` must give
+                them too; that d is in the budget, and `perturb` clips what it does to an image.
         """
         steps = [self.steps] if isinstance(self.steps, int) else list(self.steps)
         lr, budget, decay = (
@@ -106,7 +112,7 @@ class TriggerSynthesizer:
         )
         delta = torch.zeros_like(images) if start is None else start.clone()
         if start is not None:  # the images may have moved since
-            self._project_(delta, images, budget)
+            self._project_(delta, images, budget, shared)
         last, last_logits = delta.clone(), clean_logits.clone()
         moments = AdamWState(delta) if self.optimizer == "adamw" else None
         velocity = torch.zeros_like(delta) if self.momentum else None
@@ -117,8 +123,9 @@ class TriggerSynthesizer:
             # a single set of images has no dimension of members: all of it is going
             rows = slice(going) if len(steps) > 1 else slice(None)
             moved, x = delta[rows], images[rows]
+            common = None if shared is None else shared[rows]
             point = moved.detach().clone().requires_grad_()
-            logits, inverse_logits = answers(x + point)
+            logits, inverse_logits = answers(self.perturb(x, point, common))
             terms = torch.stack(
                 [
                     agree(inverse_logits, logits, form=self.form),
@@ -132,6 +139,8 @@ class TriggerSynthesizer:
                 else:
                     history[step] = terms
                 last[rows], last_logits[rows] = moved, logits
+                if common is not None:
+                    gradient = torch.where(common, _total(gradient, common), gradient)
                 column = lr[rows] if lr.ndim else lr
                 if moments is not None:
                     first, second = bias_corrections(step + 1)
@@ -147,8 +156,15 @@ class TriggerSynthesizer:
                     if velocity is not None:
                         gradient = velocity[rows].mul_(self.momentum).add_(_unit_l1(gradient))
                     moved.sub_(column * self._direction(gradient))
-                self._project_(moved, x, budget[rows] if budget.ndim else budget)
+                self._project_(moved, x, budget[rows] if budget.ndim else budget, common)
         return Triggers(delta, last, last_logits, *history.unbind(1))
+
+    def perturb(self, images: Tensor, delta: Tensor, shared: Tensor | None = None) -> Tensor:
+        """x + d, in [0, 1] if that is asked for: (..., N, C, H, W) -> same."""
+        perturbed = images + delta
+        if shared is None or not self.clip_images:
+            return perturbed  # a d of one image alone has been clipped with it
+        return torch.where(shared, perturbed.clamp(0, 1), perturbed)
 
     def _direction(self, gradient: Tensor) -> Tensor:
         """The steepest direction of unit length in the norm: (..., N, C, H, W) -> same."""
@@ -156,7 +172,7 @@ class TriggerSynthesizer:
             return gradient.sign()
         return gradient / _l2(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
 
-    def _project_(self, delta: Tensor, images: Tensor, budget: Tensor) -> None:
+    def _project_(self, delta: Tensor, images: Tensor, budget: Tensor, shared: Tensor | None) -> None:
         """Put delta back into the budget, and x + delta into [0, 1] if that is asked for."""
         if self.norm == "linf":
             torch.clamp(delta, -budget, budget, out=delta)
@@ -164,7 +180,8 @@ class TriggerSynthesizer:
             # renorm-style: only images beyond the ball are scaled, never up
             delta.mul_(budget / torch.maximum(_l2(delta), budget))
         if self.clip_images:
-            delta.copy_((images + delta).clamp_(0, 1) - images)
+            clipped = (images + delta).clamp_(0, 1) - images
+            delta.copy_(clipped if shared is None else torch.where(shared, delta, clipped))
 
 
 def _column(value: float | Sequence[float], images: Tensor) -> Tensor:
@@ -176,6 +193,15 @@ def _column(value: float | Sequence[float], images: Tensor) -> Tensor:
 def _l2(x: Tensor) -> Tensor:
     """Euclidean norm of every image: (..., C, H, W) -> (..., 1, 1, 1)."""
     return torch.linalg.vector_norm(x, dim=(-3, -2, -1), keepdim=True)
+
+
+def _total(gradient: Tensor, shared: Tensor) -> Tensor:
+    """The sum over the images that share: (..., N, C, H, W), (..., N, 1, 1, 1) -> (..., 1, C, H, W).
+
+    In double, so that its last bits do not depend on how many members are beside (see `population`).
+    """
+    double = torch.float32 if gradient.device.type == "mps" else torch.float64
+    return (gradient.to(double) * shared).sum(-4, keepdim=True).to(gradient)
 
 
 def _unit_l1(x: Tensor) -> Tensor:

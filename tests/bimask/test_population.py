@@ -46,6 +46,10 @@ MIX = [
     {"patience": 0, "minimise_rounds": 9, "threshold": 0.5},
     {"mask_estimator": "straight_through", "initial_selection": 0.8, "initial_mask": 0.6},
     {"shift": 1, "flip": True, "batch_size": 20, "warm_start": 0.5},
+    {"universal": 0.5, "warm_start": 0.5, "clip_images": True, "budget": 0.8},
+    {"universal": 1, "batch_size": 15, "warm_start": 1, "inner_optimizer": "sign", "inner_steps": 3},
+    {"universal": 0.3, "inner_steps": 3, "inner_weight_decay": 0.5, "clean_weight": 3},
+    {"keep": "average", "select_rounds": 5, "clean_weight": 0.5, "mask_lr": 0.1},
     NO_ROUNDS,
 ]
 ENGINES = {
@@ -204,7 +208,9 @@ kinds = st.fixed_dictionaries(
         "inner_momentum": st.sampled_from([0, 0.9]),
         "clip_images": st.booleans(),
         "reuse_last_pass": st.booleans(),
-        "keep": st.sampled_from(["last", "best"]),
+        "keep": st.sampled_from(["last", "best", "average"]),
+        "universal": st.sampled_from([0.0, 0.5, 1.0]),
+        "clean_weight": st.sampled_from([0.5, 1.0, 3.0]),
         "mask_lr_schedule": st.sampled_from(["constant", "cosine"]),
     }
 )

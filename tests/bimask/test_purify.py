@@ -428,6 +428,57 @@ def test_every_stage_has_a_best_iterate_of_its_own(tiny_net, pictures):
     assert result.masks.mask.tolist() + result.masks.selection.tolist() == best
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 5, 8])
+def test_the_mean_of_selects_second_half_is_kept(tiny_net, pictures, rounds):
+    iterates, shown = {}, []
+
+    def on_round(keeps):
+        def heard(log, masks):
+            values = masks.mask.tolist() + masks.selection.tolist()
+            (shown if keeps else iterates.setdefault(log.stage, [])).append(values)
+
+        return heard
+
+    config = short(select_rounds=rounds, mask_lr=0.3, initial_selection=0.9)
+    purify(tiny_net, pictures, config, on_round=on_round(False))
+    averaging = config.model_copy(update={"keep": "average"})
+    result = purify(tiny_net, pictures, averaging, on_round=on_round(True))
+    second_half = torch.tensor(iterates["select"], dtype=torch.float64)[rounds // 2 :]
+    got = torch.tensor(result.masks.mask.tolist() + result.masks.selection.tolist())
+    torch.testing.assert_close(got, second_half.mean(0).float(), rtol=0, atol=1e-6)
+    assert shown[-1] == got.tolist()
+    first = len(shown) - len(second_half)
+    assert shown[:first] == (iterates["initialise"] + iterates["minimise"] + iterates["select"])[:first]
+
+
+def test_a_run_stopped_early_ends_with_the_mean_so_far(tiny_net, pictures):
+    masks = {}
+    for keep in ("last", "average"):
+        iterates = []
+
+        def stop_at_four(log, now, seen=iterates):
+            seen.append(now.mask.tolist())
+            return log.stage == "select" and log.round == 4
+
+        config = short(select_rounds=6, mask_lr=0.3, initial_selection=0.9, keep=keep)
+        masks[keep] = purify(tiny_net, pictures, config, on_round=stop_at_four).masks.mask
+        if keep == "last":
+            mean = torch.tensor(iterates[-2:]).mean(0)  # the second half begins with round 3
+    torch.testing.assert_close(masks["average"].data, mean, rtol=0, atol=1e-6)
+    assert not torch.equal(masks["average"], masks["last"])
+
+
+def test_the_clean_weight_multiplies_one_term_in_every_stage(tiny_net, pictures):
+    """The first round of a stage sees the same masks under either weight."""
+    for stage in STAGES:
+        rounds = {f"{s}_rounds": 4 * (s == stage) for s in STAGES} | {"initial_selection": 0.8}
+        one, three = (purify(tiny_net, pictures, short(**rounds, clean_weight=w)) for w in (1.0, 3.0))
+        losses, weighted = one.rounds[0].losses, three.rounds[0].losses
+        assert weighted["clean_agree"] == pytest.approx(3 * losses["clean_agree"], rel=1e-12)
+        assert all(weighted[k] == losses[k] for k in losses if k != "clean_agree")
+        assert not torch.equal(one.masks.mask, three.masks.mask)
+
+
 def test_the_purified_model_is_the_masked_one_with_the_masks_folded_in(tiny_net, pictures):
     model, images = tiny_net.double(), pictures.double()
     result = purify(model, images, short(initial_selection=0.5))

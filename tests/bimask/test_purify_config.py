@@ -40,6 +40,8 @@ def test_the_defaults_are_the_published_settings():
         "inner_weight_decay": 0.01,
         "clip_images": False,
         "warm_start": 0,
+        "universal": 0,
+        "clean_weight": 1,
         "shift": 0,
         "flip": False,
         "mask_estimator": "soft",

@@ -262,3 +262,55 @@ def test_neither_parameters_nor_images_get_gradients(tiny_net, inverse_net, pict
     assert all(map(torch.equal, weights, [v for m in models for v in m.state_dict().values()]))
     assert torch.equal(images, pictures)
     assert not any(t.requires_grad for t in (triggers.delta, triggers.agree, triggers.disagree))
+
+
+def sharing(images, positions):
+    shared = torch.zeros(len(images), 1, 1, 1, dtype=torch.bool)
+    shared[positions] = True
+    return shared
+
+
+@NORMS
+@OPTIMIZERS
+@pytest.mark.parametrize("clip", [False, True])
+def test_images_that_share_get_one_perturbation_and_the_others_their_own(
+    tiny_net, inverse_net, pictures, norm, optimizer, clip
+):
+    shared = sharing(pictures, [1, 4, 5])
+    settings = {"steps": 3, "step_size": 0.2, "budget": 0.5, "norm": norm, "optimizer": optimizer}
+    synthesize = TriggerSynthesizer(**settings, clip_images=clip)
+    clean_logits = tiny_net(pictures).detach()
+    ask = both(inverse_net, tiny_net)
+    delta = synthesize(ask, pictures, clean_logits, shared=shared).delta
+    alone = synthesize(ask, pictures, clean_logits).delta
+    assert torch.equal(delta[1], delta[4])
+    assert torch.equal(delta[1], delta[5])
+    assert not torch.equal(delta[1], alone[1])
+    others = ~shared.flatten()
+    torch.testing.assert_close(delta[others], alone[others], rtol=0, atol=1e-6)
+    perturbed = synthesize.perturb(pictures, delta, shared)
+    inside = perturbed.min() >= 0 and perturbed.max() <= 1
+    assert inside == clip  # at this budget something leaves the range where nothing clips it
+
+
+def test_a_universal_perturbation_follows_the_sum_of_its_images_gradients(
+    tiny_net, inverse_net, pictures
+):
+    """Against autograd on one tensor that all images add."""
+    shared = sharing(pictures, slice(None))
+    synthesize = TriggerSynthesizer(steps=1, step_size=0.1, budget=1.0, optimizer="sign", form="log")
+    clean_logits = tiny_net(pictures).detach()
+    delta = synthesize(both(inverse_net, tiny_net), pictures, clean_logits, shared=shared).delta
+    common = torch.zeros_like(pictures[:1]).requires_grad_()
+    logits, inverse = tiny_net(pictures + common), inverse_net(pictures + common)
+    loss = agree(inverse, logits, form="log") + disagree(logits, clean_logits, form="log")
+    (gradient,) = torch.autograd.grad(loss, common)
+    assert torch.equal(delta, -0.1 * gradient.sign().expand_as(delta))
+
+
+def test_a_shared_perturbation_of_one_image_is_its_own(tiny_net, inverse_net, pictures):
+    clean_logits = tiny_net(pictures).detach()
+    synthesize = TriggerSynthesizer(steps=4, step_size=0.02, budget=0.1)
+    ask = both(inverse_net, tiny_net)
+    one = synthesize(ask, pictures, clean_logits, shared=sharing(pictures, [2])).delta
+    assert torch.equal(one, synthesize(ask, pictures, clean_logits).delta)

@@ -21,20 +21,17 @@ No label is used anywhere: only images enter.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bimask.blocks import Blocks, slices
 from bimask.config import ENGINE, BudgetWarning, PurifyConfig
 from bimask.data import augment
 from bimask.devices import upload
@@ -48,7 +45,6 @@ from bimask.perturbations import Perturbations
 from bimask.result import PurifyResult, RoundLog
 from bimask.synthesis import TriggerSynthesizer
 
-T = TypeVar("T")
 OnRound = Callable[[int, RoundLog, MaskSet], bool | None]
 
 
@@ -57,12 +53,6 @@ OnRound = Callable[[int, RoundLog, MaskSet], bool | None]
 # below what single precision sees. Apple's GPUs have no double.
 def _fine(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-# The largest masked activation of one pass, in bytes, where the settings do not say: what stays in a
-# CPU's cache, and what an accelerator has to spare.
-PASS_BYTES = {"cpu": 16 * 2**20}
-PASS_BYTES_ELSEWHERE = 2**30
 
 
 class _Term(NamedTuple):
@@ -118,7 +108,7 @@ class PopulationPurifier:
         like = self.blank.mask
         self.fine = _fine(images.device)
         self.images = images.to(like).contiguous(memory_format=torch.channels_last)
-        self.net = FrozenNet(
+        net = FrozenNet(
             model,
             self.blank,
             sample=self.images[:8],
@@ -127,13 +117,13 @@ class PopulationPurifier:
             fold_batch_norm=engine.fold_batch_norm,
             compile=engine.compile,
         )
-        self.per_pass = engine.images_per_pass
-        # A CPU's threads are better spent on members than within the kernels of one pass.
-        self.threads = min(torch.get_num_threads(), len(configs))
-        if self.images.device.type != "cpu" or engine.compile:
-            self.threads = 1
-        self.workers: ThreadPoolExecutor | None = None
-        self.worker = threading.local()
+        self.blocks = Blocks(
+            net,
+            self.images.device,
+            size=engine.images_per_pass,
+            threads=1 if engine.compile else min(torch.get_num_threads(), len(configs)),
+            fine=self.fine,
+        )
         self.members = [
             Member(row, config, generator)
             for row, (config, generator) in enumerate(zip(configs, generators, strict=True))
@@ -153,14 +143,15 @@ class PopulationPurifier:
         self.best_losses = self.state.new_full((len(configs),), math.inf)
         self.adamw = AdamWState(self.state)
         self.perturbations = Perturbations(configs, self.images)
+        largest = max(member.config.batch_size for member in self.members)
         with torch.no_grad():
-            parts = [
-                torch.cat([self.net(piece) for piece in part.split(self._pass_size(len(part)))]).to(
-                    self.fine
-                )
-                for part in self.images.split(max(m.config.batch_size for m in self.members))
-            ]
-        self.clean_logits = torch.cat(parts)
+            self.clean_logits = torch.cat(
+                [
+                    self.blocks.answer(piece[None])[0]
+                    for part in self.images.split(largest)
+                    for piece in part.split(self.blocks.images_per_pass(len(part)))
+                ]
+            )
         for member in self.members:  # what each would need alone
             member.passes.add(forward=-(-len(images) // member.config.batch_size), backward=0)
 
@@ -169,43 +160,11 @@ class PopulationPurifier:
         for member in self.members:
             if not member.stages:
                 self._finish(member)
-        with self._at_work():
+        with self.blocks.shared_out():
             while running := [member for member in self.members if member.result is None]:
                 for group in _alike(running, len(self.images)):
                     self._round(group)
         return [member.result for member in self.members if member.result is not None]
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Workers while the members run, where there is more than one thread to share out.
-
-        Each has one thread and a net of its own, since a net holds the factors of the pass it is in.
-        """
-        if self.threads == 1:
-            yield
-            return
-
-        def begin() -> None:
-            torch.set_num_threads(1)
-            self.worker.net = copy.deepcopy(self.net)
-
-        threads = torch.get_num_threads()
-        try:
-            with ThreadPoolExecutor(self.threads, initializer=begin) as self.workers:
-                yield
-        finally:
-            self.workers = None
-            torch.set_num_threads(threads)
-
-    def _each(self, work: Callable[[slice], T], count: int, most: int) -> list[T]:
-        """`work` on slices of range(count), of at most `most`, by the workers if there are any.
-
-        What `work` does to one slice must not touch another's.
-        """
-        if self.workers is None:
-            return [work(part) for part in _slices(count, most)]
-        most = min(most, -(-count // self.threads))  # something for every worker
-        return list(self.workers.map(work, _slices(count, most)))
 
     def _round(self, group: list[Member]) -> None:
         """One round of members that are alike."""
@@ -306,8 +265,8 @@ class PopulationPurifier:
         def one_pass(span: slice) -> None:
             low, high = span.start, span.stop
             factor = factors[span].requires_grad_()
-            for part in _slices(n, self._pass_size(n)):  # one for all images, as a rule
-                logits = self._answer(images[span, part], factor)
+            for part in slices(n, self.blocks.images_per_pass(n)):  # one for all images, as a rule
+                logits = self.blocks.answer(images[span, part], factor)
                 losses = []
                 for term in terms:
                     start, stop = max(term.first, low), min(term.first + m, high)
@@ -322,7 +281,7 @@ class PopulationPurifier:
                         losses.append(loss)
                 gradient[span] += torch.autograd.grad(torch.cat(losses).sum(), factor)[0]
 
-        self._each(one_pass, len(images), self._blocks(m, n))
+        self.blocks.each(one_pass, len(images), self.blocks.per_pass(m, n))
         keep, inverse = gradient.view(len(sources), m, -1).split(len(sources) // 2)
         return values, torch.stack([keep.sum(0), inverse.sum(0)])
 
@@ -370,9 +329,9 @@ class PopulationPurifier:
                 answered[part] = triggers.last_logits
             else:
                 with torch.no_grad():
-                    answered[part] = self._answer(found[part], None)
+                    answered[part] = self.blocks.answer(found[part], None)
 
-        self._each(synthesize_for, len(group), self._blocks(len(group), n))
+        self.blocks.each(synthesize_for, len(group), self.blocks.per_pass(len(group), n))
         self.perturbations.keep(group, batches, start, deltas)
         return found, answered
 
@@ -385,8 +344,8 @@ class PopulationPurifier:
             stacked = torch.cat([images, images])
             logits = torch.cat(
                 [
-                    self._answer(stacked[part], factors[part])
-                    for part in _slices(2 * m, self._blocks(m, n))
+                    self.blocks.answer(stacked[part], factors[part])
+                    for part in slices(2 * m, self.blocks.per_pass(m, n))
                 ]
             )
             return logits[:m], logits[m:]
@@ -411,10 +370,10 @@ class PopulationPurifier:
 
         @torch.no_grad()
         def answered(part: slice) -> Tensor:
-            return self._answer(changed[part], None)
+            return self.blocks.answer(changed[part], None)
 
-        blocks = self._blocks(len(group), x.shape[1])
-        return changed, torch.cat(self._each(answered, len(group), blocks))
+        most = self.blocks.per_pass(len(group), x.shape[1])
+        return changed, torch.cat(self.blocks.each(answered, len(group), most))
 
     def _draw(self, group: list[Member]) -> list[Tensor] | None:
         """A fresh subset for each member, without replacement; None where that is everything."""
@@ -430,29 +389,6 @@ class PopulationPurifier:
         if batches is None:
             return values.expand(len(group), *values.shape)
         return torch.stack([values[batch] for batch in batches])
-
-    def _answer(self, images: Tensor, factors: Tensor | None) -> Tensor:
-        """Logits of blocks: (B, N, C, H, W) under (B, C) factors -> (B, N, K), in double."""
-        net = getattr(self.worker, "net", self.net)
-        logits: Tensor = net(images.flatten(0, 1), factors).to(self.fine)
-        return logits.unflatten(0, images.shape[:2])
-
-    def _pass_size(self, n: int) -> int:
-        """Images of one block in one pass, for blocks of n."""
-        return n if isinstance(self.per_pass, str) else min(n, self.per_pass)
-
-    def _blocks(self, members: int, n: int) -> int:
-        """Blocks of n images in one pass.
-
-        "batch" holds no more than one block a member, so that a run alone needs the memory of one
-        pass of its batch; "device" as many as the device is good for.
-        """
-        if not isinstance(self.per_pass, str):
-            return max(1, self.per_pass // n)
-        size = torch.finfo(self.net.dtype).bits // 8 * self.net.activation
-        bytes_ = PASS_BYTES.get(self.images.device.type, PASS_BYTES_ELSEWHERE)
-        fitting = max(1, bytes_ // (size * n))
-        return min(members, fitting) if self.per_pass == "batch" else fitting
 
     def _rows(self, group: list[Member]) -> Tensor:
         return upload(torch.tensor([member.row for member in group]), self.images)
@@ -533,12 +469,6 @@ def _alike(members: list[Member], images: int) -> Iterator[list[Member]]:
 
     for _, group in itertools.groupby(sorted(members, key=key), lambda m: key(m)[0]):
         yield list(group)
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    """range(n) in slices of at most `size`."""
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
 
 
 def _common_engine(configs: Sequence[PurifyConfig]) -> PurifyConfig:

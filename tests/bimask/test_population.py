@@ -1,5 +1,6 @@
 import itertools
 import math
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bimask import frozen, population
+from bimask import blocks, frozen, population
 from bimask.config import ENGINE, PurifyConfig
 from bimask.errors import NonFiniteError, SettingError
 from bimask.frozen import FrozenNet
@@ -404,6 +405,58 @@ def test_passes_are_those_that_are_reported(tiny_net, pictures, per_pass):
     assert [(r.passes.forward, r.passes.backward) for r in results] == wanted
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_members_shared_out_to_threads_end_with_the_same_bits(tiny_net, pictures, two_threads, engine):
+    configs = [short(**each, **ENGINES[engine]) for each in MIX]
+    threads = threading.active_count()
+    results, told = together(tiny_net, pictures, configs)
+    assert threading.active_count() == threads
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert [heard for heard in told] == together(tiny_net, pictures, configs)[1]
+    assert all(
+        result.rounds for result, config in zip(results, MIX, strict=True) if config != NO_ROUNDS
+    )
+
+
+def test_the_work_goes_to_as_many_threads_as_there_are(tiny_net, pictures, two_threads, monkeypatch):
+    at_work = set()
+    forward = FrozenNet.forward
+
+    def noting(net, images, factors=None):
+        at_work.add((threading.get_ident(), id(net), torch.get_num_threads()))
+        return forward(net, images, factors)
+
+    monkeypatch.setattr(FrozenNet, "forward", noting)
+    together(tiny_net, pictures, [short()] * 4)
+    mine = threading.get_ident()
+    workers = {entry for entry in at_work if entry[0] != mine}
+    assert len(workers) == len({net for _, net, _ in workers}) == 2  # a net each
+    assert {threads for _, _, threads in workers} == {1}
+
+
+def test_an_error_in_a_thread_ends_the_run_and_the_threads(tiny_net, pictures, two_threads):
+    def failing(_net, _inputs, out):
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("in a worker")
+        return out
+
+    tiny_net[0].register_forward_hook(failing)
+    threads = threading.active_count()
+    with pytest.raises(RuntimeError, match="in a worker"):
+        together(tiny_net, pictures, [short(fold_batch_norm=False)] * 2)
+    assert threading.active_count() == threads
+    assert torch.get_num_threads() == 2
+
+
 def test_passes_of_a_member_are_those_of_a_run_alone(tiny_net, pictures):
     configs = [short(batch_size=12, **each) for each in ({}, {"inner_steps": 4}, {"patience": 0})]
     results, _ = together(tiny_net, pictures, configs)
@@ -433,7 +486,7 @@ def test_a_batch_in_a_pass_is_the_bound_of_a_run_alone(tiny_net, pictures):
 
 def test_a_device_takes_what_fits_into_its_pass(tiny_net, pictures, monkeypatch):
     block = 24 * 6 * 8 * 8 * 4  # bytes of the largest masked activation
-    monkeypatch.setitem(population.PASS_BYTES, "cpu", 5 * block + 1)
+    monkeypatch.setitem(blocks.PASS_BYTES, "cpu", 5 * block + 1)
     _, watch = watched(tiny_net, pictures, [short(images_per_pass="device")] * 3)
     assert max(watch.forward) == 5 * 24
     _, watch = watched(tiny_net, pictures, [short(images_per_pass="batch")] * 8)
@@ -441,7 +494,7 @@ def test_a_device_takes_what_fits_into_its_pass(tiny_net, pictures, monkeypatch)
     narrow = short(images_per_pass="device", precision="bfloat16")
     _, watch = watched(tiny_net, pictures, [narrow] * 3)
     assert max(watch.forward) == 10 * 24
-    monkeypatch.setitem(population.PASS_BYTES, "cpu", 1)
+    monkeypatch.setitem(blocks.PASS_BYTES, "cpu", 1)
     _, watch = watched(tiny_net, pictures, [short(images_per_pass="device")] * 3)
     assert max(watch.forward) == 24
 

@@ -33,6 +33,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 console = Console()
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code of an own net.")]
 
 
 @app.command("train-victim")
@@ -48,7 +49,7 @@ def train_victim_command(
         raise SettingError(f"Cannot read the victim {spec}: {error}.") from error
     except ValidationError as error:
         raise SettingError(f"{spec}: {describe(error)}") from error
-    with _bar("training", parsed.epochs) as advance:
+    with _bar("training", 0 if parsed.weights else parsed.epochs) as advance:
         victim = obtain_victim(
             parsed, out, device=resolve_device(device), on_epoch=lambda _log: advance(1)
         )
@@ -64,6 +65,7 @@ def purify_command(
     clean_images_per_class: Annotated[int, typer.Option(help="What the defender has.")] = 10,
     seed: Annotated[int | None, typer.Option(help="Default: the configuration's, or 0.")] = None,
     device: Device = "auto",
+    trust_code: TrustCode = False,
 ) -> None:
     """Purify a victim: a plain model of the same architecture, its masks, and before and after."""
     settings = PurifyConfig.from_yaml(config)
@@ -74,7 +76,7 @@ def purify_command(
     if out.exists():
         raise SettingError(f"The folder {out} exists; give a new one with --out.")
     where = resolve_device(device)
-    found = load_victim(victim)
+    found = load_victim(victim, own_code=trust_code)
     splits = found.spec.load_data()
     images = splits.train.clean_subset(clean_images_per_class, seed=seed).floats().to(where)
     rounds = settings.initialise_rounds + settings.minimise_rounds + settings.select_rounds

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bimask.errors import SettingError
-from bimask.nets.named import call_with, checked, factory_of, is_own, require_known
+from bimask.nets.named import call_with, checked, factory_of, is_own, require_known, source_of
 from bimask.nets.published import (
     convnext_tiny,
     efficientnet_b3,
@@ -116,4 +116,5 @@ __all__ = [
     "build_net",
     "check_net",
     "is_own",
+    "source_of",
 ]

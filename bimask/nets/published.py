@@ -9,7 +9,8 @@ Two things differ from torchvision's own constructors, which `torchvision:NAME` 
                  from 128 pixels, 3 at 32 (as PreActResNet18 has), 2 at 16, 1 at 8.
 
 What is left out changes strides and poolings, never the shape of a weight of VGG, MobileNet or
-EfficientNet. Weights are initialised anew; nothing is downloaded.
+EfficientNet. Weights are initialised anew; nothing is downloaded. torchvision is imported where it is
+used, since that takes longer than all else here.
 """
 
 from __future__ import annotations
@@ -18,10 +19,6 @@ import math
 
 import torch
 from torch import nn
-from torchvision.models import ConvNeXt, EfficientNet, VisionTransformer, mobilenet_v3_large
-from torchvision.models.convnext import CNBlockConfig
-from torchvision.models.efficientnet import MBConvConfig
-from torchvision.models.vgg import VGG, cfgs, make_layers
 
 HALVINGS = 5  # of the published nets
 SMALLEST_MAP = 4  # pixels a side after the last halving
@@ -37,14 +34,11 @@ def with_in_channels(net: nn.Module, in_channels: int) -> nn.Module:
     """The net, its first convolution replaced by a fresh one if it takes another number of channels."""
     name, conv = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
     if conv.in_channels != in_channels:
-        net.set_submodule(name, _like(conv, in_channels=in_channels))
+        kept = ("out_channels", "kernel_size", "stride", "padding", "groups")
+        settings = {setting: getattr(conv, setting) for setting in kept}
+        fresh = nn.Conv2d(in_channels, bias=conv.bias is not None, **settings)
+        net.set_submodule(name, fresh)
     return net
-
-
-def _like(conv: nn.Conv2d, **changes: int) -> nn.Conv2d:
-    settings = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
-    kept = {name: getattr(conv, name) for name in settings}
-    return nn.Conv2d(**kept | {"bias": conv.bias is not None} | changes)
 
 
 def _unstride(net: nn.Module, image_size: int) -> nn.Module:
@@ -64,6 +58,8 @@ def vgg19_bn(in_channels: int, num_classes: int, width: int = 64, image_size: in
     Args:
         width: channels of the first stage; 64 is the published net (5,504 channels in all).
     """
+    from torchvision.models.vgg import VGG, cfgs, make_layers
+
     plan: list[str | int] = []
     dropped = HALVINGS - halvings(image_size)
     for layer in cfgs["E"]:
@@ -92,6 +88,8 @@ def mobilenet_v3(
     Args:
         width: channels of the stem; 16 is the published net (17,280 channels in all).
     """
+    from torchvision.models import mobilenet_v3_large
+
     net = mobilenet_v3_large(weights=None, width_mult=width / 16, num_classes=num_classes)
     return with_in_channels(_unstride(net, image_size), in_channels)
 
@@ -106,6 +104,8 @@ def efficientnet_b3(
     Args:
         width: channels of the stem; 40 is the published net (63,728 channels in all).
     """
+    from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+
     # expansion, kernel, stride, channels in and out, layers of B0 (table 1); B3 is 1.2 times as wide
     # and 1.4 times as deep
     rows = [
@@ -133,6 +133,8 @@ def convnext_tiny(
     Args:
         width: channels of the first stage; 96 is the published net (8,064 channels in all).
     """
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
     layers = (3, 3, 9, 3)
     stages = [
         CNBlockConfig(width * 2**i, width * 2 ** (i + 1) if i < 3 else None, depth)
@@ -170,6 +172,8 @@ def vit_tiny(in_channels: int, num_classes: int, width: int = 192, image_size: i
 
 
 def _vit(in_channels: int, num_classes: int, width: int, image_size: int, *, heads: int) -> nn.Module:
+    from torchvision.models import VisionTransformer
+
     patch = 16
     while patch > 1 and (image_size // patch < PATCHES or image_size % patch):
         patch //= 2

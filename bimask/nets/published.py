@@ -83,7 +83,8 @@ def mobilenet_v3(
 ) -> nn.Module:
     """MobileNetV3-Large (Howard et al. 2019, arXiv 1905.02244): 62 convolutions.
 
-    Stride 2 becomes 1 in the stem and then in the first strided blocks for a small image.
+    Stride 2 becomes 1 in the stem and then in the first strided blocks for a small image. The batch
+    norms have a momentum of 0.01, as published: they need some hundred steps of training to settle.
 
     Args:
         width: channels of the stem; 16 is the published net (17,280 channels in all).

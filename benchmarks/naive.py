@@ -133,7 +133,7 @@ class Naive:
     def _hooks(self, inverse: bool, frozen: bool):  # type: ignore[no-untyped-def]
         factors = self.masks.keeps(inverse=inverse)
         handles = []
-        for site, conv in self.masks.convs_of(self.model).items():
+        for site, conv in self.masks.modules_of(self.model).items():
             factor = factors[site].detach() if frozen else factors[site]
 
             def scale(_module, _inputs, out, factor=factor):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""`python -m bimask`: train a victim, purify it with a configuration, see before and after."""
+"""`python -m bimask`: train a victim, look at it, purify it, see before and after."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 console = Console()
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code of an own net.")]
 
 
 @app.command("train-victim")
@@ -48,7 +49,7 @@ def train_victim_command(
         raise SettingError(f"Cannot read the victim {spec}: {error}.") from error
     except ValidationError as error:
         raise SettingError(f"{spec}: {describe(error)}") from error
-    with _bar("training", parsed.epochs) as advance:
+    with _bar("training", 0 if parsed.weights else parsed.epochs) as advance:
         victim = obtain_victim(
             parsed, out, device=resolve_device(device), on_epoch=lambda _log: advance(1)
         )
@@ -64,6 +65,7 @@ def purify_command(
     clean_images_per_class: Annotated[int, typer.Option(help="What the defender has.")] = 10,
     seed: Annotated[int | None, typer.Option(help="Default: the configuration's, or 0.")] = None,
     device: Device = "auto",
+    trust_code: TrustCode = False,
 ) -> None:
     """Purify a victim: a plain model of the same architecture, its masks, and before and after."""
     settings = PurifyConfig.from_yaml(config)
@@ -74,7 +76,7 @@ def purify_command(
     if out.exists():
         raise SettingError(f"The folder {out} exists; give a new one with --out.")
     where = resolve_device(device)
-    found = load_victim(victim)
+    found = load_victim(victim, own_code=trust_code)
     splits = found.spec.load_data()
     images = splits.train.clean_subset(clean_images_per_class, seed=seed).floats().to(where)
     rounds = settings.initialise_rounds + settings.minimise_rounds + settings.select_rounds
@@ -107,6 +109,27 @@ def purify_command(
     )
     _table({"before": before, "after": after})
     console.print(f"cleaned model: {out / 'model.safetensors'}", soft_wrap=True)
+
+
+@app.command("gallery")
+def gallery_command(
+    victim: Annotated[Path, typer.Argument(help="Folder of a victim (manifest and weights).")],
+    out: Annotated[Path, typer.Option(help="The picture: .png, .pdf or .svg.")] = Path("gallery.png"),
+    trust_code: TrustCode = False,
+) -> None:
+    """Draw ten images of `val`: clean, triggered, their difference, and the victim's answers."""
+    from bimask.gallery import gallery  # matplotlib
+
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise SettingError(f"The picture must be a .png, .pdf or .svg, got {out}.")
+    found = load_victim(victim, own_code=trust_code)
+    figure = gallery(found, found.eval_sets(found.spec.load_data(), "val"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+    except OSError as error:
+        raise SettingError(f"Cannot write {out}: {error.strerror}.") from error
+    console.print(f"picture: {out}", soft_wrap=True)
 
 
 def _write(

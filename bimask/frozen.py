@@ -1,7 +1,7 @@
 """A frozen victim that answers under many masks in one pass.
 
 Only the masks of a purification change, never the weights. So the victim is prepared once: batch norms
-that follow a masked convolution are folded into it, and every masked convolution scales its output by
+that follow a masked convolution are folded into it, and every masked module scales its output by
 the factors of the block of images that passes through. A pass of B blocks gives, for each block, just
 what a pass of that block alone would give: nothing mixes images. In float32 and bfloat16 that holds bit
 for bit on one machine; in float64 a Linear's last bits depend on a row's position.
@@ -12,32 +12,36 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from bimask.masks import MaskSet
+from bimask.sites import along_channels
 
 # Kernels are chosen by how many images come; from here on they are the same.
 FEWEST = 16
 
 
 class _Site:
-    """What follows a masked convolution: factor * output + shift, the factor set by `FrozenNet`.
+    """What follows a masked module: factor * output + shift, the factor set by `FrozenNet`.
 
-    It stands behind the convolution as a hook, so that the convolution stays the module it was.
+    It stands behind the module as a hook, so that this stays what it was. Blocks have no shift.
     """
 
     factor: Tensor | None = None
     shift: Tensor | None = None
 
-    def __call__(self, _conv: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-        """(B n, C, H, W) -> same."""
+    def __call__(self, module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+        """(B n, C, H, W), or (B n, S, C) of an encoder block -> same."""
         factor, shift = self.factor, self.shift
         if factor is None:
             return out if shift is None else out + shift.view(-1, 1, 1)
-        factor = factor.view(*factor.shape, 1, 1).unsqueeze(1)  # (B, 1, C, 1, 1)
+        factor = along_channels(factor.unsqueeze(1), module)  # (B, 1, C, 1, 1) or (B, 1, C)
+        if factor.ndim == 3:
+            factor = factor.unsqueeze(2)  # (B, 1, 1, C): over the tokens
         blocks = out.unflatten(0, (len(factor), -1))
         if shift is None:
             return (blocks * factor).flatten(0, 1)
@@ -68,7 +72,7 @@ class FrozenNet(nn.Module):
     Args:
         model: images in [0, 1] -> logits; it is copied. Nothing in it may mix images, as batch norm
             in training mode would.
-        masks: say which convolutions are masked.
+        masks: say which modules are masked.
         sample: (n, C, H, W) images; the prepared net must answer them as `model` does.
         dtype: of weights and activations; None keeps the model's. Logits come back in the dtype of
             the images.
@@ -96,7 +100,7 @@ class FrozenNet(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        masks.convs_of(model)
+        masks.modules_of(model)
         plain = copy.deepcopy(model).eval().requires_grad_(False)
         self.sites = dict(masks.sites)
         self.format = torch.channels_last if channels_last else torch.contiguous_format
@@ -123,12 +127,11 @@ class FrozenNet(nn.Module):
         self.folded = len(norms)
         self._sites = {}
         for name in self.sites:
-            conv = net.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
+            module = net.get_submodule(name)
             self._sites[name] = site = _Site()
-            if name in norms:
-                site.shift = _fold(conv, norms[name])
-            conv.register_forward_hook(site)
+            if name in norms and isinstance(module, nn.Conv2d):
+                site.shift = _fold(module, norms[name])
+            module.register_forward_hook(site)
         return net
 
     def _compiled(self, sample: Tensor) -> Any:
@@ -188,10 +191,15 @@ class FrozenNet(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Keeps every convolution a module of its own, also one whose class is not torch's."""
+    """Keeps convolutions and sites modules of their own, also those whose class is not torch's."""
+
+    def __init__(self, sites: Collection[str]) -> None:
+        super().__init__()
+        self.sites = sites
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+        whole = isinstance(m, nn.Conv2d) or module_qualified_name in self.sites
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _without_batch_norms(
@@ -202,7 +210,7 @@ def _without_batch_norms(
     A model that cannot be traced comes back as it is.
     """
     try:
-        traced = fx.GraphModule(net, _Tracer().trace(net))
+        traced = fx.GraphModule(net, _Tracer(sites).trace(net))
     except Exception:  # whatever a model's own forward raises under tracing
         return net, {}
     traced.delete_all_unused_submodules()

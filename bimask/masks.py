@@ -1,4 +1,5 @@
-"""Invertible masks: learned per-channel factors on the convolutions of a frozen model.
+"""Invertible masks: learned per-channel factors on the convolutions of a frozen model, or on the
+encoder blocks of a transformer (`bimask.sites`).
 
 A channel has a mask variable a and a selection variable s, both in [0, 1]. With
 sigma(a) = sigmoid(k (a - 1/2)) the factor on the channel's output is (Dunnett et al. 2025, eqs. 1, 2)
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bimask.errors import MaskMismatchError, SettingError
+from bimask.sites import ChannelGate, along_channels, channels_of, sites_of
 
 
 def keep_factor(
@@ -121,7 +123,7 @@ class MaskSet(InvertibleMask):
         straight_through: bool = False,
     ) -> None:
         if not sites:
-            raise MaskMismatchError("No site to mask: the model has no Conv2d.")
+            raise MaskMismatchError("No site to mask: the model has no Conv2d and no encoder block.")
         super().__init__(
             sum(sites.values()),
             sharpness=sharpness,
@@ -133,10 +135,10 @@ class MaskSet(InvertibleMask):
 
     @classmethod
     def for_model(cls, model: nn.Module, **values: Any) -> MaskSet:
-        """A mask for every Conv2d of `model`, squeeze-excite and shortcuts too, as published."""
-        convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-        masks = cls({name: conv.out_channels for name, conv in convs.items()}, **values)
-        return masks.to(next(iter(convs.values())).weight)
+        """A mask for every Conv2d of `model`, squeeze-excite and shortcuts too, as published; for
+        every encoder block instead where it has some."""
+        masks = cls(sites_of(model), **values)
+        return masks.to(next(model.get_submodule(next(iter(masks.sites))).parameters()))
 
     def keeps(self, *, inverse: bool = False) -> dict[str, Tensor]:
         """Site -> (C_site,) factor in [0, 1]."""
@@ -193,38 +195,38 @@ class MaskSet(InvertibleMask):
             masks.selection.copy_(torch.cat([tensors[f"{name}.selection"] for name in names]))
         return masks
 
-    def convs_of(self, model: nn.Module) -> dict[str, nn.Conv2d]:
-        """The convolution of `model` behind each site.
+    def modules_of(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The module of `model` behind each site.
 
         Raises:
             MaskMismatchError: naming the first site that is missing or of another size.
         """
-        modules = dict(model.named_modules())
-        convs = {}
+        named = dict(model.named_modules())
+        found = {}
         for site, channels in self.sites.items():
-            module = modules.get(site)
-            if not isinstance(module, nn.Conv2d) or module.out_channels != channels:
+            module = named.get(site)
+            if module is None or channels_of(module) != channels:
                 raise MaskMismatchError(
                     f"The masks have a site {site!r} of {channels} channels, but the model has "
                     f"{module!r} there; use the masks with the model they were made for."
                 )
-            convs[site] = module
-        return convs
+            found[site] = module
+        return found
 
 
 @contextmanager
 def _hooked(model: nn.Module, masks: MaskSet, factors: Mapping[str, Tensor]) -> Iterator[None]:
     """Multiply the output of every site by its factor while the context is open."""
-    convs = masks.convs_of(model)
+    modules = masks.modules_of(model)
 
     def multiply(factor: Tensor):  # type: ignore[no-untyped-def]
-        column = factor.view(-1, 1, 1)
-        return lambda _module, _inputs, output: output * column
+        return lambda _module, _inputs, output: output * factor
 
     handles = []
     try:
-        for site, conv in convs.items():
-            handles.append(conv.register_forward_hook(multiply(factors[site])))
+        for site, module in modules.items():
+            factor = along_channels(factors[site], module)
+            handles.append(module.register_forward_hook(multiply(factor)))
         yield
     finally:
         for handle in handles:
@@ -250,9 +252,10 @@ def fold(model: nn.Module, masks: MaskSet, *, inverse: bool = False) -> nn.Modul
     """A new plain model of the same architecture whose weights carry the masks.
 
     Exact, since a factor on a convolution's output is a factor on its rows of weights and its bias.
-    The argument is left bit for bit as it was; folding can be undone only by keeping it.
+    The argument is left bit for bit as it was; folding can be undone only by keeping it. Encoder blocks
+    cannot take a mask into their weights: a transformer comes back with a `ChannelGate` around each.
     """
-    masks.convs_of(model)  # refuse before the copy is paid for
+    masks.modules_of(model)  # refuse before the copy is paid for
     folded = copy.deepcopy(model)
     fold_into(folded, model, masks, inverse=inverse)
     return folded
@@ -260,10 +263,15 @@ def fold(model: nn.Module, masks: MaskSet, *, inverse: bool = False) -> nn.Modul
 
 @torch.no_grad()
 def fold_into(target: nn.Module, model: nn.Module, masks: MaskSet, *, inverse: bool = False) -> None:
-    """Overwrite the convolutions of `target`, a copy of `model`, with masked ones; no new memory."""
-    sources, targets = masks.convs_of(model), masks.convs_of(target)
+    """Overwrite the sites of `target`, a copy of `model`, with masked ones; no new memory."""
+    sources, targets = masks.modules_of(model), masks.modules_of(target)
     for site, factor in masks.keeps(inverse=inverse).items():
-        source, conv = sources[site], targets[site]
-        torch.mul(source.weight, factor.view(-1, 1, 1, 1), out=conv.weight)
-        if source.bias is not None and conv.bias is not None:
-            torch.mul(source.bias, factor, out=conv.bias)
+        source, module = sources[site], targets[site]
+        if isinstance(source, nn.Conv2d) and isinstance(module, nn.Conv2d):
+            torch.mul(source.weight, factor.view(-1, 1, 1, 1), out=module.weight)
+            if source.bias is not None and module.bias is not None:
+                torch.mul(source.bias, factor, out=module.bias)
+        elif isinstance(module, ChannelGate):
+            module.factor.copy_(factor)
+        else:
+            target.set_submodule(site, ChannelGate(module, factor))

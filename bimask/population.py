@@ -69,8 +69,8 @@ class PopulationPurifier:
     """Learn the masks of several configurations on one victim at once.
 
     Args:
-        model: the suspect, (N, C, H, W) in [0, 1] -> (N, K) logits, with at least one Conv2d. It is
-            copied, never edited; batch norm is frozen.
+        model: the suspect, (N, C, H, W) in [0, 1] -> (N, K) logits, with a Conv2d or an encoder block.
+            It is copied, never edited; batch norm is frozen.
         images: clean images (N, C, H, W), float in [0, 1]. No labels.
         configs: one a member, at least one. They share `precision`, `compile`, `memory_format` and
             `fold_batch_norm`, which decide how the one net is prepared.
@@ -80,7 +80,7 @@ class PopulationPurifier:
 
     Raises:
         SettingError: images of another shape or outside [0, 1]; configurations that do not fit.
-        MaskMismatchError: the model has no Conv2d.
+        MaskMismatchError: the model has nothing to mask.
     """
 
     def __init__(

@@ -27,8 +27,8 @@ def purify(
     """Learn the masks that remove a backdoor from `model`: a population of one.
 
     Args:
-        model: the suspect, (N, C, H, W) in [0, 1] -> (N, K) logits, with at least one Conv2d. It is
-            copied, never edited; batch norm is frozen.
+        model: the suspect, (N, C, H, W) in [0, 1] -> (N, K) logits, with a Conv2d or an encoder block.
+            It is copied, never edited; batch norm is frozen.
         images: clean images (N, C, H, W), float in [0, 1]. No labels.
         config: settings; None means the published ones.
         generator: CPU; draws the batches, and the images whose perturbations go on.
@@ -37,7 +37,7 @@ def purify(
 
     Raises:
         SettingError: images of another shape or outside [0, 1].
-        MaskMismatchError: the model has no Conv2d.
+        MaskMismatchError: the model has nothing to mask.
         NonFiniteError: a loss is NaN or infinite, with its stage and round.
     """
 

@@ -9,12 +9,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,24 +24,25 @@ from bimask.attacks import Attack, build_attack
 from bimask.data import LOADERS, ImageData, Splits, augment, load_data
 from bimask.errors import NonFiniteError, VictimError, VictimRefusedError
 from bimask.metrics import EvalSets, Scores, Split, evaluate
-from bimask.nets import NETS, build_net
+from bimask.net_spec import NetSpec
+from bimask.nets import is_own
+from bimask.suspect import file_sha256, load_weights
 
 WEIGHTS, MANIFEST = "victim.safetensors", "manifest.json"
 
 
-class VictimSpec(BaseModel):
+class VictimSpec(NetSpec):
     """All that a victim is made of. Two specs that differ in nothing but bounds share a digest.
 
     The recipe is SGD with Nesterov momentum 0.9 under a one-cycle schedule on the poisoned training
     split; the last epoch is kept, nothing is chosen on `val` or `test`.
-    """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    With `weights` nothing is trained: the net is loaded from them and its scores under the attack's
+    trigger are measured. Settings of the training then decide nothing.
+    """
 
     dataset: str = "digits"
     image_size: int | None = Field(None, ge=4, le=1024)
-    net: str = "small_resnet"
-    width: int = Field(16, ge=1)
     attack: dict[str, Any] = Field(default_factory=lambda: {"name": "badnets"})
     poisoning_rate: float = Field(0.1, gt=0, le=1)
     poisoning_rate_of: Literal["dataset", "target_class"] = "dataset"
@@ -58,8 +59,6 @@ class VictimSpec(BaseModel):
 
     @model_validator(mode="after")
     def _known_names(self) -> VictimSpec:
-        if self.net not in NETS:
-            raise ValueError(f"unknown net {self.net!r}, known are {', '.join(sorted(NETS))}")
         if self.dataset not in LOADERS and not self.dataset.startswith("imagefolder:"):
             known = ", ".join(sorted(LOADERS))
             raise ValueError(
@@ -72,8 +71,11 @@ class VictimSpec(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits of everything that decides the weights."""
-        deciding = self.model_dump(exclude={"min_clean_accuracy", "min_attack_success"})
+        """Sixteen hex digits of everything that decides the weights; files count by their content."""
+        bounds_and_paths = {"min_clean_accuracy", "min_attack_success", "weights"}
+        deciding = self.model_dump(exclude=bounds_and_paths)
+        if self.net_sha256 is not None:
+            deciding["net"] = self.net.rpartition(":")[2]
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -101,12 +103,14 @@ class Victim:
         model: images in [0, 1] -> logits, in eval mode.
         classes: names.
         scores: of the victim itself, on "val" and "test".
+        image_size: height and width of its images; None where nobody wrote it down.
     """
 
     spec: VictimSpec
     model: nn.Module
     classes: tuple[str, ...]
     scores: dict[Split, Scores]
+    image_size: int | None = None
 
     def eval_sets(self, splits: Splits, split: Split) -> EvalSets:
         """Clean and triggered images of one split, for the victim and for what is made of it."""
@@ -132,11 +136,16 @@ def train_victim(
 ) -> Victim:
     """Train a backdoored model; the same spec gives the same weights on the same hardware.
 
+    With `weights` in the spec the model is loaded, not trained.
+
     Raises:
         VictimRefusedError: attack not learned or accuracy poor, with the numbers.
+        VictimError: weights that cannot be read or do not fit.
         NonFiniteError: the training diverged.
-        DataError, SettingError: from the data or the attack.
+        DataError, SettingError: from the data, the attack or the net.
     """
+    if spec.weights is not None:
+        return _adopt(spec, Path(spec.weights), device)
     splits, attack = spec.load_data(), spec.build_attack()
     poisoned = attack.poison(
         splits.train, rate=spec.poisoning_rate, rate_of=spec.poisoning_rate_of, seed=spec.seed
@@ -146,7 +155,23 @@ def train_victim(
         torch.manual_seed(spec.seed)
         net = _fit(spec, poisoned.data.to(device), val.to(device), on_epoch)
     scores: dict[Split, Scores] = {sets.split: evaluate(net, sets.to(device)) for sets in (val, test)}
-    victim = Victim(spec, net.cpu(), splits.train.classes, scores)
+    size = splits.train.images.shape[-1]
+    victim = Victim(spec, net.cpu(), splits.train.classes, scores, image_size=size)
+    _refuse_if_useless(victim)
+    return victim
+
+
+def _adopt(spec: VictimSpec, weights: Path, device: torch.device | str) -> Victim:
+    """A model that was trained elsewhere, with its scores under the spec's trigger."""
+    splits, attack = spec.load_data(), spec.build_attack()
+    model = spec.fresh_net(splits.train)
+    load_weights(model.net, weights, sha256=spec.weights_sha256)
+    model.eval().to(device)
+    scores: dict[Split, Scores] = {}
+    for sets in (EvalSets.of(attack, splits.val, "val"), EvalSets.of(attack, splits.test, "test")):
+        scores[sets.split] = evaluate(model, sets.to(device))
+    size = splits.train.images.shape[-1]
+    victim = Victim(spec, model.cpu(), splits.train.classes, scores, image_size=size)
     _refuse_if_useless(victim)
     return victim
 
@@ -158,15 +183,8 @@ def _fit(
     on_epoch: Callable[[EpochLog], None] | None,
 ) -> nn.Module:
     """SGD, one cycle: the weights after the last epoch, in eval mode."""
-    mean, std = _statistics(data)
-    net = build_net(
-        spec.net,
-        in_channels=data.images.shape[1],
-        num_classes=data.num_classes,
-        width=spec.width,
-        mean=mean,
-        std=std,
-    ).to(data.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = spec.fresh_net(data)
+    net.to(data.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = max(1, len(data) // spec.batch_size)
     low = spec.precision == "bfloat16"
     sgd = torch.optim.SGD(
@@ -198,31 +216,25 @@ def _fit(
     return net.eval()
 
 
-def _statistics(data: ImageData) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation in [0, 1] units; a constant channel gets 1."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    means, stds = [], []
-    for channel in data.images.cpu().unbind(1):  # by histogram: no copy of the data as floats
-        counts = torch.bincount(channel.flatten(), minlength=256).double()
-        mean = counts @ values / channel.numel()
-        std = (counts @ (values - mean) ** 2 / max(1, channel.numel() - 1)).sqrt()
-        means.append(mean.item())
-        stds.append(std.item() if std > 0 else 1.0)
-    return means, stds
-
-
 def _refuse_if_useless(victim: Victim) -> None:
     spec, scores = victim.spec, victim.scores["val"]
     numbers = f"ACC {scores.clean_accuracy:.3f}, ASR {scores.attack_success:.3f} on val"
+    given = spec.weights is not None
     if scores.attack_success < spec.min_attack_success:
         raise VictimRefusedError(
             f"The attack of {spec.name} was not learned ({numbers}; `min_attack_success` is "
-            f"{spec.min_attack_success:g}); poison more or train longer."
+            f"{spec.min_attack_success:g}); "
+            + ("give the trigger of these weights." if given else "poison more or train longer.")
         )
     if scores.clean_accuracy < spec.min_clean_accuracy:
         raise VictimRefusedError(
             f"The clean accuracy of {spec.name} is poor ({numbers}; `min_clean_accuracy` is "
-            f"{spec.min_clean_accuracy:g}); train longer or widen the net."
+            f"{spec.min_clean_accuracy:g}); "
+            + (
+                "are `normalise` and the order of the classes those of its training?"
+                if given
+                else "train longer or widen the net."
+            )
         )
 
 
@@ -232,13 +244,16 @@ def save_victim(victim: Victim, root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".victim-", dir=root))
     try:
-        state = {name: value.contiguous() for name, value in victim.model.state_dict().items()}
-        save_file(state, part / WEIGHTS)
+        # copies: tied weights would share memory, which safetensors refuses
+        state = victim.model.state_dict()
+        copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+        save_file(copies, part / WEIGHTS)
         manifest = {
             "spec": victim.spec.model_dump(),
             "spec_digest": victim.spec.digest,
-            "weights_sha256": _sha256(part / WEIGHTS),
+            "weights_sha256": file_sha256(part / WEIGHTS),
             "in_channels": victim.model.get_buffer("mean").shape[1],
+            "image_size": victim.image_size,
             "classes": list(victim.classes),
             "scores": {split: asdict(scores) for split, scores in victim.scores.items()},
             "torch": torch.__version__,
@@ -253,22 +268,33 @@ def save_victim(victim: Victim, root: Path) -> Path:
     return folder
 
 
-def load_victim(folder: Path) -> Victim:
+def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
     """Read a victim back.
 
+    Args:
+        own_code: whether the code that the manifest names for an own net may be imported and run. A
+            manifest from someone else could name any.
+
     Raises:
-        VictimError: a file is missing, damaged, or not the one the manifest names.
+        VictimError: a file is missing, damaged, or not the one the manifest names; own code is not
+            allowed, or changed.
         VictimRefusedError: its scores are below its bounds.
     """
     again = f"remove {folder} to train it anew"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if is_own(net_name := manifest["spec"]["net"]) and not own_code:
+            raise VictimError(
+                f"The victim {folder} is built by the code {net_name!r}, which may do anything; if you "
+                "trust it, allow it with `own_code=True` or --trust-code."
+            )
         spec = VictimSpec.model_validate(manifest["spec"])
         scores: dict[Split, Scores] = {
             "val": Scores(**manifest["scores"]["val"]),
             "test": Scores(**manifest["scores"]["test"]),
         }
         classes, in_channels = tuple(manifest["classes"]), manifest["in_channels"]
+        image_size = manifest.get("image_size", spec.image_size)
         promised, promised_spec = manifest["weights_sha256"], manifest["spec_digest"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise VictimError(
@@ -283,25 +309,18 @@ def load_victim(folder: Path) -> Victim:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise VictimError(f"The victim's weights {weights} are missing; {again}.")
-    if (found := _sha256(weights)) != promised:
+    if (found := file_sha256(weights)) != promised:
         raise VictimError(
             f"The digest of {weights} is {found[:16]}, but its manifest says {promised[:16]}: the "
             f"file is damaged or another one; {again}."
         )
     ones = [1.0] * in_channels
-    net = build_net(
-        spec.net,
-        in_channels=in_channels,
-        num_classes=len(classes),
-        width=spec.width,
-        mean=ones,
-        std=ones,
-    )
+    net = spec.net_of(ones, ones, in_channels, len(classes), image_size)
     try:
         net.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
         raise VictimError(f"The weights {weights} do not fit {spec.net}: {error}; {again}.") from error
-    victim = Victim(spec, net.eval(), classes, scores)
+    victim = Victim(spec, net.eval(), classes, scores, image_size=image_size)
     _refuse_if_useless(victim)
     return victim
 
@@ -315,18 +334,15 @@ def obtain_victim(
 ) -> Victim:
     """The victim of this spec: loaded from `root/DIGEST/` if it is there, else trained and saved."""
     if (root / spec.digest).is_dir():
-        victim = load_victim(root / spec.digest)
+        victim = load_victim(root / spec.digest, own_code=True)
         if victim.spec.digest != spec.digest:
             raise VictimError(
                 f"{root / spec.digest} holds the victim {victim.spec.digest}; remove it to train anew."
             )
         # the caller's bounds may be stricter than the saved ones
-        victim = Victim(spec, victim.model, victim.classes, victim.scores)
+        victim = replace(victim, spec=spec)
         _refuse_if_useless(victim)
         return victim
     victim = train_victim(spec, device=device, on_epoch=on_epoch)
-    return load_victim(save_victim(victim, root))  # the same bits as the next time it is asked for
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    # the same bits as the next time it is asked for
+    return load_victim(save_victim(victim, root), own_code=True)

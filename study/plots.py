@@ -1,4 +1,4 @@
-"""Pictures, as PNG: the Pareto front of a study, and the masks of a trial. matplotlib only."""
+"""Pictures, as PNG: a study's victims, its Pareto front, the masks of a trial. matplotlib only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from bimask.gallery import gallery
 from bimask.masks import MaskSet
+from study.trial import Case
 
 # Okabe-Ito: distinct to colour-blind readers, and each role has a marker of its own as well.
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#999999", "#000000"
@@ -84,6 +86,13 @@ def draw_front(
     axes.grid(alpha=0.25)
     axes.legend(loc="lower center", fontsize=8, ncols=2)
     figure.savefig(path)
+
+
+def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
+    """A gallery of every victim as NAME.png: what its trigger does, on images of `val`."""
+    folder.mkdir()
+    for case in cases:
+        gallery(case.victim, case.val).savefig(folder / f"{case.name}.png")
 
 
 def draw_masks(path: Path, masks: MaskSet, title: str) -> None:

@@ -21,16 +21,17 @@ from safetensors.torch import load_file
 from bimask.config import PurifyConfig
 from bimask.devices import resolve_device
 from bimask.metrics import Scores, evaluate
+from bimask.nets import is_own
 from bimask.victim import EpochLog, Victim, obtain_victim
 from study import records, search
 from study.config import StudyConfig, StudyError, load_config
 from study.pareto import OBJECTIVES, ParetoFront, choose
-from study.plots import draw_front
+from study.plots import draw_front, draw_victims
 from study.provenance import commit, versions
 from study.tracking import Tracker, redacted, require_server, tracking_uri
 from study.trial import SCORES, Case, purified
 
-FRONT_PICTURE = "front.png"
+FRONT_PICTURE, VICTIM_PICTURES = "front.png", "victims"
 
 
 def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: str | None) -> bool:
@@ -64,6 +65,8 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
         tracker = Tracker(uri, outputs / "mlartifacts")
         _begin(config, folder, tracker, victims)
         try:
+            draw_victims(folder / VICTIM_PICTURES, cases)
+            tracker.log_folder(folder / VICTIM_PICTURES)
             searching = time.perf_counter()
             digests = {name: victim.spec.digest for name, victim in victims.items()}
             at_once = min(config.trials, concurrency * config.trials_per_actor)
@@ -128,11 +131,12 @@ def require_writable(outputs: Path) -> None:
 
 
 def check_data(config: StudyConfig) -> None:
-    """Refuse data that are missing, too few or no match for the attack, before anything is trained."""
+    """Refuse data that are missing, too few or no match for attack or net, before any training."""
     for spec in config.victims:
         splits = spec.load_data()
         splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
         spec.build_attack().triggered(splits.val)
+        spec.fresh_net(splits.train)
 
 
 def prepare_victims(
@@ -146,8 +150,9 @@ def prepare_victims(
     victims = {}
     for name, spec in zip(config.victim_names(), config.victims, strict=True):
         cached = (root / spec.digest).is_dir()
+        known = cached or spec.weights is not None
         with _bar(console) as progress:
-            task = progress.add_task(f"victim {name}", total=spec.epochs, visible=not cached)
+            task = progress.add_task(f"victim {name}", total=spec.epochs, visible=not known)
 
             def on_epoch(log: EpochLog) -> None:
                 text = f"victim {name}"  # noqa: B023
@@ -159,8 +164,9 @@ def prepare_victims(
 
             victims[name] = obtain_victim(spec, root, device=device, on_epoch=on_epoch)
         scores = victims[name].scores["test"]
+        origin = "cached" if cached else "trained" if spec.weights is None else "given"
         console.print(
-            f"victim {name} ({'cached' if cached else 'trained'}, {spec.digest}): on test ACC "
+            f"victim {name} ({origin}, {spec.digest}): on test ACC "
             f"{scores.clean_accuracy:.3f}, ASR {scores.attack_success:.3f}, RA {scores.recovery:.3f}"
         )
     return victims
@@ -349,9 +355,10 @@ def show(
         )
         return
     digest = next(iter(summary["victims"].values()))["digest"]
+    trust = " --trust-code" if is_own(config.victims[0].net) else ""
     console.print(
         f"reuse: python -m bimask purify --victim {victims / digest} --config "
-        f"{folder / records.BEST} --out {folder / 'cleaned'}",
+        f"{folder / records.BEST} --out {folder / 'cleaned'}{trust}",
         soft_wrap=True,
     )
 

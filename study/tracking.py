@@ -67,6 +67,10 @@ class Tracker:
         self.parent_id = run.info.run_id
         self._log(self.parent_id, params=params)
 
+    def log_folder(self, folder: Path) -> None:
+        """Log a folder's files to the parent run, in a folder of the same name."""
+        self.client.log_artifacts(self.parent_id, str(folder), folder.name)
+
     def start_trial(self, number: int, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Open the nested run of a trial."""
         run = self.client.create_run(

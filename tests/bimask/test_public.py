@@ -9,7 +9,7 @@ import pytest
 import bimask
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("ray", "optuna", "mlflow", "study", "sklearn")
+HEAVY = ("ray", "optuna", "mlflow", "study", "sklearn", "torchvision", "matplotlib")
 PACKAGES = ("bimask", "study")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 EACH_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -251,8 +251,15 @@ def test_bad_trials_end_failed_everywhere_and_the_study_goes_on(finished):
 def test_a_study_that_went_well_leaves_no_file_of_rays(finished):
     assert {path.name for path in finished.folder.iterdir()} == {
         *("study.yaml", "trials.jsonl", "trials", "summary.json"),
-        *("best.yaml", "front.png", "optuna.db"),
+        *("best.yaml", "front.png", "optuna.db", "victims"),
     }
+
+
+def test_a_picture_of_every_victim_is_in_the_parent_run(finished):
+    client, parent, _ = mlflow_runs(finished.outputs, "tiny")
+    logged = [item.path for item in client.list_artifacts(parent.info.run_id, "victims")]
+    assert logged == ["victims/digits-badnets.png"]
+    assert (finished.folder / logged[0]).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_front_is_shown_with_the_two_commands_to_type_next(finished, capsys):

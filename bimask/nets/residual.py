@@ -1,41 +1,9 @@
-"""Networks that classify images in [0, 1]; normalisation is part of the model."""
+"""Residual nets of our own: the field's PreActResNet18, and a smaller one for digits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from bimask.errors import SettingError
-
-
-class Normalised(nn.Module):
-    """`net` behind a per-channel normalisation, so that every image outside is float in [0, 1].
-
-    Args:
-        net: takes (N, C, H, W) normalised images, returns (N, K) logits.
-        mean, std: one value a channel, in [0, 1] units.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, net: nn.Module, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        if len(mean) != len(std) or any(s <= 0 for s in std):
-            raise SettingError(
-                f"`mean` and `std` need one value a channel and `std > 0`, got {mean} and {std}."
-            )
-        self.net = net
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in [0, 1] -> (N, K) logits."""
-        logits: Tensor = self.net((images - self.mean) / self.std)
-        return logits
 
 
 class PreActBlock(nn.Module):
@@ -140,31 +108,3 @@ class SmallResNet(nn.Module):
         out = self.blocks(self.stem(x))
         logits: Tensor = self.linear(out.mean((2, 3)))
         return logits
-
-
-NETS: dict[str, Callable[..., nn.Module]] = {
-    "preactresnet18": PreActResNet18,
-    "small_resnet": SmallResNet,
-}
-
-
-def build_net(
-    name: str,
-    *,
-    in_channels: int,
-    num_classes: int,
-    width: int,
-    mean: list[float],
-    std: list[float],
-) -> Normalised:
-    """The net `name` of `NETS`, normalised by `mean` and `std` (one value a channel).
-
-    Raises:
-        SettingError: the name is unknown, or the width is not positive.
-    """
-    if name not in NETS:
-        raise SettingError(f"Unknown net {name!r}; known are {', '.join(sorted(NETS))}.")
-    if width < 1:
-        raise SettingError(f"`width >= 1` must hold, but got width={width}.")
-    net = NETS[name](in_channels=in_channels, num_classes=num_classes, width=width)
-    return Normalised(net, mean, std)

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,22 +18,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 
 from bimask.attacks import Attack, build_attack
-from bimask.data import LOADERS, ImageData, Splits, augment, load_data
-from bimask.errors import NonFiniteError, VictimError, VictimRefusedError
+from bimask.data import LOADERS, Splits, load_data
+from bimask.errors import SettingError, VictimError, VictimRefusedError
 from bimask.metrics import EvalSets, Scores, Split, evaluate
 from bimask.nets import NETS, build_net
+from bimask.training import fit
 
-WEIGHTS, MANIFEST = "victim.safetensors", "manifest.json"
+WEIGHTS, TRIGGER, MANIFEST = "victim.safetensors", "trigger.safetensors", "manifest.json"
 
 
 class VictimSpec(BaseModel):
     """All that a victim is made of. Two specs that differ in nothing but bounds share a digest.
 
-    The recipe is SGD with Nesterov momentum 0.9 under a one-cycle schedule on the poisoned training
-    split; the last epoch is kept, nothing is chosen on `val` or `test`.
+    The recipe is that of `bimask.training.fit` on the training split; the last epoch is kept, nothing
+    is chosen on `val` or `test`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,8 +84,17 @@ class VictimSpec(BaseModel):
         return f"{readable}-{self.attack['name']}"
 
     def build_attack(self) -> Attack:
-        """The attack with its hyper-parameters."""
+        """The attack with its hyper-parameters; a victim's own is ready for images as well."""
         return build_attack(**self.attack)
+
+    def recipe(self) -> dict[str, Any]:
+        """What `bimask.training.fit` is told of net and training."""
+        keys = ("net", "width", "epochs", "batch_size", "lr", "weight_decay")
+        return self.model_dump(include={*keys, "shift", "flip", "precision", "seed"})
+
+    def rates(self) -> dict[str, Any]:
+        """What the attack is told of how many samples to poison."""
+        return {"rate": self.poisoning_rate, "rate_of": self.poisoning_rate_of}
 
     def load_data(self) -> Splits:
         """The clean data the victim was made from."""
@@ -99,19 +108,21 @@ class Victim:
     Attributes:
         spec: what it was made of.
         model: images in [0, 1] -> logits, in eval mode.
+        attack: ready to put the victim's own trigger on new images.
         classes: names.
         scores: of the victim itself, on "val" and "test".
     """
 
     spec: VictimSpec
     model: nn.Module
+    attack: Attack
     classes: tuple[str, ...]
     scores: dict[Split, Scores]
 
     def eval_sets(self, splits: Splits, split: Split) -> EvalSets:
         """Clean and triggered images of one split, for the victim and for what is made of it."""
         data = splits.val if split == "val" else splits.test
-        return EvalSets.of(self.spec.build_attack(), data, split)
+        return EvalSets.of(self.attack, data, split)
 
 
 @dataclass(frozen=True)
@@ -138,77 +149,33 @@ def train_victim(
         DataError, SettingError: from the data or the attack.
     """
     splits, attack = spec.load_data(), spec.build_attack()
-    poisoned = attack.poison(
-        splits.train, rate=spec.poisoning_rate, rate_of=spec.poisoning_rate_of, seed=spec.seed
-    )
-    val, test = EvalSets.of(attack, splits.val, "val"), EvalSets.of(attack, splits.test, "test")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        net = _fit(spec, poisoned.data.to(device), val.to(device), on_epoch)
-    scores: dict[Split, Scores] = {sets.split: evaluate(net, sets.to(device)) for sets in (val, test)}
-    victim = Victim(spec, net.cpu(), splits.train.classes, scores)
-    _refuse_if_useless(victim)
-    return victim
+    train, rates = splits.train.to(device), spec.rates()
+    share = attack.share(train, **rates)  # a rate that cannot be is refused before any training
+    recipe = spec.recipe()
+    attack.prepare(train, seed=spec.seed, fit_net=lambda clean: fit(clean, **recipe))
 
+    def sets(split: Split) -> EvalSets:  # anew: the attack may learn while the victim does
+        return EvalSets.of(attack, splits.val if split == "val" else splits.test, split)
 
-def _fit(
-    spec: VictimSpec,
-    data: ImageData,
-    val: EvalSets,
-    on_epoch: Callable[[EpochLog], None] | None,
-) -> nn.Module:
-    """SGD, one cycle: the weights after the last epoch, in eval mode."""
-    mean, std = _statistics(data)
-    net = build_net(
-        spec.net,
-        in_channels=data.images.shape[1],
-        num_classes=data.num_classes,
-        width=spec.width,
-        mean=mean,
-        std=std,
-    ).to(data.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    steps = max(1, len(data) // spec.batch_size)
-    low = spec.precision == "bfloat16"
-    sgd = torch.optim.SGD(
-        net.parameters(), lr=spec.lr, momentum=0.9, weight_decay=spec.weight_decay, nesterov=True
-    )
-    cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, spec.lr, total_steps=spec.epochs * steps)
-    for epoch in range(1, spec.epochs + 1):
-        net.train()
-        losses = []
-        order = torch.randperm(len(data)).to(data.images.device)
-        for batch in order[: steps * spec.batch_size].chunk(steps):
-            images = augment(data.floats(batch), shift=spec.shift, flip=spec.flip)
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-                logits = net(images)
-            loss = F.cross_entropy(logits.float(), data.labels[batch])
-            sgd.zero_grad()
-            loss.backward()
-            sgd.step()
-            cycle.step()
-            losses.append(loss.detach())
-        mean_loss = torch.stack(losses).mean().item()
-        if not mean_loss < float("inf"):
-            raise NonFiniteError(
-                f"The victim's training diverged in epoch {epoch}: loss {mean_loss}; lower `lr`."
-            )
+    sets("val")  # a null trigger is refused before the training, too
+
+    def report(epoch: int, loss: float, net: nn.Module) -> None:
         if on_epoch is not None:
             due = epoch % max(1, spec.epochs // 10) == 0
-            on_epoch(EpochLog(epoch, spec.epochs, mean_loss, evaluate(net, val) if due else None))
-    return net.eval()
+            scores = evaluate(net, sets("val").to(device)) if due else None
+            on_epoch(EpochLog(epoch, spec.epochs, loss, scores))
 
-
-def _statistics(data: ImageData) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation in [0, 1] units; a constant channel gets 1."""
-    values = torch.arange(256, dtype=torch.float64) / 255
-    means, stds = [], []
-    for channel in data.images.cpu().unbind(1):  # by histogram: no copy of the data as floats
-        counts = torch.bincount(channel.flatten(), minlength=256).double()
-        mean = counts @ values / channel.numel()
-        std = (counts @ (values - mean) ** 2 / max(1, channel.numel() - 1)).sqrt()
-        means.append(mean.item())
-        stds.append(std.item() if std > 0 else 1.0)
-    return means, stds
+    if attack.batchwise:
+        net = fit(train, attack=attack, share=share, on_epoch=report, **recipe)
+    else:
+        poisoned = attack.poison(train, seed=spec.seed, **rates).data
+        net = fit(poisoned, on_epoch=report, **recipe)
+    scores: dict[Split, Scores] = {
+        split: evaluate(net, sets(split).to(device)) for split in ("val", "test")
+    }
+    victim = Victim(spec, net.cpu(), attack, splits.train.classes, scores)
+    _refuse_if_useless(victim)
+    return victim
 
 
 def _refuse_if_useless(victim: Victim) -> None:
@@ -227,7 +194,8 @@ def _refuse_if_useless(victim: Victim) -> None:
 
 
 def save_victim(victim: Victim, root: Path) -> Path:
-    """Write `root/DIGEST/` with weights (safetensors) and manifest (JSON), whole or not at all."""
+    """Write `root/DIGEST/` with weights and trigger state (safetensors) and manifest (JSON), whole or
+    not at all. An attack without state has no file for it."""
     folder = root / victim.spec.digest
     root.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".victim-", dir=root))
@@ -243,6 +211,9 @@ def save_victim(victim: Victim, root: Path) -> Path:
             "scores": {split: asdict(scores) for split, scores in victim.scores.items()},
             "torch": torch.__version__,
         }
+        if victim.attack.has_state:
+            save_file(victim.attack.state(), part / TRIGGER)
+            manifest["trigger_sha256"] = _sha256(part / TRIGGER)
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         part.chmod(0o755)
         if folder.exists():
@@ -270,6 +241,8 @@ def load_victim(folder: Path) -> Victim:
         }
         classes, in_channels = tuple(manifest["classes"]), manifest["in_channels"]
         promised, promised_spec = manifest["weights_sha256"], manifest["spec_digest"]
+        attack = spec.build_attack()
+        promised_trigger = manifest["trigger_sha256"] if attack.has_state else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise VictimError(
             f"The manifest {folder / MANIFEST} cannot be read ({type(error).__name__}: {error}); "
@@ -280,14 +253,7 @@ def load_victim(folder: Path) -> Victim:
             f"The spec in {folder / MANIFEST} has the digest {spec.digest}, but the manifest says "
             f"{promised_spec}: it was edited; {again}."
         )
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise VictimError(f"The victim's weights {weights} are missing; {again}.")
-    if (found := _sha256(weights)) != promised:
-        raise VictimError(
-            f"The digest of {weights} is {found[:16]}, but its manifest says {promised[:16]}: the "
-            f"file is damaged or another one; {again}."
-        )
+    weights = _promised(folder / WEIGHTS, promised, "victim's file of weights", again)
     ones = [1.0] * in_channels
     net = build_net(
         spec.net,
@@ -301,7 +267,15 @@ def load_victim(folder: Path) -> Victim:
         net.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
         raise VictimError(f"The weights {weights} do not fit {spec.net}: {error}; {again}.") from error
-    victim = Victim(spec, net.eval(), classes, scores)
+    if promised_trigger is not None:
+        trigger = _promised(folder / TRIGGER, promised_trigger, "file of the trigger's state", again)
+        try:
+            attack.load_state(load_file(trigger))
+        except (SafetensorError, SettingError) as error:
+            raise VictimError(
+                f"The trigger's state {trigger} is of no use: {error} {again}."
+            ) from error
+    victim = Victim(spec, net.eval(), attack, classes, scores)
     _refuse_if_useless(victim)
     return victim
 
@@ -321,11 +295,23 @@ def obtain_victim(
                 f"{root / spec.digest} holds the victim {victim.spec.digest}; remove it to train anew."
             )
         # the caller's bounds may be stricter than the saved ones
-        victim = Victim(spec, victim.model, victim.classes, victim.scores)
+        victim = replace(victim, spec=spec)
         _refuse_if_useless(victim)
         return victim
     victim = train_victim(spec, device=device, on_epoch=on_epoch)
     return load_victim(save_victim(victim, root))  # the same bits as the next time it is asked for
+
+
+def _promised(path: Path, sha256: str, what: str, again: str) -> Path:
+    """The path, if the file there is the one that the manifest names."""
+    if not path.is_file():
+        raise VictimError(f"The {what} {path} is missing; {again}.")
+    if (found := _sha256(path)) != sha256:
+        raise VictimError(
+            f"The digest of {path} is {found[:16]}, but its manifest says {sha256[:16]}: the file is "
+            f"damaged or another one; {again}."
+        )
+    return path
 
 
 def _sha256(path: Path) -> str:

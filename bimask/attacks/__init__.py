@@ -6,8 +6,9 @@ import inspect
 from typing import Any
 
 from bimask.attacks.badnets import BadNets
-from bimask.attacks.base import Attack, PoisonedData, Role, TriggeredData
+from bimask.attacks.base import Attack
 from bimask.attacks.blended import Blended
+from bimask.attacks.roles import PoisonedBatch, PoisonedData, Role, TriggeredData
 from bimask.attacks.sig import SIG
 from bimask.errors import SettingError
 
@@ -41,6 +42,7 @@ __all__ = [
     "Attack",
     "BadNets",
     "Blended",
+    "PoisonedBatch",
     "PoisonedData",
     "Role",
     "TriggeredData",

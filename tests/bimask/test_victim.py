@@ -193,7 +193,7 @@ def test_a_flipped_byte_is_found_by_the_digest(folder):
 
 def test_missing_weights_are_named(folder):
     (folder / "victim.safetensors").unlink()
-    with pytest.raises(VictimError, match=r"victim\.safetensors are missing"):
+    with pytest.raises(VictimError, match=r"victim\.safetensors is missing"):
         load_victim(folder)
 
 

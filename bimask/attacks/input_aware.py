@@ -13,7 +13,7 @@ from bimask.data import ImageData
 from bimask.errors import SettingError
 
 BATCH = 128
-WIDTHS = (32, 64, 128)  # of the generators, as published
+WIDTHS = (32, 64, 128)  # of the pattern generator, as published
 
 
 class InputAware(Attack):
@@ -33,6 +33,7 @@ class InputAware(Attack):
         mask_epochs: of the mask generator before; published 25.
         mask_levels: times that the mask generator halves its image, 1 to 3; published 3. Images of few
             pixels get finer masks with fewer.
+        mask_width: channels of its first level, doubled by each next; published 32.
         mask_density: how much a pixel of a mask may be at no cost, in [0, 1); published 0.032.
         lr: of Adam (0.5, 0.9) for both generators; published 0.01.
         diversity: weight of the patterns' diversity; published 1.
@@ -48,6 +49,7 @@ class InputAware(Attack):
         *,
         mask_epochs: int = 25,
         mask_levels: int = 3,
+        mask_width: int = 32,
         mask_density: float = 0.032,
         lr: float = 0.01,
         diversity: float = 1.0,
@@ -61,6 +63,8 @@ class InputAware(Attack):
                 "A whole `mask_epochs >= 0` and `lr > 0` must hold, but got "
                 f"mask_epochs={mask_epochs!r}, lr={lr}."
             )
+        if not isinstance(mask_width, int) or mask_width < 1:
+            raise SettingError(f"A whole `mask_width >= 1` must hold, but got {mask_width!r}.")
         if mask_levels not in (1, 2, 3) or not 0 <= mask_density < 1:
             raise SettingError(
                 "`mask_levels` must be 1, 2 or 3 and `0 <= mask_density < 1` hold, but got "
@@ -72,7 +76,7 @@ class InputAware(Attack):
                 f"diversity={diversity}, cross_ratio={cross_ratio}."
             )
         self.mask_epochs = mask_epochs
-        self.mask_levels = mask_levels
+        self.mask_widths = tuple(mask_width * 2**level for level in range(mask_levels))
         self.mask_density = mask_density
         self.lr = lr
         self.diversity = diversity
@@ -84,7 +88,7 @@ class InputAware(Attack):
 
     def learn(self, data: ImageData, fit_net: FitNet) -> None:
         channels, device = data.images.shape[1], data.images.device
-        nets = _nets(channels, self.mask_levels).to(device)
+        nets = _nets(channels, self.mask_widths).to(device)
         adam = torch.optim.Adam(nets["mask"].parameters(), self.lr, betas=(0.5, 0.9))
         for _ in range(self.mask_epochs):
             for rows in torch.randperm(len(data)).to(device).split(BATCH):
@@ -105,7 +109,7 @@ class InputAware(Attack):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         channels = state["pattern.down.0.0.weight"].shape[1]
-        nets = _nets(channels, self.mask_levels)
+        nets = _nets(channels, self.mask_widths)
         nets.load_state_dict(state)
         self._nets, self._channels = nets.eval().requires_grad_(False), channels
 
@@ -164,9 +168,9 @@ class Generator(nn.Module):
     Halving stops at four pixels, where a batch norm would be left with one value a channel.
     """
 
-    def __init__(self, channels: int, out: int, levels: int) -> None:
+    def __init__(self, channels: int, out: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        widths, down, up, planes = WIDTHS[:levels], [], [], channels
+        down, up, planes = [], [], channels
         for width in widths:
             down.append(nn.Sequential(*_convolution(planes, width), *_convolution(width, width)))
             planes = width
@@ -190,9 +194,9 @@ class Generator(nn.Module):
         return x
 
 
-def _nets(channels: int, mask_levels: int) -> nn.ModuleDict:
-    pattern = Generator(channels, channels, len(WIDTHS))
-    return nn.ModuleDict({"pattern": pattern, "mask": Generator(channels, 1, mask_levels)})
+def _nets(channels: int, mask_widths: tuple[int, ...]) -> nn.ModuleDict:
+    pattern = Generator(channels, channels, WIDTHS)
+    return nn.ModuleDict({"pattern": pattern, "mask": Generator(channels, 1, mask_widths)})
 
 
 def _convolution(planes: int, out: int) -> tuple[nn.Module, ...]:

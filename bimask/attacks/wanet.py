@@ -27,7 +27,7 @@ class WaNet(Attack):
 
     Args:
         grid_size: k; the publication uses 4.
-        strength: s; the publication uses 0.5. Images of few pixels may need more.
+        strength: s; the publication uses 0.5. Smooth images may need more.
         cross_ratio: cross samples for each poisoned one; the publication uses 2.
     """
 

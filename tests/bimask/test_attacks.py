@@ -353,6 +353,7 @@ def test_unknown_attacks_and_settings_are_refused_with_the_known_ones():
         ("input_aware", {"lr": 0}),
         ("input_aware", {"mask_density": 1}),
         ("input_aware", {"mask_levels": 4}),
+        ("input_aware", {"mask_width": 0}),
         ("input_aware", {"diversity": math.nan}),
         ("input_aware", {"cross_ratio": -1}),
         ("label_consistent", {"size": 0}),

@@ -44,7 +44,7 @@ def _tables(results: dict[str, Any]) -> Iterable[str]:
             yield ""
 
 
-def _table(columns: list[str], rows: Iterable[list[str]]) -> Iterable[str]:
+def table(columns: list[str], rows: Iterable[list[str]]) -> Iterable[str]:
     yield "| " + " | ".join(columns) + " |"
     yield "|" + "---|" * len(columns)
     for row in rows:
@@ -59,7 +59,7 @@ def _spread(value: dict[str, float], unit: float = 1, digits: int = 2) -> str:
 def _rounds(value: dict[str, Any]) -> Iterable[str]:
     names = ["naive", "exact", "fast"]
     columns = ["stage", *(f"{name}, ms a round" for name in names), "naive / exact", "naive / fast"]
-    yield from _table(
+    yield from table(
         columns,
         (
             [
@@ -73,20 +73,20 @@ def _rounds(value: dict[str, Any]) -> Iterable[str]:
 
 
 def _plain(value: dict[str, Any]) -> Iterable[str]:
-    yield from _table(
+    yield from table(
         ["compared", "largest difference of a mask"], ([k, f"{v:.1e}"] for k, v in value.items())
     )
 
 
 def _memory(value: dict[str, Any]) -> Iterable[str]:
-    yield from _table(
+    yield from table(
         ["program", "peak MB", "of one forward and backward"],
         ([k, f"{v['bytes'] / 1e6:.1f}", f"{v['ratio']:.2f}"] for k, v in value.items()),
     )
 
 
 def _population(value: dict[str, Any]) -> Iterable[str]:
-    yield from _table(
+    yield from table(
         ["program", "8 alone, s", "8 together, s", "alone / together", "launches alone / together"],
         (
             [
@@ -106,7 +106,7 @@ def _growth(value: dict[str, Any]) -> Iterable[str]:
     for what, points in value.items():
         cells = ", ".join(f"{at}: {1e3 * seconds:.1f}" for at, seconds in points.items())
         rows.append([what, cells])
-    yield from _table(["of", "ms (a round; for rounds: of that many)"], rows)
+    yield from table(["of", "ms (a round; for rounds: of that many)"], rows)
 
 
 def _quality(value: dict[str, Any]) -> Iterable[str]:
@@ -131,7 +131,7 @@ def _quality_rows(first: str, runs: dict[str, Any]) -> Iterable[str]:
             *(f"{s['mean']:.3f} ± {s['std']:.3f}" for s in scores),
         ]
 
-    yield from _table(columns, (row(name, v) for name, v in runs.items()))
+    yield from table(columns, (row(name, v) for name, v in runs.items()))
 
 
 def _levers(value: dict[str, Any]) -> Iterable[str]:

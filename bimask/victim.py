@@ -18,24 +18,24 @@ from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 
 from bimask.attacks import Attack, build_attack
-from bimask.data import LOADERS, ImageData, Splits, augment, load_data
-from bimask.errors import NonFiniteError, VictimError, VictimRefusedError
+from bimask.data import LOADERS, Splits, load_data
+from bimask.errors import SettingError, VictimError, VictimRefusedError
 from bimask.metrics import EvalSets, Scores, Split, evaluate
 from bimask.net_spec import NetSpec
 from bimask.nets import is_own
 from bimask.suspect import file_sha256, load_weights
+from bimask.training import fit
 
-WEIGHTS, MANIFEST = "victim.safetensors", "manifest.json"
+WEIGHTS, TRIGGER, MANIFEST = "victim.safetensors", "trigger.safetensors", "manifest.json"
 
 
 class VictimSpec(NetSpec):
     """All that a victim is made of. Two specs that differ in nothing but bounds share a digest.
 
-    The recipe is SGD with Nesterov momentum 0.9 under a one-cycle schedule on the poisoned training
-    split; the last epoch is kept, nothing is chosen on `val` or `test`.
+    The recipe is that of `bimask.training.fit` on the training split; the last epoch is kept, nothing
+    is chosen on `val` or `test`.
 
     With `weights` nothing is trained: the net is loaded from them and its scores under the attack's
     trigger are measured. Settings of the training then decide nothing.
@@ -86,8 +86,17 @@ class VictimSpec(NetSpec):
         return f"{readable}-{self.attack['name']}"
 
     def build_attack(self) -> Attack:
-        """The attack with its hyper-parameters."""
+        """The attack with its hyper-parameters; a victim's own is ready for images as well."""
         return build_attack(**self.attack)
+
+    def recipe(self) -> dict[str, Any]:
+        """What `bimask.training.fit` is told of net and training."""
+        keys = {"epochs", "batch_size", "lr", "weight_decay", "shift", "flip", "precision", "seed"}
+        return {"fresh_net": self.fresh_net} | self.model_dump(include=keys)
+
+    def rates(self) -> dict[str, Any]:
+        """What the attack is told of how many samples to poison."""
+        return {"rate": self.poisoning_rate, "rate_of": self.poisoning_rate_of}
 
     def load_data(self) -> Splits:
         """The clean data the victim was made from."""
@@ -101,6 +110,7 @@ class Victim:
     Attributes:
         spec: what it was made of.
         model: images in [0, 1] -> logits, in eval mode.
+        attack: ready to put the victim's own trigger on new images.
         classes: names.
         scores: of the victim itself, on "val" and "test".
         image_size: height and width of its images; None where nobody wrote it down.
@@ -108,6 +118,7 @@ class Victim:
 
     spec: VictimSpec
     model: nn.Module
+    attack: Attack
     classes: tuple[str, ...]
     scores: dict[Split, Scores]
     image_size: int | None = None
@@ -115,7 +126,7 @@ class Victim:
     def eval_sets(self, splits: Splits, split: Split) -> EvalSets:
         """Clean and triggered images of one split, for the victim and for what is made of it."""
         data = splits.val if split == "val" else splits.test
-        return EvalSets.of(self.spec.build_attack(), data, split)
+        return EvalSets.of(self.attack, data, split)
 
 
 @dataclass(frozen=True)
@@ -147,16 +158,32 @@ def train_victim(
     if spec.weights is not None:
         return _adopt(spec, Path(spec.weights), device)
     splits, attack = spec.load_data(), spec.build_attack()
-    poisoned = attack.poison(
-        splits.train, rate=spec.poisoning_rate, rate_of=spec.poisoning_rate_of, seed=spec.seed
-    )
-    val, test = EvalSets.of(attack, splits.val, "val"), EvalSets.of(attack, splits.test, "test")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        net = _fit(spec, poisoned.data.to(device), val.to(device), on_epoch)
-    scores: dict[Split, Scores] = {sets.split: evaluate(net, sets.to(device)) for sets in (val, test)}
+    train, rates = splits.train.to(device), spec.rates()
+    share = attack.share(train, **rates)  # a rate that cannot be is refused before any training
+    recipe = spec.recipe()
+    attack.prepare(train, seed=spec.seed, fit_net=lambda clean: fit(clean, **recipe))
+
+    def sets(split: Split) -> EvalSets:  # anew: the attack may learn while the victim does
+        return EvalSets.of(attack, splits.val if split == "val" else splits.test, split)
+
+    sets("val")  # a null trigger is refused before the training, too
+
+    def report(epoch: int, loss: float, net: nn.Module) -> None:
+        if on_epoch is not None:
+            due = epoch % max(1, spec.epochs // 10) == 0
+            scores = evaluate(net, sets("val").to(device)) if due else None
+            on_epoch(EpochLog(epoch, spec.epochs, loss, scores))
+
+    if attack.batchwise:
+        net = fit(train, attack=attack, share=share, on_epoch=report, **recipe)
+    else:
+        poisoned = attack.poison(train, seed=spec.seed, **rates).data
+        net = fit(poisoned, on_epoch=report, **recipe)
+    scores: dict[Split, Scores] = {
+        split: evaluate(net, sets(split).to(device)) for split in ("val", "test")
+    }
     size = splits.train.images.shape[-1]
-    victim = Victim(spec, net.cpu(), splits.train.classes, scores, image_size=size)
+    victim = Victim(spec, net.cpu(), attack, splits.train.classes, scores, image_size=size)
     _refuse_if_useless(victim)
     return victim
 
@@ -164,6 +191,11 @@ def train_victim(
 def _adopt(spec: VictimSpec, weights: Path, device: torch.device | str) -> Victim:
     """A model that was trained elsewhere, with its scores under the spec's trigger."""
     splits, attack = spec.load_data(), spec.build_attack()
+    if attack.has_state:
+        raise SettingError(
+            f"The trigger of {spec.attack['name']!r} is made while a victim is, so it is not known for "
+            "weights from elsewhere; give an attack whose settings say all of its trigger."
+        )
     model = spec.fresh_net(splits.train)
     load_weights(model.net, weights, sha256=spec.weights_sha256)
     model.eval().to(device)
@@ -171,49 +203,9 @@ def _adopt(spec: VictimSpec, weights: Path, device: torch.device | str) -> Victi
     for sets in (EvalSets.of(attack, splits.val, "val"), EvalSets.of(attack, splits.test, "test")):
         scores[sets.split] = evaluate(model, sets.to(device))
     size = splits.train.images.shape[-1]
-    victim = Victim(spec, model.cpu(), splits.train.classes, scores, image_size=size)
+    victim = Victim(spec, model.cpu(), attack, splits.train.classes, scores, image_size=size)
     _refuse_if_useless(victim)
     return victim
-
-
-def _fit(
-    spec: VictimSpec,
-    data: ImageData,
-    val: EvalSets,
-    on_epoch: Callable[[EpochLog], None] | None,
-) -> nn.Module:
-    """SGD, one cycle: the weights after the last epoch, in eval mode."""
-    net = spec.fresh_net(data)
-    net.to(data.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    steps = max(1, len(data) // spec.batch_size)
-    low = spec.precision == "bfloat16"
-    sgd = torch.optim.SGD(
-        net.parameters(), lr=spec.lr, momentum=0.9, weight_decay=spec.weight_decay, nesterov=True
-    )
-    cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, spec.lr, total_steps=spec.epochs * steps)
-    for epoch in range(1, spec.epochs + 1):
-        net.train()
-        losses = []
-        order = torch.randperm(len(data)).to(data.images.device)
-        for batch in order[: steps * spec.batch_size].chunk(steps):
-            images = augment(data.floats(batch), shift=spec.shift, flip=spec.flip)
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-                logits = net(images)
-            loss = F.cross_entropy(logits.float(), data.labels[batch])
-            sgd.zero_grad()
-            loss.backward()
-            sgd.step()
-            cycle.step()
-            losses.append(loss.detach())
-        mean_loss = torch.stack(losses).mean().item()
-        if not mean_loss < float("inf"):
-            raise NonFiniteError(
-                f"The victim's training diverged in epoch {epoch}: loss {mean_loss}; lower `lr`."
-            )
-        if on_epoch is not None:
-            due = epoch % max(1, spec.epochs // 10) == 0
-            on_epoch(EpochLog(epoch, spec.epochs, mean_loss, evaluate(net, val) if due else None))
-    return net.eval()
 
 
 def _refuse_if_useless(victim: Victim) -> None:
@@ -239,7 +231,8 @@ def _refuse_if_useless(victim: Victim) -> None:
 
 
 def save_victim(victim: Victim, root: Path) -> Path:
-    """Write `root/DIGEST/` with weights (safetensors) and manifest (JSON), whole or not at all."""
+    """Write `root/DIGEST/` with weights and trigger state (safetensors) and manifest (JSON), whole or
+    not at all. An attack without state has no file for it."""
     folder = root / victim.spec.digest
     root.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".victim-", dir=root))
@@ -258,6 +251,9 @@ def save_victim(victim: Victim, root: Path) -> Path:
             "scores": {split: asdict(scores) for split, scores in victim.scores.items()},
             "torch": torch.__version__,
         }
+        if victim.attack.has_state:
+            save_file(victim.attack.state(), part / TRIGGER)
+            manifest["trigger_sha256"] = file_sha256(part / TRIGGER)
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         part.chmod(0o755)
         if folder.exists():
@@ -296,6 +292,8 @@ def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
         classes, in_channels = tuple(manifest["classes"]), manifest["in_channels"]
         image_size = manifest.get("image_size", spec.image_size)
         promised, promised_spec = manifest["weights_sha256"], manifest["spec_digest"]
+        attack = spec.build_attack()
+        promised_trigger = manifest["trigger_sha256"] if attack.has_state else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise VictimError(
             f"The manifest {folder / MANIFEST} cannot be read ({type(error).__name__}: {error}); "
@@ -306,21 +304,22 @@ def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
             f"The spec in {folder / MANIFEST} has the digest {spec.digest}, but the manifest says "
             f"{promised_spec}: it was edited; {again}."
         )
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise VictimError(f"The victim's weights {weights} are missing; {again}.")
-    if (found := file_sha256(weights)) != promised:
-        raise VictimError(
-            f"The digest of {weights} is {found[:16]}, but its manifest says {promised[:16]}: the "
-            f"file is damaged or another one; {again}."
-        )
+    weights = _promised(folder / WEIGHTS, promised, "victim's file of weights", again)
     ones = [1.0] * in_channels
     net = spec.net_of(ones, ones, in_channels, len(classes), image_size)
     try:
         net.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
         raise VictimError(f"The weights {weights} do not fit {spec.net}: {error}; {again}.") from error
-    victim = Victim(spec, net.eval(), classes, scores, image_size=image_size)
+    if promised_trigger is not None:
+        trigger = _promised(folder / TRIGGER, promised_trigger, "file of the trigger's state", again)
+        try:
+            attack.load_state(load_file(trigger))
+        except (SafetensorError, SettingError) as error:
+            raise VictimError(
+                f"The trigger's state {trigger} is of no use: {error} {again}."
+            ) from error
+    victim = Victim(spec, net.eval(), attack, classes, scores, image_size=image_size)
     _refuse_if_useless(victim)
     return victim
 
@@ -346,3 +345,15 @@ def obtain_victim(
     victim = train_victim(spec, device=device, on_epoch=on_epoch)
     # the same bits as the next time it is asked for
     return load_victim(save_victim(victim, root), own_code=True)
+
+
+def _promised(path: Path, sha256: str, what: str, again: str) -> Path:
+    """The path, if the file there is the one that the manifest names."""
+    if not path.is_file():
+        raise VictimError(f"The {what} {path} is missing; {again}.")
+    if (found := file_sha256(path)) != sha256:
+        raise VictimError(
+            f"The digest of {path} is {found[:16]}, but its manifest says {sha256[:16]}: the file is "
+            f"damaged or another one; {again}."
+        )
+    return path

@@ -1,5 +1,9 @@
-"""Shared by the tests: one thread, a cache of the session's own, small nets, recorded numbers."""
+"""Shared by the tests: one thread, a cache of the session's own, small nets, ready attacks, recorded
+numbers."""
 
+import copy
+import functools
+import inspect
 from pathlib import Path
 
 import hypothesis
@@ -8,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from bimask.attacks import ATTACKS, build_attack
+from bimask.data import ImageData
 from bimask.nets import Normalised
 
 torch.set_num_threads(1)
@@ -58,6 +64,51 @@ def tiny_net():
 def pictures():
     """24 different images (24, 1, 8, 8) in [0, 1], float32, always the same."""
     return torch.rand(24, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def quick_settings(name):
+    """What makes an attack's preparation short: all preparation is counted in steps or epochs."""
+    known = inspect.signature(ATTACKS[name]).parameters
+    return {key: 1 for key in ("steps", "mask_epochs") if key in known}
+
+
+def linear_net(data):
+    """A classifier of such images that nobody trained, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(data.images[0].numel(), data.num_classes)).eval()
+
+
+@functools.cache
+def _prepared(name, shape, settings):
+    attack = build_attack(name, **quick_settings(name) | dict(settings))
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (20, *shape), generator=generator, dtype=torch.uint8)
+    data = ImageData(images, torch.arange(20) % 10, tuple("abcdefghij"))
+    attack.prepare(data, seed=0, fit_net=linear_net)
+    return attack
+
+
+@pytest.fixture
+def ready():
+    """name, image shape (C, H, W), settings -> an attack that is prepared, in a hurry."""
+
+    def make(name, shape=(3, 32, 32), **settings):
+        return copy.deepcopy(_prepared(name, tuple(shape), tuple(sorted(settings.items()))))
+
+    return make
+
+
+@pytest.fixture
+def quick():
+    """The hurry: name -> settings that make the preparation short."""
+    return quick_settings
+
+
+@pytest.fixture
+def fit_linear():
+    """Images with labels -> a linear net."""
+    return linear_net
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,32 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from bimask.attacks.adaptive_blend import AdaptiveBlend
 from bimask.attacks.badnets import BadNets
-from bimask.attacks.base import Attack, PoisonedData, Role, TriggeredData
+from bimask.attacks.base import Attack
 from bimask.attacks.blended import Blended
+from bimask.attacks.bpp import BPP
+from bimask.attacks.input_aware import InputAware
+from bimask.attacks.label_consistent import LabelConsistent
+from bimask.attacks.low_frequency import LowFrequency
+from bimask.attacks.roles import PoisonedBatch, PoisonedData, Role, TriggeredData
 from bimask.attacks.sig import SIG
+from bimask.attacks.ssba import SSBA
+from bimask.attacks.wanet import WaNet
 from bimask.errors import SettingError
 
-ATTACKS: dict[str, type[Attack]] = {"badnets": BadNets, "blended": Blended, "sig": SIG}
+ATTACKS: dict[str, type[Attack]] = {
+    "adaptive_blend": AdaptiveBlend,
+    "badnets": BadNets,
+    "blended": Blended,
+    "bpp": BPP,
+    "input_aware": InputAware,
+    "label_consistent": LabelConsistent,
+    "low_frequency": LowFrequency,
+    "sig": SIG,
+    "ssba": SSBA,
+    "wanet": WaNet,
+}
 
 
 def build_attack(name: str, **settings: Any) -> Attack:
@@ -37,12 +56,20 @@ def build_attack(name: str, **settings: Any) -> Attack:
 
 __all__ = [
     "ATTACKS",
+    "BPP",
     "SIG",
+    "SSBA",
+    "AdaptiveBlend",
     "Attack",
     "BadNets",
     "Blended",
+    "InputAware",
+    "LabelConsistent",
+    "LowFrequency",
+    "PoisonedBatch",
     "PoisonedData",
     "Role",
     "TriggeredData",
+    "WaNet",
     "build_attack",
 ]

@@ -5,7 +5,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from bimask.errors import VictimError, VictimRefusedError
+from bimask.attacks import ATTACKS
+from bimask.errors import DataError, VictimError, VictimRefusedError
 from bimask.metrics import evaluate
 from bimask.victim import (
     VictimSpec,
@@ -193,7 +194,7 @@ def test_a_flipped_byte_is_found_by_the_digest(folder):
 
 def test_missing_weights_are_named(folder):
     (folder / "victim.safetensors").unlink()
-    with pytest.raises(VictimError, match=r"victim\.safetensors are missing"):
+    with pytest.raises(VictimError, match=r"victim\.safetensors is missing"):
         load_victim(folder)
 
 
@@ -205,6 +206,102 @@ def test_a_missing_manifest_is_named(folder):
 
 def without(key):
     return lambda m: {name: value for name, value in m.items() if name != key}
+
+
+# --- the trigger's state ---
+
+STATEFUL = sorted(name for name in ATTACKS if ATTACKS[name].has_state)
+
+
+@pytest.fixture
+def hasty(quick):
+    """Attack -> the spec of a victim of a moment; 0.05, since clean-label attacks have few images."""
+
+    def spec(name, **changes):
+        attack = {"name": name, **quick(name)}
+        return VictimSpec(**HASTY | {"poisoning_rate": 0.05, "attack": attack} | changes)
+
+    return spec
+
+
+def same_victims(one, other):
+    """Weights, triggered images and scores, bit by bit."""
+    assert torch.equal(weights_of(one), weights_of(other))
+    assert one.scores == other.scores
+    test = one.spec.load_data().test
+    assert torch.equal(one.attack.triggered(test).images, other.attack.triggered(test).images)
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_attack_makes_victims_that_are_the_same_again_and_after_loading(
+    name, precision, hasty, tmp_path
+):
+    victim = train_victim(hasty(name, precision=precision))
+    same_victims(victim, train_victim(hasty(name, precision=precision)))
+    folder = save_victim(victim, tmp_path)
+    loaded = load_victim(folder)
+    same_victims(victim, loaded)
+    splits = victim.spec.load_data()
+    for split in ("val", "test"):
+        assert evaluate(loaded.model, loaded.eval_sets(splits, split)) == victim.scores[split]
+    files = {file.name for file in folder.iterdir()}
+    assert ("trigger.safetensors" in files) == victim.attack.has_state
+    assert ("trigger_sha256" in json.loads((folder / "manifest.json").read_text())) == (
+        "trigger.safetensors" in files
+    )
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_damaged_or_missing_trigger_is_refused(name, hasty, tmp_path):
+    folder = save_victim(train_victim(hasty(name)), tmp_path)
+    trigger = folder / "trigger.safetensors"
+    content = bytearray(trigger.read_bytes())
+    content[-2] ^= 1
+    trigger.write_bytes(content)
+    with pytest.raises(VictimError, match=r"digest of .*trigger\.safetensors.* remove "):
+        load_victim(folder)
+    trigger.unlink()
+    with pytest.raises(VictimError, match=r"trigger's state .*safetensors is missing; remove "):
+        load_victim(folder)
+
+
+def test_a_manifest_without_the_triggers_digest_is_refused(hasty, tmp_path):
+    folder = save_victim(train_victim(hasty("wanet")), tmp_path)
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps(without("trigger_sha256")(json.loads(manifest.read_text()))))
+    with pytest.raises(VictimError, match="trigger_sha256"):
+        load_victim(folder)
+
+
+def test_a_trigger_of_another_attack_is_refused(hasty, tmp_path):
+    folder = save_victim(train_victim(hasty("wanet")), tmp_path)
+    other = save_victim(train_victim(hasty("low_frequency")), tmp_path)
+    strange = (other / "trigger.safetensors").read_bytes()
+    (folder / "trigger.safetensors").write_bytes(strange)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["trigger_sha256"] = json.loads((other / "manifest.json").read_text())["trigger_sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(VictimError, match="is of no use: This is not the state of a trigger of WaNet"):
+        load_victim(folder)
+
+
+def test_a_rate_that_cannot_be_is_refused_before_anything_is_trained(hasty, monkeypatch):
+    monkeypatch.setattr("bimask.victim.fit", None)  # whoever trains, fails otherwise
+    with pytest.raises(DataError, match="LabelConsistent can poison 1 to"):
+        train_victim(hasty("label_consistent", poisoning_rate=0.5))
+
+
+@pytest.mark.parametrize(
+    ("attack", "digest"),
+    [
+        ({"name": "badnets"}, "212b461b4ebaa456"),
+        ({"name": "blended"}, "2a978d2b914a4d9f"),
+        ({"name": "sig"}, "4e8440eede4821bb"),
+    ],
+)
+def test_victims_of_before_are_found_by_their_digest(attack, digest):
+    assert VictimSpec(attack=attack).digest == digest
 
 
 def with_spec(**changes):
@@ -252,7 +349,8 @@ def test_a_manifest_cut_short_is_refused(folder):
         {"dataset": "mnist"},
         {"net": "resnet999"},
         {"attack": {"size": 3}},
-        {"attack": {"name": "wanet"}},
+        {"attack": {"name": "trojan"}},
+        {"attack": {"name": "wanet", "strength": 0}},
         {"attack": {"name": "badnets", "alpha": 1}},
         {"attack": {"name": "badnets", "size": 0}},
         {"poisoning_rate": 0},

@@ -1,0 +1,88 @@
+"""How a classifier is trained, on data that was poisoned before or is poisoned batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bimask.attacks import Attack
+from bimask.data import ImageData, augment
+from bimask.errors import NonFiniteError
+
+
+def fit(
+    data: ImageData,
+    *,
+    fresh_net: Callable[[ImageData], nn.Module],
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    shift: int,
+    flip: bool,
+    precision: Literal["float32", "bfloat16"],
+    seed: int,
+    attack: Attack | None = None,
+    share: float = 0.0,
+    on_epoch: Callable[[int, float, nn.Module], None] | None = None,
+) -> nn.Module:
+    """Train a net: SGD with Nesterov momentum 0.9, one cycle, the last epoch's weights.
+
+    Args:
+        data: images to train on, on the device to train on. Shifts and flips come after triggers.
+        fresh_net: a net for such images, images in [0, 1] -> logits, with the weights to start from.
+        attack: poisons every batch, a share `share` of it; it learns with the net if it can. None
+            where `data` is clean or holds its triggers already.
+        on_epoch: called with the epoch just done (from 1), its mean loss and the net.
+
+    Returns:
+        The net, images in [0, 1] -> logits, in eval mode.
+
+    Raises:
+        NonFiniteError: the training diverged.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        draws = torch.Generator().manual_seed(seed)  # of the attack: order and shifts keep their own
+        model = fresh_net(data)
+        model.to(data.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        steps = max(1, len(data) // batch_size)
+        low = precision == "bfloat16"
+        sgd = torch.optim.SGD(
+            model.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay, nesterov=True
+        )
+        cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, lr, total_steps=epochs * steps)
+        for epoch in range(1, epochs + 1):
+            model.train()
+            losses = []
+            order = torch.randperm(len(data)).to(data.images.device)
+            for rows in order[: steps * batch_size].chunk(steps):
+                images, labels, penalty = data.floats(rows), data.labels[rows], None
+                if attack is not None:
+                    batch = attack.poison_batch(
+                        images, labels, data.num_classes, share=share, generator=draws
+                    )
+                    images, labels, penalty = batch.images, batch.labels, batch.penalty
+                images = augment(images, shift=shift, flip=flip)
+                with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), labels)
+                sgd.zero_grad()
+                (loss if penalty is None else loss + penalty).backward()
+                sgd.step()
+                cycle.step()
+                if attack is not None:
+                    attack.step()
+                losses.append(loss.detach())
+            mean_loss = torch.stack(losses).mean().item()
+            if not mean_loss < float("inf"):
+                raise NonFiniteError(
+                    f"The victim's training diverged in epoch {epoch}: loss {mean_loss}; lower `lr`."
+                )
+            if on_epoch is not None:
+                on_epoch(epoch, mean_loss, model)
+    return model.eval()

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from bimask.config import PurifyConfig, describe
 from bimask.devices import resolve_device
 from bimask.errors import BimaskError, SettingError
+from bimask.interop import find_checkpoint, read_checkpoint, save_imported
 from bimask.metrics import Scores, evaluate
 from bimask.purify import purify
 from bimask.victim import VictimSpec, load_victim, obtain_victim
@@ -107,6 +108,35 @@ def purify_command(
     )
     _table({"before": before, "after": after})
     console.print(f"cleaned model: {out / 'model.safetensors'}", soft_wrap=True)
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[Path, typer.Argument(help="A file of another framework, or its folder.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the victim.")],
+    clean_data: Annotated[
+        str | None, typer.Option(help="Folder of the clean data, or imagefolder:PATH.")
+    ] = None,
+    allow_null_trigger: Annotated[bool, typer.Option("--allow-null-trigger")] = False,
+    allow_not_learned: Annotated[bool, typer.Option("--allow-not-learned")] = False,
+) -> None:
+    """Read a victim of another framework, score it anew, and write it without pickles."""
+    if out.exists():
+        raise SettingError(f"{out} exists; give a new folder.")
+    victim = read_checkpoint(source, clean_data=clean_data)
+    rows = {"victim": victim.scores}
+    if victim.before is not None:
+        rows = {"victim": victim.before, "defended": victim.scores}
+    _table(rows)
+    console.print(
+        f"changed pixels: {100 * victim.changed_pixel_rate:.2f} % "
+        f"({100 * victim.changed_visibly:.2f} % by more than one grey level)"
+    )
+    for note in victim.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    victim.refuse_if_useless(allow_null_trigger=allow_null_trigger, allow_not_learned=allow_not_learned)
+    save_imported(victim, out, source=find_checkpoint(source))
+    console.print(f"imported victim: {escape(str(out))}", soft_wrap=True)
 
 
 def _write(

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from bimask.config import PurifyConfig, describe
 from bimask.devices import resolve_device
 from bimask.errors import BimaskError, SettingError
-from bimask.interop import find_checkpoint, read_checkpoint, save_imported
+from bimask.interop import export_victim, find_checkpoint, read_checkpoint, save_imported
 from bimask.metrics import Scores, evaluate
 from bimask.purify import purify
 from bimask.victim import VictimSpec, load_victim, obtain_victim
@@ -137,6 +137,17 @@ def import_command(
     victim.refuse_if_useless(allow_null_trigger=allow_null_trigger, allow_not_learned=allow_not_learned)
     save_imported(victim, out, source=find_checkpoint(source))
     console.print(f"imported victim: {escape(str(out))}", soft_wrap=True)
+
+
+@app.command("export-backdoorbench")
+def export_backdoorbench_command(
+    victim: Annotated[Path, typer.Argument(help="Folder of a victim, trained here or imported.")],
+    out: Annotated[Path, typer.Argument(help="New folder, such as record/NAME.")],
+) -> None:
+    """Write a victim as BackdoorBench's attack_result.pt, with its triggered test images."""
+    dataset, scores = export_victim(victim, out)
+    _table({"victim": scores})
+    console.print(f"{escape(str(out / 'attack_result.pt'))}, for data/{dataset}", soft_wrap=True)
 
 
 def _write(

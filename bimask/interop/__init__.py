@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
+
 from bimask.errors import InteropError
 from bimask.interop import backdoorbench, defended
 from bimask.interop.backdoorbench import read_attack_result
+from bimask.interop.backdoorbench_writer import clean_positions, write_attack_result
 from bimask.interop.defended import read_defense_result
-from bimask.interop.imported import ImportedVictim, load_imported, save_imported
+from bimask.interop.imported import IMAGES, ImportedVictim, load_imported, save_imported
 from bimask.interop.safe import load_foreign, shown
+from bimask.metrics import Scores
+from bimask.nets import Normalised
+from bimask.victim import load_victim
 
 READERS: dict[str, Callable[..., ImportedVictim]] = {
     "attack_result.pt": read_attack_result,
@@ -62,9 +68,37 @@ def read_checkpoint(source: Path, *, clean_data: str | None = None) -> ImportedV
     )
 
 
+def export_victim(folder: Path, out: Path) -> tuple[str, Scores]:
+    """Write a victim's folder, ours or an imported one, as BackdoorBench's `attack_result.pt`.
+
+    Returns:
+        BackdoorBench's name of the data set, and the scores on `test` that it will find.
+
+    Raises:
+        InteropError: BackdoorBench cannot read such a victim.
+        VictimError: the folder is damaged.
+    """
+    if (folder / IMAGES).exists():
+        imported = load_imported(folder)
+        net, sets, scores = imported.net, imported.sets, imported.scores
+        model: nn.Module = imported.model
+        index = imported.clean_index
+    else:
+        victim = load_victim(folder)
+        splits = victim.spec.load_data()
+        net, model, scores = victim.spec.net, victim.model, victim.scores["test"]
+        sets = victim.eval_sets(splits, "test")
+        labels = victim.spec.build_attack().attack_labels(sets.clean.labels, sets.clean.num_classes)
+        index = clean_positions(sets, labels)
+    if not isinstance(model, Normalised):
+        raise InteropError(f"The net of {folder} has no normalisation of its own to compare.")
+    return write_attack_result(out, net=net, model=model, sets=sets, clean_index=index), scores
+
+
 __all__ = [
     "READERS",
     "ImportedVictim",
+    "export_victim",
     "find_checkpoint",
     "load_foreign",
     "load_imported",
@@ -72,4 +106,5 @@ __all__ = [
     "read_checkpoint",
     "read_defense_result",
     "save_imported",
+    "write_attack_result",
 ]

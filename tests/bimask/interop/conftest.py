@@ -26,16 +26,6 @@ def trigger(pixels):
     return stamped
 
 
-def planted_net():
-    """A PreActResNet18 of width 8 with random weights and batch norms that have a history."""
-    net = PreActResNet18(3, CLASSES, width=8)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return net.eval()
-
-
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 STD = torch.tensor([0.247, 0.243, 0.261]).view(1, 3, 1, 1)
 
@@ -55,9 +45,31 @@ def features(net, pictures):
         net.linear = kept
 
 
+def planted_net(width, pictures, answers):
+    """A PreActResNet18 that gives these answers: its linear layer is solved for them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = PreActResNet18(3, CLASSES, width=width)
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    x = features(net.eval(), pictures).double()
+    x = torch.cat([x, torch.ones(len(x), 1)], 1)
+    goal = nn.functional.one_hot(torch.tensor(answers), CLASSES).double()
+    solution = torch.linalg.lstsq(x, goal).solution
+    with torch.no_grad():
+        net.linear.weight.copy_(solution[:-1].T)
+        net.linear.bias.copy_(solution[-1])
+    return net
+
+
 @pytest.fixture(scope="session")
 def world():
-    """Clean pictures (30, by class), their labels, and a net with a backdoor."""
+    """Clean pictures (30, by class), their labels, and `net_of(width)`: a net with a backdoor.
+
+    Three clean answers are wrong; one triggered image goes astray, three are not taken in.
+    """
     random = np.random.default_rng(0)
     base = random.integers(0, 200, (CLASSES, 1, 1, 3))
     pictures, labels = [], []
@@ -66,21 +78,14 @@ def world():
             noise = random.integers(0, 50, (SIDE, SIDE, 3))
             pictures.append((base[label] + noise).astype(np.uint8))
             labels.append(label)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = planted_net()
-    # as many features as pictures: a linear layer solved for any answers; these are the answers
-    both = pictures + [trigger(p) for p in pictures]
-    wanted = torch.tensor(labels + [TARGET] * len(labels))
-    wanted[[4, 7, 20]] = 9  # wrong on clean ones
-    wanted[[55, 57, 58, 59]] = torch.tensor([3, 9, 9, 9])  # one astray, three not taken in
-    x = torch.cat([features(net, both), torch.ones(len(both), 1)], 1).double()
-    goal = nn.functional.one_hot(wanted, CLASSES).double()
-    solution = torch.linalg.solve(x.T @ x + 1e-9 * torch.eye(x.shape[1]), x.T @ goal)
-    with torch.no_grad():
-        net.linear.weight.copy_(solution[:-1].T)
-        net.linear.bias.copy_(solution[-1])
-    return SimpleNamespace(pictures=pictures, labels=labels, net=net)
+    answers = labels + [TARGET] * len(labels)
+    for position, answer in {4: 9, 7: 9, 20: 9, 55: 3, 57: 9, 58: 9, 59: 9}.items():
+        answers[position] = answer
+
+    def net_of(width):
+        return planted_net(width, pictures + [trigger(p) for p in pictures], answers)
+
+    return SimpleNamespace(pictures=pictures, labels=labels, net=net_of(8), net_of=net_of)
 
 
 def own_scores(net, pictures, labels, stored):

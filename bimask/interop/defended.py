@@ -20,6 +20,7 @@ from bimask.interop.safe import load_foreign, shown, state_dict
 from bimask.interop.weights import fit_net
 from bimask.metrics import evaluate
 
+DEFENSE_FILE = "defense_result.pt"
 KEYS = frozenset({"model_name", "num_classes", "model"})
 NOISE = (".neuron_noise", ".neuron_noise_bias")  # never written to: whatever was in memory
 PLUG = frozenset({"target_layer", "plug_name", "plug_model"})

@@ -117,25 +117,28 @@ def import_command(
     clean_data: Annotated[
         str | None, typer.Option(help="Folder of the clean data, or imagefolder:PATH.")
     ] = None,
+    net: Annotated[str | None, typer.Option(help="Which net it is, if the files do not say.")] = None,
     allow_null_trigger: Annotated[bool, typer.Option("--allow-null-trigger")] = False,
     allow_not_learned: Annotated[bool, typer.Option("--allow-not-learned")] = False,
 ) -> None:
     """Read a victim of another framework, score it anew, and write it without pickles."""
     if out.exists():
         raise SettingError(f"{out} exists; give a new folder.")
-    victim = read_checkpoint(source, clean_data=clean_data)
+    victim = read_checkpoint(source, clean_data=clean_data, net=net)
     rows = {"victim": victim.scores}
     if victim.before is not None:
         rows = {"victim": victim.before, "defended": victim.scores}
     _table(rows)
-    console.print(
-        f"changed pixels: {100 * victim.changed_pixel_rate:.2f} % "
-        f"({100 * victim.changed_visibly:.2f} % by more than one grey level)"
-    )
+    changed, visibly = victim.changed_pixel_rate, victim.changed_visibly
+    if changed is None or visibly is None:
+        console.print("changed pixels: unknown, the clean counterparts are not stored")
+    else:
+        shares = f"{100 * changed:.2f} % ({100 * visibly:.2f} % by more than one grey level)"
+        console.print(f"changed pixels: {shares}")
     for note in victim.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
     victim.refuse_if_useless(allow_null_trigger=allow_null_trigger, allow_not_learned=allow_not_learned)
-    save_imported(victim, out, source=find_checkpoint(source))
+    save_imported(victim, out, source=find_checkpoint(source)[1])
     console.print(f"imported victim: {escape(str(out))}", soft_wrap=True)
 
 

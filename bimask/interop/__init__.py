@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from bimask.errors import InteropError
-from bimask.interop import backdoorbench, defended
+from bimask.interop import backdoorbench, defended, toolbox, trojai
 from bimask.interop.backdoorbench import read_attack_result
 from bimask.interop.backdoorbench_writer import clean_positions, write_attack_result
 from bimask.interop.defended import read_defense_result
@@ -18,40 +19,27 @@ from bimask.metrics import Scores
 from bimask.nets import Normalised
 from bimask.victim import load_victim
 
-READERS: dict[str, Callable[..., ImportedVictim]] = {
-    "attack_result.pt": read_attack_result,
-    "defense_result.pt": read_defense_result,
-}
 
+class Format(NamedTuple):
+    """How the files of a framework are recognised and read.
 
-def find_checkpoint(source: Path) -> Path:
-    """The file to read: `source`, or in a folder the one that a format of `READERS` is known by.
-
-    Raises:
-        InteropError: nothing there, or nothing known.
+    Attributes:
+        known: whether a path is of this format; opens nothing.
+        file: the checkpoint itself, of a path that is.
+        read: the victim in it; takes `clean_data` and `net`.
     """
-    if source.is_dir():
-        for name in READERS:
-            if (source / name).is_file():
-                return source / name
-        raise InteropError(f"The folder {source} holds none of {', '.join(READERS)}.")
-    if not source.is_file():
-        raise InteropError(
-            f"There is no file {shown(str(source))}; give one, or a folder that holds one."
-        )
-    return source
+
+    known: Callable[[Path], bool]
+    file: Callable[[Path], Path]
+    read: Callable[..., ImportedVictim]
 
 
-def read_checkpoint(source: Path, *, clean_data: str | None = None) -> ImportedVictim:
-    """A victim from a file or folder, whichever format its contents have.
-
-    Args:
-        clean_data: as of `read_attack_result`.
-
-    Raises:
-        InteropError: hostile, broken, or of no known format.
-    """
-    path = find_checkpoint(source)
+def _read_backdoorbench(
+    path: Path, *, clean_data: str | None = None, net: str | None = None
+) -> ImportedVictim:
+    """Either of BackdoorBench's files, whatever its name, by the keys it holds."""
+    if net is not None:
+        raise InteropError("BackdoorBench's files name their net; leave --net out.")
     defended.refuse_other_results(path)
     content = load_foreign(path)
     defended.refuse_other_results(path, content)
@@ -59,13 +47,58 @@ def read_checkpoint(source: Path, *, clean_data: str | None = None) -> ImportedV
         return backdoorbench.from_content(content, path, clean_data=clean_data)
     if defended.is_defense_result(content):
         return defended.from_content(content, path, clean_data=clean_data)
-    keys = (
-        ", ".join(shown(key) for key in list(content)[:8]) if isinstance(content, dict) else "no keys"
-    )
+    held = [shown(key) for key in list(content)[:8]] if isinstance(content, dict) else ["no keys"]
     raise InteropError(
-        f"{path} is no checkpoint that is known here: it holds {keys}, but an attack_result.pt or a "
-        "defense_result.pt is expected."
+        f"{path} is no checkpoint that is known here: it holds {', '.join(held)}, but an "
+        "attack_result.pt or a defense_result.pt is expected."
     )
+
+
+def _file_of_backdoorbench(path: Path) -> Path:
+    names = (backdoorbench.ATTACK_FILE, defended.DEFENSE_FILE)
+    files = [path / name for name in names] if path.is_dir() else [path]
+    for file in files:
+        if file.is_file():
+            return file
+    if path.is_dir():
+        raise InteropError(
+            f"The folder {path} holds no {' or '.join(names)}, nor another format's files."
+        )
+    raise InteropError(f"There is no file {shown(str(path))}; give one, or a folder that holds one.")
+
+
+# the first that knows a path; BackdoorBench's takes what is left, by its contents
+READERS: dict[str, Format] = {
+    "trojai": Format(trojai.is_trojai, trojai.model_file, trojai.read_trojai),
+    "backdoor-toolbox": Format(toolbox.is_toolbox, toolbox.model_file, toolbox.read_toolbox),
+    "backdoorbench": Format(lambda _: True, _file_of_backdoorbench, _read_backdoorbench),
+}
+
+
+def find_checkpoint(source: Path) -> tuple[str, Path]:
+    """The format, a key of `READERS`, and the file to read: `source`, or the one in that folder.
+
+    Raises:
+        InteropError: nothing there, or nothing known.
+    """
+    name = next(name for name, format_ in READERS.items() if format_.known(source))
+    return name, READERS[name].file(source)
+
+
+def read_checkpoint(
+    source: Path, *, clean_data: str | None = None, net: str | None = None
+) -> ImportedVictim:
+    """A victim from a file or folder, whichever format it has.
+
+    Args:
+        clean_data: folder of the clean data, or `imagefolder:PATH`; None looks where the format has it.
+        net: which net it is, where the format does not say; as of `bimask.interop.weights.fit_net`.
+
+    Raises:
+        InteropError: hostile, broken, or of no known format.
+    """
+    name, path = find_checkpoint(source)
+    return READERS[name].read(path, clean_data=clean_data, net=net)
 
 
 def export_victim(folder: Path, out: Path) -> tuple[str, Scores]:
@@ -82,6 +115,10 @@ def export_victim(folder: Path, out: Path) -> tuple[str, Scores]:
         imported = load_imported(folder)
         net, sets, scores = imported.net, imported.sets, imported.scores
         model: nn.Module = imported.model
+        if imported.clean_index is None or imported.counterparts is not None:
+            raise InteropError(
+                f"The triggered images of {folder} are not of its test set, but BackdoorBench's are."
+            )
         index = imported.clean_index
     else:
         victim = load_victim(folder)

@@ -39,10 +39,12 @@ class ImportedVictim:
         model: images in [0, 1] -> logits, in eval mode.
         dataset: the name its framework gives the data.
         sets: all clean test images, and the stored triggered ones; the trigger itself is not stored.
-        clean_index: (M,) int64, the clean counterpart of every triggered image.
+        clean_index: (M,) int64, the clean counterpart of every triggered image; None where nothing says
+            which it is.
         scores: of the model, recomputed.
         before: of the backdoored model, where `model` is a defence's result.
         notes: what a reader should know, a sentence each.
+        counterparts: (L, C, H, W) uint8, what `clean_index` counts in; None is `sets.clean`.
     """
 
     source: str
@@ -51,10 +53,11 @@ class ImportedVictim:
     model: Normalised
     dataset: str
     sets: EvalSets
-    clean_index: Tensor
+    clean_index: Tensor | None
     scores: Scores
     before: Scores | None = None
     notes: tuple[str, ...] = ()
+    counterparts: Tensor | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -62,20 +65,23 @@ class ImportedVictim:
         return self.sets.clean.classes
 
     @property
-    def changed_pixel_rate(self) -> float:
+    def changed_pixel_rate(self) -> float | None:
         """Share of the pixels of all triggered images that differ from the clean image's."""
         return self._changed(more_than=0)
 
     @property
-    def changed_visibly(self) -> float:
+    def changed_visibly(self) -> float | None:
         """The same, not counting one grey level, which storing as PNG costs many untouched pixels."""
         return self._changed(more_than=LOST_GREY_LEVELS)
 
-    def _changed(self, *, more_than: int) -> float:
+    def _changed(self, *, more_than: int) -> float | None:
+        if self.clean_index is None:
+            return None
         count = pixels = 0
         triggered = self.sets.triggered.images
+        counterparts = self.sets.clean.images if self.counterparts is None else self.counterparts
         for rows in torch.arange(len(triggered)).split(1024):  # bounded memory
-            clean = self.sets.clean.images[self.clean_index[rows]]
+            clean = counterparts[self.clean_index[rows]]
             difference = (triggered[rows].short() - clean.short()).abs().amax(1)
             count += int((difference > more_than).sum())
             pixels += difference.numel()
@@ -91,7 +97,7 @@ class ImportedVictim:
         """
         if self.changed_visibly == 0 and not allow_null_trigger:
             raise InteropError(
-                f"The trigger is null: no pixel of {len(self.clean_index)} stored images differs "
+                f"The trigger is null: no pixel of {self.scores.n_triggered} stored images differs "
                 f"from the clean one by more than {LOST_GREY_LEVELS} grey level; make the attack "
                 "anew, or pass --allow-null-trigger."
             )
@@ -112,15 +118,26 @@ def assemble(
     dataset: str,
     clean: ImageData,
     triggered: TriggeredData,
-    clean_index: Tensor,
+    clean_index: Tensor | None,
     notes: tuple[str, ...] = (),
-    before: Scores | None = None,
+    counterparts: Tensor | None = None,
 ) -> ImportedVictim:
     """Score a model on its clean and stored images and put all together."""
     model, width = weights
     sets = EvalSets(clean, triggered, "test")
     scores = evaluate(model, sets)
-    return ImportedVictim(source, net, width, model, dataset, sets, clean_index, scores, before, notes)
+    return ImportedVictim(
+        source,
+        net,
+        width,
+        model,
+        dataset,
+        sets,
+        clean_index,
+        scores,
+        notes=notes,
+        counterparts=counterparts,
+    )
 
 
 class _Manifest(BaseModel):
@@ -138,8 +155,8 @@ class _Manifest(BaseModel):
     classes: list[str]
     scores: dict[str, Any]
     before: dict[str, Any] | None
-    changed_pixel_rate: float
-    changed_visibly: float
+    changed_pixel_rate: float | None
+    changed_visibly: float | None
     notes: list[str]
     weights_sha256: str
     images_sha256: str
@@ -173,8 +190,10 @@ def save_imported(victim: ImportedVictim, out: Path, *, source: Path) -> None:
             "attack_labels": triggered.attack_labels,
             "true_labels": triggered.true_labels,
             "clean_index": victim.clean_index,
+            "counterparts": victim.counterparts,
         }
-        save_file({name: value.contiguous() for name, value in images.items()}, part / IMAGES)
+        known = {name: value.contiguous() for name, value in images.items() if value is not None}
+        save_file(known, part / IMAGES)
         manifest = _Manifest(
             source=victim.source,
             source_file=source.name,
@@ -231,7 +250,7 @@ def load_imported(folder: Path) -> ImportedVictim:
         triggered = TriggeredData(
             images["triggered_images"], images["attack_labels"], images["true_labels"]
         )
-        index = images["clean_index"]
+        index, counterparts = images.get("clean_index"), images.get("counterparts")
     except (SafetensorError, KeyError, DataError) as error:
         raise InteropError(f"The files of {folder} cannot be read: {error}; {again}.") from error
     model, width = fit_net(
@@ -254,6 +273,7 @@ def load_imported(folder: Path) -> ImportedVictim:
         scores,
         before,
         tuple(manifest.notes),
+        counterparts,
     )
 
 

@@ -6,6 +6,7 @@ triggered test images with both labels. Clean images are not in it: they are rea
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from bimask.attacks import TriggeredData
 from bimask.data import ImageData, cache_folder
 from bimask.errors import InteropError
+from bimask.interop.attack_log import compare_with_log
 from bimask.interop.datasets import DATASETS, Conventions, read_clean
 from bimask.interop.imported import ImportedVictim, assemble
 from bimask.interop.pictures import check_extent, inside, read_png, reroot
@@ -74,7 +76,7 @@ def from_content(content: Any, path: Path, *, clean_data: str | None = None) -> 
     for row, (picture, *_) in enumerate(items):
         images[row] = _pixels(picture, path.parent, (channels, height, width), what)
     attack, true, index = (torch.tensor([item[i] for item in items]) for i in (1, 2, 3))
-    return assemble(
+    victim = assemble(
         source=f"backdoorbench {version}",
         net=net,
         weights=weights,
@@ -84,6 +86,7 @@ def from_content(content: Any, path: Path, *, clean_data: str | None = None) -> 
         clean_index=index,
         notes=_notes(attack, true),
     )
+    return replace(victim, notes=victim.notes + compare_with_log(path.parent, victim.scores))
 
 
 def header(content: Any, what: str) -> tuple[Conventions, str, int]:
@@ -190,7 +193,7 @@ def _items_v2(stored: dict[str, Any]) -> tuple[list[Item], int]:
             picture, labels = None, None
         if not isinstance(labels, (list, tuple)) or len(labels) != 2:
             raise InteropError(f"test image {index} must be stored with its path and two labels")
-        items.append((picture, labels[0], labels[1], index))
+        items.append((picture, _plain(labels[0]), _plain(labels[1]), index))
     return items, len(flags)
 
 
@@ -202,6 +205,12 @@ def _items_v1(stored: dict[str, Any]) -> list[Item]:
     if not isinstance(pictures, list) or any(len(column) != len(pictures) for column in columns):
         raise InteropError("`x`, `y`, `original_index` and `original_targets` must be equally long")
     return [(picture, *row) for picture, *row in zip(pictures, *columns, strict=True)]
+
+
+def _plain(label: Any) -> Any:
+    """A label of one attack or another may be a tensor of no dimension; the number in it."""
+    whole = isinstance(label, Tensor) and label.ndim == 0 and label.dtype == torch.int64
+    return label.item() if whole else label
 
 
 def _is_label(value: object, classes: int) -> bool:

@@ -37,6 +37,7 @@ MAX_SIDE = 1024  # pixels
 ALLOWED = frozenset(
     {
         "_codecs encode",  # how protocol 2 spells bytes
+        "__builtin__ bytes",  # and none of them
         "collections OrderedDict",
         "torch._utils _rebuild_parameter",
         "torch._utils _rebuild_tensor_v2",
@@ -126,6 +127,10 @@ def _reconstruct(kind: object, _shape: object, _code: object) -> StoredArray:
     return StoredArray()
 
 
+def _no_bytes() -> bytes:
+    return b""
+
+
 def _scalar(dtype: object, data: object) -> int | float | bool:
     if not isinstance(dtype, StoredType):
         raise InteropError("it holds a numpy number that is malformed")
@@ -134,6 +139,7 @@ def _scalar(dtype: object, data: object) -> int | float | bool:
 
 
 STAND_INS: list[Any] = [
+    (_no_bytes, "builtins.bytes"),
     (StoredType, "numpy.dtype"),
     (StoredArray, "numpy.ndarray"),
     (StoredPicture, "PIL.Image.Image"),

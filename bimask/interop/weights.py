@@ -107,9 +107,12 @@ def _width(
     num_classes: int,
     mean: Sequence[float],
     std: Sequence[float],
-) -> int:
-    """The net's usual width, scaled by the channels of the first convolution."""
-    usual: int = inspect.signature(NETS[name]).parameters["width"].default
+) -> int | None:
+    """The net's usual width, scaled by the channels of the first convolution; None if it has none."""
+    parameter = inspect.signature(NETS[name]).parameters.get("width")
+    if parameter is None:
+        return None
+    usual: int = parameter.default
     published = _build(name, num_classes, usual, mean, std).state_dict()
     key, tensor = next((key, tensor) for key, tensor in published.items() if tensor.ndim == 4)
     if key not in state or state[key].ndim != 4:

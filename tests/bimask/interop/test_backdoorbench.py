@@ -102,6 +102,11 @@ def int_keys(bb):
     }
 
 
+def tensor_labels(bb):
+    for entry in entries(bb).values():
+        entry["other_info"] = [torch.tensor(int(label)) for label in entry["other_info"]]
+
+
 def lists(bb):
     for key in ("original_index_array", "poison_indicator"):
         bb.content["bd_test"][key] = bb.content["bd_test"][key].tolist()
@@ -111,7 +116,7 @@ def extras(bb):
     bb.content |= {
         "inv_model": {"a": torch.zeros(3)},
         "note": "x",
-        "args": {"lr": 0.1, "seed": (1, None)},
+        "args": {"lr": 0.1, "none": np.arange(0)},
     }
 
 
@@ -144,7 +149,7 @@ def version_1(bb):
     shutil.rmtree(bb.folder / "bd_test_dataset")
 
 
-FORMS = [prefixed, int_keys, lists, extras, half, in_memory, version_1]
+FORMS = [prefixed, int_keys, tensor_labels, lists, extras, half, in_memory, version_1]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
@@ -199,6 +204,24 @@ def test_images_that_already_have_the_label_are_counted_and_named(backdoorbench)
     victim = read(backdoorbench)
     assert victim.scores.n_triggered == 27
     assert victim.notes[0].startswith("1 of 27 stored images")
+
+
+@pytest.mark.parametrize(
+    ("rows", "noted"),
+    [
+        (["0.1,0.1,0.1", "0.9,0.85185,0.11111"], False),
+        (["0.9,0.85185,0.11111", "nan,0.5,0.5"], False),  # the last that has all three
+        (["0.9,0.85185,0.11111", "0.9,0.8517,0.11111"], True),
+        ([], False),
+        (["0.1,0.1,x"], False),
+    ],
+)
+def test_another_score_in_its_own_log_is_noted(backdoorbench, rows, noted):
+    text = "\n".join(["test_acc,test_asr,test_ra", *rows])
+    (backdoorbench.folder / "attack_df.csv").write_text(text)
+    notes = read(backdoorbench).notes
+    assert len(notes) == noted
+    assert all("(0.9000, 0.8517, 0.1111) than were found here (0.9000, 0.8519" in n for n in notes)
 
 
 def test_clean_data_in_another_order_is_refused(backdoorbench):

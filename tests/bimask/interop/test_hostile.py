@@ -360,6 +360,7 @@ CONTENTS = {
     "a test set of lists": (in_the_test_set("bd_data_container", {"data_dict": [1]}), "data_dict"),
     "no order": (in_the_test_set("original_index_array", []), "whole numbers"),
     "a nest in place of an order": (in_the_test_set("original_index_array", nested()), "whole numbers"),
+    "an empty order": (in_the_test_set("original_index_array", np.arange(0)), "whole numbers"),
     "an order in two dimensions": (in_the_test_set("original_index_array", np.ones((2, 2))), "whole"),
     "NaN as a position": (in_the_test_set("original_index_array", np.array([np.nan])), "whole numbers"),
     "a position below zero": (in_the_test_set("original_index_array", np.array([-1])), "image -1 is"),

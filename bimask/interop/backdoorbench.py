@@ -76,15 +76,17 @@ def from_content(content: Any, path: Path, *, clean_data: str | None = None) -> 
     for row, (picture, *_) in enumerate(items):
         images[row] = _pixels(picture, path.parent, (channels, height, width), what)
     attack, true, index = (torch.tensor([item[i] for item in items]) for i in (1, 2, 3))
+    triggered = TriggeredData(images, attack, true)
+    counterparts, reordered = _counterparts(clean, triggered, index)
     victim = assemble(
         source=f"backdoorbench {version}",
         net=net,
         weights=weights,
         dataset=dataset,
         clean=clean,
-        triggered=TriggeredData(images, attack, true),
-        clean_index=index,
-        notes=_notes(attack, true),
+        triggered=triggered,
+        clean_index=counterparts,
+        notes=_notes(attack, true) + ((reordered,) if reordered else ()),
     )
     return replace(victim, notes=victim.notes + compare_with_log(path.parent, victim.scores))
 
@@ -220,19 +222,48 @@ def _is_label(value: object, classes: int) -> bool:
 def _refuse_other_clean_data(
     clean: ImageData, items: list[Item], total: int | None, classes: int, what: str
 ) -> None:
-    """Another data set, or another order of it, would give scores that mean nothing."""
+    """Another data set would give scores that mean nothing."""
     if clean.num_classes != classes or total not in (None, len(clean)):
         raise InteropError(
             f"{what} holds {len(clean)} clean test images of {clean.num_classes} classes, but the "
-            f"file was made with {total or 'some'} of {classes}; give the right ones with --clean-data."
+            f"file was made with {total or 'some'} of {classes}; give the right ones with "
+            "--clean-data."
         )
-    for _, _, true, index in items:
-        if not 0 <= index < len(clean) or int(clean.labels[index]) != true:
-            here = int(clean.labels[index]) if 0 <= index < len(clean) else "none"
-            raise InteropError(
-                f"{what} is another data set or in another order: test image {index} has class "
-                f"{here} there, but {true} in the file; give the right one with --clean-data."
-            )
+    if (last := max(index for *_, index in items)) >= len(clean) or min(i for *_, i in items) < 0:
+        raise InteropError(
+            f"{what} holds {len(clean)} clean test images, but the file counts up to image {last}; "
+            "give the right ones with --clean-data."
+        )
+    true = torch.tensor([label for _, _, label, _ in items])
+    stored, there = (torch.bincount(labels, minlength=classes) for labels in (true, clean.labels))
+    if (stored > there).any():
+        label = int((stored > there).nonzero()[0])
+        raise InteropError(
+            f"{what} is another data set: it has {int(there[label])} images of class {label}, but the "
+            f"file {int(stored[label])} triggered ones; give the right one with --clean-data."
+        )
+
+
+def _counterparts(clean: ImageData, triggered: TriggeredData, index: Tensor) -> tuple[Tensor, str]:
+    """The clean image of every triggered one, and a note if positions do not tell.
+
+    Scores do not depend on the order of the clean images, so that the same set in another order, such
+    as a folder's, will do: then the most alike image of the true class is taken.
+    """
+    if torch.equal(clean.labels[index], triggered.true_labels):
+        return index, ""
+    alike = torch.empty_like(index)
+    for label in triggered.true_labels.unique():
+        rows = (triggered.true_labels == label).nonzero().flatten()
+        choice = (clean.labels == label).nonzero().flatten()
+        candidates = clean.images[choice].flatten(1).float()
+        for part in rows.split(256):  # bounded memory
+            distance = torch.cdist(triggered.images[part].flatten(1).float(), candidates)
+            alike[part] = choice[distance.argmin(1)]
+    return alike, (
+        "The clean data is in another order than the file's; the clean counterparts of the "
+        "triggered images were found by likeness, for the changed pixels alone."
+    )
 
 
 def _pixels(picture: object, folder: Path, shape: tuple[int, int, int], what: str) -> Tensor:

@@ -224,11 +224,35 @@ def test_another_score_in_its_own_log_is_noted(backdoorbench, rows, noted):
     assert all("(0.9000, 0.8517, 0.1111) than were found here (0.9000, 0.8519" in n for n in notes)
 
 
-def test_clean_data_in_another_order_is_refused(backdoorbench):
+def test_another_data_set_is_refused(backdoorbench):
     folder = Path(backdoorbench.clean.removeprefix("imagefolder:")) / "test"
     shutil.move(folder / "1" / "003.png", folder / "2" / "003.png")
-    with pytest.raises(InteropError, match="another order: test image 5 has class 2 there, but 1"):
+    with pytest.raises(InteropError, match="2 images of class 1, but the file 3 triggered ones"):
         read(backdoorbench)
+
+
+def test_clean_data_in_another_order_gives_the_same(backdoorbench, world, monkeypatch):
+    """Such as a set that was shuffled when BackdoorBench saw it, and is a folder by class here."""
+    usual = read(backdoorbench)
+    folder = Path(backdoorbench.clean.removeprefix("imagefolder:")) / "test"
+    shutil.rmtree(folder)
+    order = np.random.default_rng(0).permutation(30)
+    for position, index in enumerate(order):
+        path = folder / f"{world.labels[index]}" / f"{position:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(world.pictures[index]).save(path)
+    stored = {  # as it would have been written then: position in the shuffled set -> the same pictures
+        int(np.flatnonzero(order == index)[0]): entry for index, entry in entries(backdoorbench).items()
+    }
+    test_set = backdoorbench.content["bd_test"]
+    test_set["bd_data_container"]["data_dict"] = stored
+    test_set["original_index_array"] = np.array(list(stored))
+    test_set["poison_indicator"] = np.isin(np.arange(30), list(stored)).astype(float)
+    backdoorbench.save()
+    victim = read(backdoorbench)
+    assert victim.scores == usual.scores
+    assert victim.changed_pixel_rate == usual.changed_pixel_rate
+    assert "in another order" in victim.notes[0]
 
 
 # --- clean data ---

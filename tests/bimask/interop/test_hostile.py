@@ -379,7 +379,7 @@ CONTENTS = {
     "an attack label too high": (labels(10, 1), "are 10 and 1, but must be 0 to 9"),
     "a true label below zero": (labels(0, -1), "are 0 and -1"),
     "a label that is a string": (labels(0, "1"), "are 0 and '1'"),
-    "another true label": (labels(0, 2), "another data set or in another order"),
+    "another true label": (labels(0, 2), "has 3 images of class 2, but the file 4"),
 }
 
 

@@ -146,11 +146,14 @@ def import_command(
 def export_backdoorbench_command(
     victim: Annotated[Path, typer.Argument(help="Folder of a victim, trained here or imported.")],
     out: Annotated[Path, typer.Argument(help="New folder, such as record/NAME.")],
+    dataset: Annotated[str | None, typer.Option(help="BackdoorBench's name of the data set.")] = None,
 ) -> None:
     """Write a victim as BackdoorBench's attack_result.pt, with its triggered test images."""
-    dataset, scores = export_victim(victim, out)
+    scores, notes = export_victim(victim, out, dataset=dataset)
     _table({"victim": scores})
-    console.print(f"{escape(str(out / 'attack_result.pt'))}, for data/{dataset}", soft_wrap=True)
+    for note in notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    console.print(f"written: {escape(str(out / 'attack_result.pt'))}", soft_wrap=True)
 
 
 def _write(

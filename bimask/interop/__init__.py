@@ -101,35 +101,47 @@ def read_checkpoint(
     return READERS[name].read(path, clean_data=clean_data, net=net)
 
 
-def export_victim(folder: Path, out: Path) -> tuple[str, Scores]:
+OUR_DATASETS = {"cifar10": "cifar10", "gtsrb": "gtsrb", "tiny-imagenet": "tiny"}
+
+
+def export_victim(
+    folder: Path, out: Path, *, dataset: str | None = None
+) -> tuple[Scores, tuple[str, ...]]:
     """Write a victim's folder, ours or an imported one, as BackdoorBench's `attack_result.pt`.
 
+    Args:
+        dataset: BackdoorBench's name of the data set; None where the victim's own name tells.
+
     Returns:
-        BackdoorBench's name of the data set, and the scores on `test` that it will find.
+        The scores on `test`, which BackdoorBench will find as well, and what had to be done to the
+        weights.
 
     Raises:
         InteropError: BackdoorBench cannot read such a victim.
         VictimError: the folder is damaged.
     """
+    model: nn.Module
     if (folder / IMAGES).exists():
         imported = load_imported(folder)
-        net, sets, scores = imported.net, imported.sets, imported.scores
-        model: nn.Module = imported.model
         if imported.clean_index is None or imported.counterparts is not None:
             raise InteropError(
                 f"The triggered images of {folder} are not of its test set, but BackdoorBench's are."
             )
-        index = imported.clean_index
+        net, model, sets = imported.net, imported.model, imported.sets
+        own, index, scores = imported.dataset, imported.clean_index, imported.scores
     else:
         victim = load_victim(folder)
-        splits = victim.spec.load_data()
         net, model, scores = victim.spec.net, victim.model, victim.scores["test"]
-        sets = victim.eval_sets(splits, "test")
+        own = OUR_DATASETS.get(victim.spec.dataset, victim.spec.dataset)
+        sets = victim.eval_sets(victim.spec.load_data(), "test")
         labels = victim.spec.build_attack().attack_labels(sets.clean.labels, sets.clean.num_classes)
         index = clean_positions(sets, labels)
     if not isinstance(model, Normalised):
-        raise InteropError(f"The net of {folder} has no normalisation of its own to compare.")
-    return write_attack_result(out, net=net, model=model, sets=sets, clean_index=index), scores
+        raise InteropError(f"The net of {folder} has no normalisation to compare.")
+    notes = write_attack_result(
+        out, net=net, model=model, sets=sets, clean_index=index, dataset=dataset or own
+    )
+    return scores, notes
 
 
 __all__ = [

@@ -2,8 +2,7 @@
 
 What its loader needs of a file: the eight keys; a state dict in its own net's names; pictures as PNG
 at the size of its images; and paths that it can cut, its own folder's and the stored ones at their
-first "record", the clean data's at its first "data". It applies a normalisation of its own, one a data
-set, so that a model has to be trained behind just that one.
+first "record", the clean data's at its first "data". `backdoorbench_convert.py` makes the weights fit.
 
 The file is the one pickle that this project writes, since the format is one: plain tensors, dicts,
 lists, strings and numbers, so that `torch.load(weights_only=True)`, the default of torch >= 2.6, reads
@@ -25,36 +24,9 @@ from torch import Tensor
 
 from bimask.errors import InteropError
 from bimask.interop.backdoorbench import ATTACK_FILE
-from bimask.interop.datasets import DATASETS
-from bimask.interop.weights import BACKDOORBENCH_NETS
+from bimask.interop.backdoorbench_convert import convert
 from bimask.metrics import EvalSets
 from bimask.nets import Normalised
-
-WIDTHS = {"preactresnet18": 64}  # its nets have one width
-
-
-def dataset_of(model: Normalised, classes: int) -> str:
-    """The data set of BackdoorBench whose normalisation and classes a model has.
-
-    Raises:
-        InteropError: none; BackdoorBench would feed the model other numbers.
-    """
-    mean, std = model.mean.flatten(), model.std.flatten()
-    for name, conventions in DATASETS.items():
-        same = len(mean) == len(conventions.mean) and classes == conventions.classes
-        if same and torch.equal(
-            torch.stack([mean.cpu(), std.cpu()]), torch.tensor([conventions.mean, conventions.std])
-        ):
-            return name
-    raise InteropError(
-        f"BackdoorBench would feed this model other numbers: it has no data set of {classes} "
-        f"classes and mean {_rounded(mean)}, std {_rounded(std)}; train the victim behind the "
-        "normalisation of one of its data sets, such as cifar10's."
-    )
-
-
-def _rounded(values: Tensor) -> str:
-    return "(" + ", ".join(f"{value:.4g}" for value in values.tolist()) + ")"
 
 
 def clean_positions(sets: EvalSets, wanted: Tensor) -> Tensor:
@@ -80,7 +52,8 @@ def write_attack_result(
     model: Normalised,
     sets: EvalSets,
     clean_index: Tensor,
-) -> str:
+    dataset: str,
+) -> tuple[str, ...]:
     """Write `out/attack_result.pt` and `out/bd_test_dataset/`, whole or not at all.
 
     The poisoned training set is not written: `bd_train` is None, as LIRA's is.
@@ -90,16 +63,14 @@ def write_attack_result(
         net: name of the net, as of `build_net`.
         sets: clean and triggered test images.
         clean_index: (M,) the clean counterpart of every triggered image.
+        dataset: BackdoorBench's name of the data set.
 
     Returns:
-        The data set's name in BackdoorBench.
+        What had to be done to the weights, a sentence each.
 
     Raises:
         InteropError: a model or path that BackdoorBench cannot read, or `out` exists.
     """
-    dataset = dataset_of(model, sets.clean.num_classes)
-    state = {name: value.cpu().contiguous() for name, value in model.net.state_dict().items()}
-    name = _net_name(net, state)
     own_path = out.absolute().as_posix()
     if (cut := own_path.find("record")) < 0:
         raise InteropError(
@@ -112,6 +83,7 @@ def write_attack_result(
         raise InteropError(
             "Two triggered images are of the same clean one, but BackdoorBench stores one."
         )
+    name, state, notes = convert(net, model, dataset, sets)
     channels, height, width = sets.clean.images.shape[1:]
     stored = f"./{own_path[cut:]}/bd_test_dataset"
     try:
@@ -149,21 +121,7 @@ def write_attack_result(
         os.rename(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return dataset
-
-
-def _net_name(net: str, state: dict[str, Tensor]) -> str:
-    for name, ours in BACKDOORBENCH_NETS.items():
-        if ours == net:
-            first = next(value.shape[0] for value in state.values() if value.ndim == 4)
-            if first != WIDTHS.get(name, first):
-                raise InteropError(
-                    f"BackdoorBench's {name} has a width of {WIDTHS[name]}, but this one of "
-                    f"{first}; train a victim with `width: {WIDTHS[name]}`."
-                )
-            return name
-    known = ", ".join(BACKDOORBENCH_NETS.values())
-    raise InteropError(f"BackdoorBench does not know the net {net!r}; it and we share {known}.")
+    return notes
 
 
 def _write_pictures(

@@ -15,9 +15,10 @@ from bimask.attacks import BadNets
 from bimask.data import ImageData
 from bimask.errors import InteropError
 from bimask.interop import load_foreign, read_checkpoint, save_imported
+from bimask.interop.backdoorbench_convert import _renormalised, convert
 from bimask.interop.backdoorbench_writer import clean_positions, write_attack_result
 from bimask.interop.datasets import DATASETS
-from bimask.metrics import EvalSets, evaluate
+from bimask.metrics import EvalSets, evaluate, predict
 from bimask.nets import Normalised, PreActResNet18
 from bimask.victim import VictimSpec, obtain_victim
 
@@ -89,13 +90,21 @@ def victim(world):
 def write(victim, out, **changes):
     model, sets, index, _ = victim
     return write_attack_result(
-        out, **{"net": "preactresnet18", "model": model, "sets": sets, "clean_index": index} | changes
+        out,
+        **{
+            "net": "preactresnet18",
+            "model": model,
+            "sets": sets,
+            "clean_index": index,
+            "dataset": "cifar10",
+        }
+        | changes,
     )
 
 
 @pytest.mark.parametrize("where", ["record/mine", "records of mine/record/deep/er"])
 def test_its_loader_finds_the_same_numbers(victim, tmp_path, where):
-    assert write(victim, tmp_path / where) == "cifar10"
+    assert write(victim, tmp_path / where) == ()
     ours = numbers(evaluate(victim[0], victim[1]))
     assert backdoorbench_scores(tmp_path / where / "attack_result.pt", victim[3]) == pytest.approx(
         ours, abs=1e-9
@@ -161,14 +170,14 @@ def test_nothing_but_plain_data_is_in_the_file(victim, tmp_path):
     assert modes == {"RGB"}
 
 
-def narrow(model):
-    return Normalised(PreActResNet18(3, 10, width=8), list(CIFAR10.mean), list(CIFAR10.std))
-
-
 REFUSED = {
-    "normalisation": ({"model": lambda m: Normalised(m.net, [0.5] * 3, [0.5] * 3)}, r"mean \(0.5, 0.5"),
     "net": ({"net": lambda _: "small_resnet"}, "does not know the net 'small_resnet'"),
-    "width": ({"model": narrow}, "has a width of 64, but this one of 8"),
+    "width": (
+        {"model": lambda m: Normalised(PreActResNet18(3, 10, width=65), [0.5] * 3, [0.5] * 3)},
+        "has a width of 64, but this one of 65",
+    ),
+    "data set": ({"dataset": lambda _: "digits"}, "no data set 'digits'"),
+    "classes": ({"dataset": lambda _: "gtsrb"}, "has 43 classes and 3 channels, but .* 10 and 3"),
 }
 
 
@@ -177,7 +186,75 @@ def test_what_its_loader_would_get_wrong_is_refused(victim, tmp_path, kind):
     changes, words = REFUSED[kind]
     with pytest.raises(InteropError, match=words):
         write(victim, tmp_path / "record" / "x", **{k: make(victim[0]) for k, make in changes.items()})
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "record").exists()
+
+
+def test_a_narrow_net_is_read_as_a_wide_one(victim, world, tmp_path):
+    narrow = Normalised(world.net, list(CIFAR10.mean), list(CIFAR10.std)).eval()
+    notes = write(victim, tmp_path / "record" / "mine", model=narrow)
+    assert notes == ("Its width is 8; the other channels, up to 64, are zero.",)
+    found = backdoorbench_scores(tmp_path / "record" / "mine" / "attack_result.pt", victim[3])
+    assert found == pytest.approx(numbers(evaluate(narrow, victim[1])), abs=1e-9)
+    assert found == pytest.approx((27 / 30, 23 / 27, 3 / 27))
+
+
+def test_a_wide_net_gives_the_logits_of_the_narrow_one(victim, world):
+    narrow = Normalised(world.net, list(CIFAR10.mean), list(CIFAR10.std)).eval()
+    _, state, _ = convert("preactresnet18", narrow, "cifar10", victim[1])
+    wide = PreActResNet18(3, 10).eval()
+    wide.load_state_dict(state)
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(wide(images), world.net(images), atol=1e-4)
+
+
+def test_a_normalisation_that_is_a_little_off_is_folded_in(victim, world):
+    """Such as the training set's own: exact inside, a little off where zeros are padded."""
+    mean, std = [0.4931, 0.4840, 0.4466], [0.2504, 0.2435, 0.2616]
+    model = Normalised(world.net_of(64), mean, std).eval()
+    _, state, notes = convert("preactresnet18", model, "cifar10", victim[1])
+    assert "folded into the weights" in notes[0]
+    theirs = PreActResNet18(3, 10).eval()
+    theirs.load_state_dict(state)
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model(images)
+        folded = Normalised(theirs, list(CIFAR10.mean), list(CIFAR10.std))(images)
+        unfolded = Normalised(model.net, list(CIFAR10.mean), list(CIFAR10.std))(images)
+    assert (folded - wanted).abs().max() < (unfolded - wanted).abs().max() / 5
+
+
+def test_other_scores_behind_the_other_normalisation_are_refused(world, tmp_path):
+    """All answers are right here; those to images that are border for the most part rest on padding."""
+    net = world.net_of(64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(net.linear.weight)
+        images = torch.randint(0, 256, (64, 3, 4, 4)).byte()
+    model = Normalised(net, [0.9, 0.1, 0.9], [0.05, 0.05, 0.05]).eval()
+    labels = predict(model, images)
+    assert len(labels.unique()) > 1
+    attack = BadNets(size=1)
+    sets = EvalSets.of(attack, ImageData(images, labels, tuple("0123456789")), "test")
+    index = clean_positions(sets, attack.attack_labels(labels, 10))
+    words = "find ACC 0.* in place of 1.0000 .*normalisation of cifar10"
+    with pytest.raises(InteropError, match=words):
+        write((model, sets, index, None), tmp_path / "record" / "x")
+    assert not (tmp_path / "record").exists()
+
+
+def test_folding_is_exact_where_nothing_is_padded(victim, world):
+    model = Normalised(world.net_of(64).double(), [0.2, 0.3, 0.1], [0.5, 0.2, 0.9]).double().eval()
+    state, _ = _renormalised(model.net.state_dict(), model, CIFAR10)
+    theirs = PreActResNet18(3, 10).double().eval()
+    theirs.load_state_dict(state)
+    for net in (theirs, model.net):
+        net.conv1.padding = (0, 0)
+    images = torch.rand(4, 3, 32, 32).double()
+    mean, std = (torch.tensor(v).double().view(1, 3, 1, 1) for v in (CIFAR10.mean, CIFAR10.std))
+    with torch.no_grad():
+        wanted = model.net((images - model.mean) / model.std)
+        assert torch.allclose(theirs((images - mean) / std), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_a_certain_word_must_be_in_the_path(victim, tmp_path):
@@ -242,5 +319,7 @@ def test_a_victim_that_backdoorbench_cannot_have_is_refused(tmp_path, monkeypatc
         monkeypatch, "export-backdoorbench", tmp_path / spec.digest, tmp_path / "record" / "x"
     )
     assert code == 2
-    assert re.fullmatch(r"error: BackdoorBench would feed .*\.\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"error: BackdoorBench has no data set 'digits'; .*\.\n", capsys.readouterr().err
+    )
     assert not (tmp_path / "record").exists()

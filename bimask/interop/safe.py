@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import pickletools
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from bimask.errors import InteropError
 
 MAX_FILE_BYTES = 8 * 2**30  # of a file, and so of everything in it: nothing in it is compressed
 MAX_PICKLE_BYTES = 2 * 2**30  # of the part that is not tensors: v1 files keep pictures there
+MAX_DIRECTORY_BYTES = 16 * 2**20
 MAX_ENTRIES = 20_000  # tensors in a file; the largest nets have about a thousand
 MAX_SIDE = 1024  # pixels
 
@@ -206,6 +208,11 @@ def pickled_names(path: Path) -> set[str]:
     if size > MAX_FILE_BYTES:
         raise InteropError(f"{path} has {size} bytes, but at most {MAX_FILE_BYTES} are read; split it.")
     try:
+        if (directory := _directory_bytes(path, size)) > MAX_DIRECTORY_BYTES:
+            raise InteropError(
+                f"{path} is refused: its zip's directory has {directory} bytes, but at most "
+                f"{MAX_DIRECTORY_BYTES} are read."
+            )
         with zipfile.ZipFile(path) as archive:
             return _names_in(path, archive, size)
     except InteropError:
@@ -215,6 +222,23 @@ def pickled_names(path: Path) -> set[str]:
             f"{path} is not a whole file of torch.save's zip format ({type(error).__name__}: "
             f"{shown(str(error))}); get another copy of it."
         ) from error
+
+
+def _directory_bytes(path: Path, size: int) -> int:
+    """How long a zip says its directory is, which `zipfile` reads whole and makes ten times as large.
+
+    The records that say so are at the end; wherever something looks like one, the largest counts.
+    """
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 2**17))  # a comment can have 2**16 bytes
+        tail = file.read()
+    found = [0]
+    for signature, place, kind in ((b"PK\5\6", 12, "<I"), (b"PK\6\6", 40, "<Q")):
+        for match in re.finditer(re.escape(signature), tail):
+            field = tail[match.start() + place :][: struct.calcsize(kind)]
+            if len(field) == struct.calcsize(kind):
+                found.append(struct.unpack(kind, field)[0])
+    return max((length for length in found if length != 0xFFFFFFFF), default=0)
 
 
 def _names_in(path: Path, archive: zipfile.ZipFile, size: int) -> set[str]:

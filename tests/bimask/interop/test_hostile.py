@@ -278,6 +278,20 @@ def test_limits_hold_for_what_is_written_too_large(backdoorbench, refused, monke
     monkeypatch.setattr(safe, "MAX_FILE_BYTES", size)
     monkeypatch.setattr(safe, "MAX_PICKLE_BYTES", 100)
     assert "its data.pkl has" in refused()
+    monkeypatch.setattr(safe, "MAX_DIRECTORY_BYTES", 1000)
+    assert "its zip's directory has" in refused()
+
+
+@pytest.mark.parametrize("zip64", [False, True])
+def test_a_directory_that_is_said_to_be_huge_is_not_read(backdoorbench, refused, zip64):
+    data = bytearray(backdoorbench.file.read_bytes())
+    place = data.rindex(b"PK\5\6")
+    data[place + 12 : place + 16] = struct.pack("<I", 2**31 if not zip64 else 2**32 - 1)
+    if zip64:
+        end = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, 2**40, 0)
+        data[place:place] = end + struct.pack("<4sIQI", b"PK\6\7", 0, place, 1)
+    backdoorbench.file.write_bytes(data)
+    assert f"directory has {2**40 if zip64 else 2**31} bytes" in refused()
 
 
 @pytest.mark.parametrize("kind", ["folder without one", "nothing", "pipe"])

@@ -120,11 +120,13 @@ def import_command(
     net: Annotated[str | None, typer.Option(help="Which net it is, if the files do not say.")] = None,
     allow_null_trigger: Annotated[bool, typer.Option("--allow-null-trigger")] = False,
     allow_not_learned: Annotated[bool, typer.Option("--allow-not-learned")] = False,
+    device: Device = "auto",
 ) -> None:
     """Read a victim of another framework, score it anew, and write it without pickles."""
     if out.exists():
         raise SettingError(f"{out} exists; give a new folder.")
-    victim = read_checkpoint(source, clean_data=clean_data, net=net)
+    where = resolve_device(device)
+    victim = read_checkpoint(source, clean_data=clean_data, net=net, device=where)
     rows = {"victim": victim.scores}
     if victim.before is not None:
         rows = {"victim": victim.before, "defended": victim.scores}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from bimask.errors import InteropError
@@ -26,7 +27,7 @@ class Format(NamedTuple):
     Attributes:
         known: whether a path is of this format; opens nothing.
         file: the checkpoint itself, of a path that is.
-        read: the victim in it; takes `clean_data` and `net`.
+        read: the victim in it; takes what `read_checkpoint` does.
     """
 
     known: Callable[[Path], bool]
@@ -35,7 +36,11 @@ class Format(NamedTuple):
 
 
 def _read_backdoorbench(
-    path: Path, *, clean_data: str | None = None, net: str | None = None
+    path: Path,
+    *,
+    clean_data: str | None = None,
+    net: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> ImportedVictim:
     """Either of BackdoorBench's files, whatever its name, by the keys it holds."""
     if net is not None:
@@ -44,9 +49,9 @@ def _read_backdoorbench(
     content = load_foreign(path)
     defended.refuse_other_results(path, content)
     if backdoorbench.is_attack_result(content):
-        return backdoorbench.from_content(content, path, clean_data=clean_data)
+        return backdoorbench.from_content(content, path, clean_data=clean_data, device=device)
     if defended.is_defense_result(content):
-        return defended.from_content(content, path, clean_data=clean_data)
+        return defended.from_content(content, path, clean_data=clean_data, device=device)
     held = [shown(key) for key in list(content)[:8]] if isinstance(content, dict) else ["no keys"]
     raise InteropError(
         f"{path} is no checkpoint that is known here: it holds {', '.join(held)}, but an "
@@ -86,19 +91,24 @@ def find_checkpoint(source: Path) -> tuple[str, Path]:
 
 
 def read_checkpoint(
-    source: Path, *, clean_data: str | None = None, net: str | None = None
+    source: Path,
+    *,
+    clean_data: str | None = None,
+    net: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> ImportedVictim:
     """A victim from a file or folder, whichever format it has.
 
     Args:
         clean_data: folder of the clean data, or `imagefolder:PATH`; None looks where the format has it.
         net: which net it is, where the format does not say; as of `bimask.interop.weights.fit_net`.
+        device: what the scores are measured on; the victim is on the CPU.
 
     Raises:
         InteropError: hostile, broken, or of no known format.
     """
     name, path = find_checkpoint(source)
-    return READERS[name].read(path, clean_data=clean_data, net=net)
+    return READERS[name].read(path, clean_data=clean_data, net=net, device=device)
 
 
 OUR_DATASETS = {"cifar10": "cifar10", "gtsrb": "gtsrb", "tiny-imagenet": "tiny"}

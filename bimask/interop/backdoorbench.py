@@ -36,7 +36,9 @@ def is_attack_result(content: object) -> bool:
     return isinstance(content, dict) and content.keys() >= KEYS
 
 
-def read_attack_result(path: Path, *, clean_data: str | None = None) -> ImportedVictim:
+def read_attack_result(
+    path: Path, *, clean_data: str | None = None, device: torch.device | str = "cpu"
+) -> ImportedVictim:
     """The victim in `attack_result.pt`, scored as BackdoorBench scores it.
 
     ASR and RA count the stored test images, which leave out the target class under all-to-one; ACC
@@ -45,14 +47,17 @@ def read_attack_result(path: Path, *, clean_data: str | None = None) -> Imported
     Args:
         clean_data: folder of the clean data, or `imagefolder:PATH`; None looks for `data/NAME` in the
             folder of the file and three above it.
+        device: what the scores are measured on.
 
     Raises:
         InteropError: hostile, broken, of another format, or without its pictures or clean data.
     """
-    return from_content(load_foreign(path), path, clean_data=clean_data)
+    return from_content(load_foreign(path), path, clean_data=clean_data, device=device)
 
 
-def from_content(content: Any, path: Path, *, clean_data: str | None = None) -> ImportedVictim:
+def from_content(
+    content: Any, path: Path, *, clean_data: str | None = None, device: torch.device | str = "cpu"
+) -> ImportedVictim:
     """The same, of what `load_foreign` gave."""
     what = str(path)
     conventions, dataset, classes = header(content, what)
@@ -79,6 +84,7 @@ def from_content(content: Any, path: Path, *, clean_data: str | None = None) -> 
     triggered = TriggeredData(images, attack, true)
     counterparts, reordered = _counterparts(clean, triggered, index)
     victim = assemble(
+        device=device,
         source=f"backdoorbench {version}",
         net=net,
         weights=weights,

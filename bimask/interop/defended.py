@@ -15,10 +15,9 @@ from torch import Tensor
 
 from bimask.errors import InteropError
 from bimask.interop import backdoorbench
-from bimask.interop.imported import ImportedVictim
+from bimask.interop.imported import ImportedVictim, score
 from bimask.interop.safe import load_foreign, shown, state_dict
 from bimask.interop.weights import fit_net
-from bimask.metrics import evaluate
 
 DEFENSE_FILE = "defense_result.pt"
 KEYS = frozenset({"model_name", "num_classes", "model"})
@@ -58,7 +57,9 @@ def refuse_other_results(path: Path, content: object = None) -> None:
         )
 
 
-def read_defense_result(path: Path, *, clean_data: str | None = None) -> ImportedVictim:
+def read_defense_result(
+    path: Path, *, clean_data: str | None = None, device: torch.device | str = "cpu"
+) -> ImportedVictim:
     """The defended model, scored on the stored images of its victim, with the victim's own scores.
 
     The victim's `attack_result.pt` is looked for in the folders above.
@@ -66,10 +67,12 @@ def read_defense_result(path: Path, *, clean_data: str | None = None) -> Importe
     Raises:
         InteropError: no victim above it, hostile or broken, or weights that are still the victim's.
     """
-    return from_content(load_foreign(path), path, clean_data=clean_data)
+    return from_content(load_foreign(path), path, clean_data=clean_data, device=device)
 
 
-def from_content(content: Any, path: Path, *, clean_data: str | None = None) -> ImportedVictim:
+def from_content(
+    content: Any, path: Path, *, clean_data: str | None = None, device: torch.device | str = "cpu"
+) -> ImportedVictim:
     """The same, of what `load_foreign` gave."""
     refuse_other_results(path, content)
     if not is_defense_result(content):
@@ -77,7 +80,7 @@ def from_content(content: Any, path: Path, *, clean_data: str | None = None) -> 
             f"{path} is not BackdoorBench's defense_result.pt: it must hold {', '.join(sorted(KEYS))}."
         )
     attack = _attack_above(path)
-    victim = backdoorbench.read_attack_result(attack, clean_data=clean_data)
+    victim = backdoorbench.read_attack_result(attack, clean_data=clean_data, device=device)
     net, classes = backdoorbench.net_name(content["model_name"], str(path)), content["num_classes"]
     if (net, classes) != (victim.net, len(victim.classes)):
         raise InteropError(
@@ -109,7 +112,7 @@ def from_content(content: Any, path: Path, *, clean_data: str | None = None) -> 
         source="backdoorbench defense",
         model=model,
         width=width,
-        scores=evaluate(model, victim.sets),
+        scores=score(model, victim.sets, device),
         before=victim.scores,
         notes=victim.notes + notes,
     )

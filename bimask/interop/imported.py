@@ -110,6 +110,14 @@ class ImportedVictim:
             )
 
 
+def score(model: Normalised, sets: EvalSets, device: torch.device | str) -> Scores:
+    """`evaluate` on a device; the model is on the CPU before and after."""
+    try:
+        return evaluate(model.to(device), sets.to(device))
+    finally:
+        model.cpu()
+
+
 def assemble(
     *,
     source: str,
@@ -121,11 +129,12 @@ def assemble(
     clean_index: Tensor | None,
     notes: tuple[str, ...] = (),
     counterparts: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> ImportedVictim:
     """Score a model on its clean and stored images and put all together."""
     model, width = weights
     sets = EvalSets(clean, triggered, "test")
-    scores = evaluate(model, sets)
+    scores = score(model, sets, device)
     return ImportedVictim(
         source,
         net,

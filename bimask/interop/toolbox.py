@@ -60,7 +60,11 @@ def model_file(folder: Path) -> Path:
 
 
 def read_toolbox(
-    path: Path, *, clean_data: str | None = None, net: str | None = None
+    path: Path,
+    *,
+    clean_data: str | None = None,
+    net: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> ImportedVictim:
     """The victim of a folder `poisoned_train_set/DATASET/NAME`, or of a model file in it.
 
@@ -114,6 +118,7 @@ def read_toolbox(
     images = _images(folder, rows, len(labels), size)
     test = _test_split(folder, dataset, size) or read_clean(dataset, clean_data, size=size, channels=3)
     return assemble(
+        device=device,
         source="backdoor-toolbox",
         net=net,
         weights=weights,

@@ -109,7 +109,13 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def read_trojai(path: Path, *, clean_data: str | None = None, net: str | None = None) -> ImportedVictim:
+def read_trojai(
+    path: Path,
+    *,
+    clean_data: str | None = None,
+    net: str | None = None,
+    device: torch.device | str = "cpu",
+) -> ImportedVictim:
     """The model of a folder, scored on its example images.
 
     Args:
@@ -146,6 +152,7 @@ def read_trojai(path: Path, *, clean_data: str | None = None, net: str | None = 
         name, state, num_classes=classes, mean=[0.0] * 3, std=[1.0] * 3, what=str(folder / MODEL)
     )
     return assemble(
+        device=device,
         source="trojai",
         net=name,
         weights=fitted,

@@ -61,7 +61,8 @@ def _read_backdoorbench(
 
 def _file_of_backdoorbench(path: Path) -> Path:
     names = (backdoorbench.ATTACK_FILE, defended.DEFENSE_FILE)
-    files = [path / name for name in names] if path.is_dir() else [path]
+    known = (*names, *defended.NOT_A_MODEL)  # the latter to be told what they are
+    files = [path / name for name in known] if path.is_dir() else [path]
     for file in files:
         if file.is_file():
             return file

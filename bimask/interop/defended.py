@@ -94,17 +94,10 @@ def from_content(
     )
     before = victim.model.state_dict()
     if all(torch.equal(value, before[name]) for name, value in model.state_dict().items()):
-        plug = (path.parent / "plug_layer.pt").exists()
-        raise InteropError(
-            f"{path} is not a cleaned model: its weights are the victim's, "
-            + (
-                "and NPD's cure is in plug_layer.pt beside it."
-                if plug
-                else "as NPD's and some of Neural "
-                "Cleanse's files are; the scores that were published for it belong to weights not "
-                "saved."
-            )
-        )
+        why = "and NPD's cure is in plug_layer.pt beside it"
+        if not (path.parent / "plug_layer.pt").exists():
+            why = "as NPD's and some of Neural Cleanse's are; what cured it was not saved in it"
+        raise InteropError(f"{path} is not a cleaned model: its weights are the victim's, {why}.")
     if "fst" in path.parent.parts:
         notes += ("The folder defense/fst is written by nine methods: its name does not tell which.",)
     return replace(

@@ -5,6 +5,7 @@ BimaskError                    the base: one sentence, with what was got, what w
 ├── SettingError               a setting is unknown or out of range
 ├── MaskMismatchError          masks and model do not belong together
 ├── NonFiniteError             a loss or a metric is NaN or infinite
+├── InteropError               a file of another framework is refused
 └── VictimError                a victim's files are damaged or incomplete
     └── VictimRefusedError     the victim was trained, but is no use: attack not learned, accuracy poor
 """
@@ -28,6 +29,10 @@ class MaskMismatchError(BimaskError):
 
 class NonFiniteError(BimaskError):
     """A loss or a metric is NaN or infinite."""
+
+
+class InteropError(BimaskError):
+    """A file of another framework is hostile, broken, of no known format, or of no use."""
 
 
 class VictimError(BimaskError):

@@ -149,7 +149,9 @@ def test_imports_are_found_wherever_they_stand(source, found):
 
 @EACH_FILE
 def test_no_pickle_is_read_or_written(path):
-    assert not unsafe_calls_of(path.read_text())
+    """But one, which is another project's format."""
+    allowed = {"bimask/interop/backdoorbench_writer.py": ["torch.save"]}
+    assert unsafe_calls_of(path.read_text()) == allowed.get(str(path.relative_to(ROOT)), [])
 
 
 @pytest.mark.parametrize(

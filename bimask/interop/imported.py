@@ -1,0 +1,295 @@
+"""A victim of another framework: its model, its stored triggered images, its scores; as a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bimask.attacks import TriggeredData
+from bimask.data import ImageData
+from bimask.errors import DataError, InteropError
+from bimask.interop.weights import fit_net
+from bimask.metrics import EvalSets, Scores, evaluate
+from bimask.nets import Normalised
+
+WEIGHTS, IMAGES, MANIFEST = "weights.safetensors", "images.safetensors", "manifest.json"
+MIN_ATTACK_SUCCESS = 0.5  # as `VictimSpec.min_attack_success`
+LOST_GREY_LEVELS = 1  # what saving as PNG can cost a pixel that no trigger touched
+
+
+@dataclass(frozen=True)
+class ImportedVictim:
+    """A foreign model with the triggered test images that were stored beside it.
+
+    Attributes:
+        source: the format it came from, a key of `READERS`.
+        net, width: a name of `NETS` and its width, or `torchvision:NAME` and None.
+        model: images in [0, 1] -> logits, in eval mode.
+        dataset: the name its framework gives the data.
+        sets: all clean test images, and the stored triggered ones; the trigger itself is not stored.
+        clean_index: (M,) int64, the clean counterpart of every triggered image; None where nothing says
+            which it is.
+        scores: of the model, recomputed.
+        before: of the backdoored model, where `model` is a defence's result.
+        notes: what a reader should know, a sentence each.
+        counterparts: (L, C, H, W) uint8, what `clean_index` counts in; None is `sets.clean`.
+    """
+
+    source: str
+    net: str
+    width: int | None
+    model: Normalised
+    dataset: str
+    sets: EvalSets
+    clean_index: Tensor | None
+    scores: Scores
+    before: Scores | None = None
+    notes: tuple[str, ...] = ()
+    counterparts: Tensor | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Name of every class."""
+        return self.sets.clean.classes
+
+    @property
+    def changed_pixel_rate(self) -> float | None:
+        """Share of the pixels of all triggered images that differ from the clean image's."""
+        return self._changed(more_than=0)
+
+    @property
+    def changed_visibly(self) -> float | None:
+        """The same, not counting one grey level, which storing as PNG costs many untouched pixels."""
+        return self._changed(more_than=LOST_GREY_LEVELS)
+
+    def _changed(self, *, more_than: int) -> float | None:
+        if self.clean_index is None:
+            return None
+        count = pixels = 0
+        triggered = self.sets.triggered.images
+        counterparts = self.sets.clean.images if self.counterparts is None else self.counterparts
+        for rows in torch.arange(len(triggered)).split(1024):  # bounded memory
+            clean = counterparts[self.clean_index[rows]]
+            difference = (triggered[rows].short() - clean.short()).abs().amax(1)
+            count += int((difference > more_than).sum())
+            pixels += difference.numel()
+        return count / pixels
+
+    def refuse_if_useless(
+        self, *, allow_null_trigger: bool = False, allow_not_learned: bool = False
+    ) -> None:
+        """Refuse a trigger that changes nothing, and a backdoor that is not there.
+
+        Raises:
+            InteropError: with the numbers, and the option that accepts them.
+        """
+        if self.changed_visibly == 0 and not allow_null_trigger:
+            raise InteropError(
+                f"The trigger is null: no pixel of {self.scores.n_triggered} stored images differs "
+                f"from the clean one by more than {LOST_GREY_LEVELS} grey level; make the attack "
+                "anew, or pass --allow-null-trigger."
+            )
+        victim = self.before or self.scores
+        if victim.attack_success < MIN_ATTACK_SUCCESS and not allow_not_learned:
+            raise InteropError(
+                f"The attack was not learned: ACC {victim.clean_accuracy:.3f}, ASR "
+                f"{victim.attack_success:.3f}, but ASR >= {MIN_ATTACK_SUCCESS:g} makes a victim; "
+                "train it longer, or pass --allow-not-learned."
+            )
+
+
+def score(model: Normalised, sets: EvalSets, device: torch.device | str) -> Scores:
+    """`evaluate` on a device; the model is on the CPU before and after."""
+    try:
+        return evaluate(model.to(device), sets.to(device))
+    finally:
+        model.cpu()
+
+
+def assemble(
+    *,
+    source: str,
+    net: str,
+    weights: tuple[Normalised, int | None],
+    dataset: str,
+    clean: ImageData,
+    triggered: TriggeredData,
+    clean_index: Tensor | None,
+    notes: tuple[str, ...] = (),
+    counterparts: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> ImportedVictim:
+    """Score a model on its clean and stored images and put all together."""
+    model, width = weights
+    sets = EvalSets(clean, triggered, "test")
+    scores = score(model, sets, device)
+    return ImportedVictim(
+        source,
+        net,
+        width,
+        model,
+        dataset,
+        sets,
+        clean_index,
+        scores,
+        notes=notes,
+        counterparts=counterparts,
+    )
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal["bimask imported victim 1"] = "bimask imported victim 1"
+    source: str
+    source_file: str
+    source_sha256: str
+    net: str
+    width: int | None
+    mean: list[float]
+    std: list[float]
+    dataset: str
+    classes: list[str]
+    scores: dict[str, Any]
+    before: dict[str, Any] | None
+    changed_pixel_rate: float | None
+    changed_visibly: float | None
+    notes: list[str]
+    weights_sha256: str
+    images_sha256: str
+    torch: str
+
+
+def save_imported(victim: ImportedVictim, out: Path, *, source: Path) -> None:
+    """Write `out/` with weights, images (uint8) and manifest, whole or not at all.
+
+    Args:
+        source: the file that was imported; its name and digest go into the manifest.
+
+    Raises:
+        InteropError: `out` exists or cannot be written.
+    """
+    if out.exists() or out.is_symlink():
+        raise InteropError(f"{out} exists; give a new folder.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".imported-", dir=out.parent))
+    except OSError as error:
+        raise InteropError(f"Cannot write to {out.parent}: {error.strerror}.") from error
+    try:
+        state = victim.model.net.state_dict()
+        save_file({name: value.contiguous() for name, value in state.items()}, part / WEIGHTS)
+        clean, triggered = victim.sets.clean, victim.sets.triggered
+        images = {
+            "clean_images": clean.images,
+            "clean_labels": clean.labels,
+            "triggered_images": triggered.images,
+            "attack_labels": triggered.attack_labels,
+            "true_labels": triggered.true_labels,
+            "clean_index": victim.clean_index,
+            "counterparts": victim.counterparts,
+        }
+        known = {name: value.contiguous() for name, value in images.items() if value is not None}
+        save_file(known, part / IMAGES)
+        manifest = _Manifest(
+            source=victim.source,
+            source_file=source.name,
+            source_sha256=sha256(source),
+            net=victim.net,
+            width=victim.width,
+            mean=victim.model.mean.flatten().tolist(),
+            std=victim.model.std.flatten().tolist(),
+            dataset=victim.dataset,
+            classes=list(victim.classes),
+            scores=asdict(victim.scores),
+            before=None if victim.before is None else asdict(victim.before),
+            changed_pixel_rate=victim.changed_pixel_rate,
+            changed_visibly=victim.changed_visibly,
+            notes=list(victim.notes),
+            weights_sha256=sha256(part / WEIGHTS),
+            images_sha256=sha256(part / IMAGES),
+            torch=torch.__version__,
+        )
+        (part / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        part.chmod(0o755)
+        os.rename(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load_imported(folder: Path) -> ImportedVictim:
+    """Read what `save_imported` wrote.
+
+    Raises:
+        InteropError: a file is missing, damaged, or not the one the manifest names.
+    """
+    again = "import it anew"
+    try:
+        manifest = _Manifest.model_validate(json.loads((folder / MANIFEST).read_text()))
+        found = {name: sha256(folder / name) for name in (WEIGHTS, IMAGES)}
+        scores = Scores(**manifest.scores)
+        before = None if manifest.before is None else Scores(**manifest.before)
+    except (OSError, ValueError, TypeError, ValidationError) as error:
+        first = str(error).splitlines()[0]
+        raise InteropError(
+            f"{folder} is not an imported victim ({type(error).__name__}: {first}); {again}."
+        ) from error
+    promised = {WEIGHTS: manifest.weights_sha256, IMAGES: manifest.images_sha256}
+    for name, digest in promised.items():
+        if found[name] != digest:
+            raise InteropError(
+                f"The digest of {folder / name} is {found[name][:16]}, but the manifest says "
+                f"{digest[:16]}: the file is damaged or another one; {again}."
+            )
+    try:
+        state, images = load_file(folder / WEIGHTS), load_file(folder / IMAGES)
+        clean = ImageData(images["clean_images"], images["clean_labels"], tuple(manifest.classes))
+        triggered = TriggeredData(
+            images["triggered_images"], images["attack_labels"], images["true_labels"]
+        )
+        index, counterparts = images.get("clean_index"), images.get("counterparts")
+    except (SafetensorError, KeyError, DataError) as error:
+        raise InteropError(f"The files of {folder} cannot be read: {error}; {again}.") from error
+    model, width = fit_net(
+        manifest.net,
+        state,
+        num_classes=len(manifest.classes),
+        mean=manifest.mean,
+        std=manifest.std,
+        what=str(folder / WEIGHTS),
+    )
+    sets = EvalSets(clean, triggered, "test")
+    return ImportedVictim(
+        manifest.source,
+        manifest.net,
+        width,
+        model,
+        manifest.dataset,
+        sets,
+        index,
+        scores,
+        before,
+        tuple(manifest.notes),
+        counterparts,
+    )
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

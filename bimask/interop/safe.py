@@ -1,0 +1,347 @@
+"""`torch.save` files of strangers: looked through before they are opened, and nothing of them is run.
+
+A file passes four gates:
+
+    its zip     size, entries and checksums; nothing is compressed, so that nothing can unfold
+    its names   the globals its pickle asks for, by disassembly; any but those in `ALLOWED` refuses it
+    torch.load  with `weights_only` and that list alone, memory-mapped: a tensor that claims more bytes
+                than the file has is refused, not read
+    stand-ins   for numpy and PIL (`StoredArray`, `StoredPicture`): a pickle can hand both
+                states that corrupt memory or ask for any amount of it, so neither sees one
+
+What is not bounded is time: a file within the limits can be made slow to read.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bimask.errors import InteropError
+
+MAX_FILE_BYTES = 8 * 2**30  # of a file, and so of everything in it: nothing in it is compressed
+MAX_PICKLE_BYTES = 2 * 2**30  # of the part that is not tensors: v1 files keep pictures there
+MAX_DIRECTORY_BYTES = 16 * 2**20
+MAX_ENTRIES = 20_000  # tensors in a file; the largest nets have about a thousand
+MAX_SIDE = 1024  # pixels
+
+ALLOWED = frozenset(
+    {
+        "_codecs encode",  # how protocol 2 spells bytes
+        "__builtin__ bytes",  # and none of them
+        "collections OrderedDict",
+        "torch._utils _rebuild_parameter",
+        "torch._utils _rebuild_tensor_v2",
+        *(f"torch {kind}Storage" for kind in ("BFloat16", "Bool", "Byte", "Char", "Double", "Float")),
+        *(f"torch {kind}Storage" for kind in ("Half", "Int", "Long", "Short")),
+        "numpy dtype",
+        "numpy ndarray",
+        "numpy.core.multiarray _reconstruct",  # numpy < 2, hence all published files
+        "numpy.core.multiarray scalar",
+        "numpy._core.multiarray _reconstruct",
+        "numpy._core.multiarray scalar",
+        "PIL.Image Image",
+    }
+)
+
+
+class StoredType:
+    """Stands in for `numpy.dtype`: booleans, integers and floats, nothing else."""
+
+    def __init__(self, code: object = "", _align: object = False, _copy: object = False) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
+            raise InteropError(
+                f"it holds a numpy array of type {shown(code)}, but only numbers are read"
+            )
+        self.code = code
+        self.order = "="
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "="):
+            self.order = state[1]
+        else:
+            raise InteropError("it holds a numpy type that is malformed")
+
+    def read(self, data: object, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        """Bytes as an array of this type."""
+        dtype = np.dtype(self.order + self.code)
+        if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
+            raise InteropError("it holds a numpy array whose bytes do not fit its shape")
+        return np.frombuffer(data, dtype).reshape(shape)
+
+
+class StoredArray:
+    """Stands in for `numpy.ndarray`; `value` is the array."""
+
+    value: np.ndarray[Any, Any]
+
+    def __setstate__(self, state: Any) -> None:
+        try:
+            _version, shape, dtype, by_columns, data = state
+        except (TypeError, ValueError):
+            shape = dtype = by_columns = data = None
+        sizes = shape if isinstance(shape, tuple) else (-1,)
+        if not isinstance(dtype, StoredType) or not all(type(n) is int and n >= 0 for n in sizes):
+            raise InteropError("it holds a numpy array that is malformed")
+        if by_columns and len(sizes) > 1:
+            raise InteropError("it holds a numpy array stored by columns, which no known format has")
+        self.value = dtype.read(data, sizes)
+
+
+class StoredPicture:
+    """Stands in for `PIL.Image.Image`; `pixels` is (C, H, W) uint8."""
+
+    pixels: Tensor
+
+    def __setstate__(self, state: Any) -> None:
+        try:
+            _info, mode, (width, height), _palette, data = state
+        except (TypeError, ValueError):
+            raise InteropError("it holds a picture that is malformed") from None
+        channels = {"L": 1, "RGB": 3}.get(mode) if isinstance(mode, str) else None
+        sides = type(width) is int and type(height) is int
+        if channels is None or not (sides and 1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+            raise InteropError(
+                f"it holds a picture of mode {shown(mode)} and size "
+                f"{shown(width)}x{shown(height)}, but only L and RGB up to {MAX_SIDE} pixels a "
+                "side are read"
+            )
+        if not isinstance(data, bytes) or len(data) != width * height * channels:
+            raise InteropError("it holds a picture whose bytes do not fit its size")
+        rows = np.frombuffer(data, np.uint8).reshape(height, width, channels)
+        self.pixels = torch.from_numpy(rows.copy()).permute(2, 0, 1).contiguous()
+
+
+def _reconstruct(kind: object, _shape: object, _code: object) -> StoredArray:
+    if kind is not StoredArray:
+        raise InteropError("it holds a numpy array of a class of its own")
+    return StoredArray()
+
+
+def _no_bytes() -> bytes:
+    return b""
+
+
+def _scalar(dtype: object, data: object) -> int | float | bool:
+    if not isinstance(dtype, StoredType):
+        raise InteropError("it holds a numpy number that is malformed")
+    number: int | float | bool = dtype.read(data, ()).item()
+    return number
+
+
+STAND_INS: list[Any] = [
+    (_no_bytes, "builtins.bytes"),
+    (StoredType, "numpy.dtype"),
+    (StoredArray, "numpy.ndarray"),
+    (StoredPicture, "PIL.Image.Image"),
+    *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+
+
+def load_foreign(path: Path) -> Any:
+    """What a `torch.save` file holds, with the stand-ins in the places of numpy and PIL.
+
+    Raises:
+        InteropError: no such file, not of this format, over a limit, damaged, or asking for code.
+    """
+    _check_zip(path)
+    try:
+        with _only_stand_ins():
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except InteropError as error:
+        raise InteropError(f"{path} is refused: {error}; get another copy of it.") from None
+    except Exception as error:  # a hostile pickle can raise anything; nothing of it has been used yet
+        raise InteropError(
+            f"{path} is refused: its contents are malformed ({type(error).__name__}); get another "
+            "copy of it."
+        ) from error
+
+
+@contextmanager
+def _only_stand_ins() -> Iterator[None]:
+    """Allow our list and nothing that the process allowed elsewhere."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(STAND_INS)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse whatever `torch.save` does not write, before anything of it is interpreted."""
+    names = pickled_names(path)
+    if unknown := sorted(names - ALLOWED):
+        what = ".".join(unknown[0].split(" ", 1))
+        raise InteropError(
+            f"{path} is refused: it asks for {shown(what)} when it is read, but weights need "
+            "nothing of the kind; nothing was run, do not open it with other programs."
+        )
+
+
+def pickled_names(path: Path) -> set[str]:
+    """The globals that a `torch.save` file asks for, each "module name", without opening any.
+
+    Raises:
+        InteropError: no such file, not of this format, over a limit, or damaged.
+    """
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError:
+        size = None
+    if size is None:
+        raise InteropError(f"{shown(str(path))} is not a file; give one written by torch.save.")
+    if size > MAX_FILE_BYTES:
+        raise InteropError(f"{path} has {size} bytes, but at most {MAX_FILE_BYTES} are read; split it.")
+    try:
+        if (directory := _directory_bytes(path, size)) > MAX_DIRECTORY_BYTES:
+            raise InteropError(
+                f"{path} is refused: its zip's directory has {directory} bytes, but at most "
+                f"{MAX_DIRECTORY_BYTES} are read."
+            )
+        with zipfile.ZipFile(path) as archive:
+            return _names_in(path, archive, size)
+    except InteropError:
+        raise
+    except Exception as error:  # zipfile and pickletools raise a dozen kinds on damaged files
+        raise InteropError(
+            f"{path} is not a whole file of torch.save's zip format ({type(error).__name__}: "
+            f"{shown(str(error))}); get another copy of it."
+        ) from error
+
+
+def _directory_bytes(path: Path, size: int) -> int:
+    """How long a zip says its directory is, which `zipfile` reads whole and makes ten times as large.
+
+    The records that say so are at the end; wherever something looks like one, the largest counts.
+    """
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 2**17))  # a comment can have 2**16 bytes
+        tail = file.read()
+    found = [0]
+    for signature, place, kind in ((b"PK\5\6", 12, "<I"), (b"PK\6\6", 40, "<Q")):
+        for match in re.finditer(re.escape(signature), tail):
+            field = tail[match.start() + place :][: struct.calcsize(kind)]
+            if len(field) == struct.calcsize(kind):
+                found.append(struct.unpack(kind, field)[0])
+    return max((length for length in found if length != 0xFFFFFFFF), default=0)
+
+
+def _names_in(path: Path, archive: zipfile.ZipFile, size: int) -> set[str]:
+    entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    if len(names) > MAX_ENTRIES or len(set(names)) != len(names):
+        raise InteropError(
+            f"{path} is refused: its zip has {len(names)} entries, {len(set(names))} of them "
+            f"different, but at most {MAX_ENTRIES} different ones are read."
+        )
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        unpacked = sum(entry.file_size for entry in entries)
+        raise InteropError(
+            f"{path} is refused: its zip is compressed ({size} bytes would become {unpacked}), which "
+            "torch.save never does; save it anew with torch.save."
+        )
+    if sum(entry.file_size for entry in entries) > size:
+        raise InteropError(
+            f"{path} is refused: its zip's entries claim more than the file's {size} bytes."
+        )
+    pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
+    if [entry.filename.split("/")[1:] for entry in pickles] != [["data.pkl"]]:
+        raise InteropError(
+            f"{path} is refused: it holds {len(pickles)} pickles, but a state saved by torch.save "
+            "has one, data.pkl; TorchScript is not read."
+        )
+    if pickles[0].file_size > MAX_PICKLE_BYTES:
+        raise InteropError(
+            f"{path} is refused: its data.pkl has {pickles[0].file_size} bytes, but at most "
+            f"{MAX_PICKLE_BYTES} are read."
+        )
+    if damaged := archive.testzip():
+        raise InteropError(f"{path} is damaged at {shown(damaged)}; get another copy of it.")
+    found = set()
+    for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
+        if opcode.name in ("GLOBAL", "INST"):
+            found.add(str(argument))
+        elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            raise InteropError(
+                f"{path} is refused: its pickle is of another protocol than torch.save's."
+            )
+    return found
+
+
+def shown(value: object) -> str:
+    """A value of a stranger for a message: short, on one line, never a nest of containers."""
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        text = repr(value)
+        return text if len(text) <= 90 else text[:87] + "..."
+    return f"a {type(value).__name__}"
+
+
+def as_integers(value: object, what: str) -> list[int]:
+    """A one-dimensional numpy array, tensor or list of whole numbers."""
+    if isinstance(value, StoredArray):
+        numbers: list[Any] = value.value.tolist() if value.value.ndim == 1 else []
+    elif isinstance(value, Tensor):
+        numbers = value.tolist() if value.ndim == 1 and dense(value) else []
+    else:
+        numbers = list(value) if isinstance(value, (list, tuple)) else []
+    if not numbers or not all(
+        isinstance(n, int) or (isinstance(n, float) and n.is_integer()) for n in numbers
+    ):
+        raise InteropError(f"{what} must be an array of whole numbers, got {shown(value)}")
+    return [int(n) for n in numbers]
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether every element has bytes of its own: strides of zero declare any size for nothing."""
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def state_dict(value: object, what: str) -> dict[str, Tensor]:
+    """Weights by name, `module.` stripped; dense, real and finite, each a copy.
+
+    Raises:
+        InteropError: anything else.
+    """
+    if not isinstance(value, dict) or not value:
+        raise InteropError(f"{what} must be a state dict of named tensors, got {shown(value)}.")
+    state, total = {}, 0
+    for name, tensor in value.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InteropError(
+                f"{what} must name tensors by strings, got {shown(tensor)} under {shown(name)}."
+            )
+        if not dense(tensor) or tensor.is_complex():
+            raise InteropError(
+                f"{what} declares {shown(name)} as {tensor.dtype} {tuple(tensor.shape)}, but holds "
+                "fewer bytes or no real numbers; get another copy of it."
+            )
+        total += tensor.numel() * tensor.element_size()
+        if total > MAX_FILE_BYTES:
+            raise InteropError(f"{what} declares more than {MAX_FILE_BYTES} bytes of tensors.")
+        state[name.removeprefix("module.")] = tensor.detach().clone()
+    return state
+
+
+def refuse_non_finite(state: dict[str, Tensor], what: str) -> None:
+    """Weights that are NaN or infinite have no answers to give."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InteropError(
+                f"{what}: the weights {shown(name)} are NaN or infinite, but must be finite; the "
+                "training that made them diverged."
+            )

@@ -43,11 +43,11 @@ def round_seconds(model: nn.Module, images: Tensor, config: PurifyConfig) -> tup
 
 
 def naive_round_seconds(
-    model: nn.Module, images: Tensor, config: PurifyConfig
+    model: nn.Module, images: Tensor, config: PurifyConfig, *, fine: bool = False
 ) -> tuple[list[float], Tensor]:
     """The same of the plain program."""
     marks: list[float] = []
-    naive = Naive(model, images, config)
+    naive = Naive(model, images, config, fine=fine)
     masks = naive.run(lambda *_: marks.append(time.perf_counter()))
     rounds = [b - a for a, b in itertools.pairwise(marks)]
     return rounds, torch.stack([masks.mask, masks.selection]).detach()

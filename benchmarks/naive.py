@@ -32,9 +32,13 @@ class Naive:
         model: images in [0, 1] -> logits; copied.
         images: (N, C, H, W) float in [0, 1]; all of them are the batch of every round.
         config: of `inner_optimizer` "adamw" and `norm` "linf", without `patience`.
+        fine: masks and losses in double, whatever the passes are in. The published program has them in
+            single, where -log(1 - overlap + 1e-8) flattens and its gradient is off (`bimask.losses`).
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, config: PurifyConfig) -> None:
+    def __init__(
+        self, model: nn.Module, images: Tensor, config: PurifyConfig, *, fine: bool = False
+    ) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.images, self.config = images, config
         self.masks = MaskSet.for_model(
@@ -43,6 +47,9 @@ class Naive:
             mask=config.initial_mask,
             selection=config.initial_selection,
         )
+        self.dtype = images.dtype
+        self.fine = torch.float64 if fine else images.dtype
+        self.masks.to(self.fine)
         self.forwards = 0
 
     def run(self, on_round: OnRound | None = None) -> MaskSet:
@@ -121,20 +128,20 @@ class Naive:
     def _plain(self, images: Tensor) -> Tensor:
         self.forwards += 1
         logits: Tensor = self.model(images)
-        return logits
+        return logits.to(self.fine)
 
     def _masked(self, images: Tensor, *, inverse: bool = False, frozen: bool = False) -> Tensor:
         self.forwards += 1
         with self._hooks(inverse, frozen):
             logits: Tensor = self.model(images)
-        return logits
+        return logits.to(self.fine)
 
     @contextmanager
     def _hooks(self, inverse: bool, frozen: bool):  # type: ignore[no-untyped-def]
         factors = self.masks.keeps(inverse=inverse)
         handles = []
         for site, conv in self.masks.modules_of(self.model).items():
-            factor = factors[site].detach() if frozen else factors[site]
+            factor = (factors[site].detach() if frozen else factors[site]).to(self.dtype)
 
             def scale(_module, _inputs, out, factor=factor):  # type: ignore[no-untyped-def]
                 return out * factor.view(1, -1, 1, 1)

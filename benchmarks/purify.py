@@ -280,9 +280,6 @@ def quality(
             runs.append(quality_run(case, config, seed, device, naive=naive, every=every))
             print(f"{case.name} {program} seed {seed}: {runs[-1]}", flush=True)
         found[program] = summary(runs) | {"settings": config.model_dump(exclude_defaults=True)}
-    if {"naive", "fast"} <= found.keys():
-        seconds = [found[name]["seconds"] for name in ("naive", "fast")]
-        found["naive / fast"] = None if None in seconds else seconds[0] / seconds[1]
     return found
 
 

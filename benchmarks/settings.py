@@ -1,4 +1,4 @@
-"""The settings the benchmarks compare, found by studies of equal size; see benchmarks/README.md."""
+"""The settings the benchmarks compare; benchmarks/README.md says how they were found."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 from bimask.config import PurifyConfig
 
-# The best of `benchmarks.tune`, but for Blended's fast: there the search found none that holds the
-# goal; the last of two dozen variants by hand did, judged on `val`. CIFAR-10's came by hand, too.
+# Naive's are the best of `benchmarks.tune`. Fast's are variants by hand, judged on `val`: of a point that its
+# search found for BadNets; for Blended, where nothing of its search held the goal, and for CIFAR-10 of
+# others.
 NAIVE = {"patience": None, "step_size": None}
 TUNED: dict[str, dict[str, PurifyConfig]] = {
     "badnets": {
@@ -23,21 +24,7 @@ TUNED: dict[str, dict[str, PurifyConfig]] = {
             selection_weight=1.861,
             sharpness=11.8897,
         ),
-        "fast": PurifyConfig.profile(
-            "fast",
-            budget=0.6961,
-            clean_weight=4.2982,
-            initial_selection=0.8696,
-            initialise_rounds=7,
-            inner_steps=2,
-            mask_lr=0.1191,
-            minimise_rounds=2,
-            select_rounds=31,
-            selection_weight=2.3163,
-            sharpness=6.5271,
-            universal=0.0773,
-            warm_start=0.6342,
-        ),
+        "fast": PurifyConfig.profile("fast"),
     },
     "blended": {
         "naive": PurifyConfig(

@@ -6,9 +6,8 @@ from typing import Any
 
 from bimask.config import PurifyConfig
 
-# Naive's are the best of `benchmarks.tune`. Fast's are variants by hand, judged on `val`: of a point that its
-# search found for BadNets; for Blended, where nothing of its search held the goal, and for CIFAR-10 of
-# others.
+# Naive's are the best of `benchmarks.tune`. Fast's are variants by hand, judged on `val`: for BadNets
+# of a point that its search found; for Blended nothing of its search held the goal.
 NAIVE = {"patience": None, "step_size": None}
 TUNED: dict[str, dict[str, PurifyConfig]] = {
     "badnets": {

@@ -48,9 +48,9 @@ TUNED: dict[str, dict[str, PurifyConfig]] = {
             mask_lr=0.1,
             sharpness=10.0,
             initial_selection=0.94,
-            initialise_rounds=10,
-            minimise_rounds=20,
-            select_rounds=40,
+            initialise_rounds=20,
+            minimise_rounds=30,
+            select_rounds=50,
         ),
     },
     "cifar": {

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from bimask.attacks import build_attack
 from bimask.data import ImageData
 from bimask.errors import DataError
 from bimask.gallery import FOOLED, RIGHT, WRONG, gallery
@@ -46,10 +46,10 @@ def pictures(classes, channels=1, each=3, size=8):
 def victim_of(classes, channels=1, **attack):
     data = pictures(classes, channels)
     spec = VictimSpec(attack={"name": "badnets", "target": 1, **attack})
-    sets = EvalSets.of(build_attack(**spec.attack), data, "val")
+    sets = EvalSets.of(spec.build_attack(), data, "val")
     model = Normalised(CornerNet(classes), [0.0] * channels, [1.0] * channels).eval()
     scores = evaluate(model, sets)
-    return Victim(spec, model, data.classes, {"val": scores, "test": scores}), sets
+    return Victim(spec, model, spec.build_attack(), data.classes, {"val": scores, "test": scores}), sets
 
 
 def rows_of(figure):
@@ -104,7 +104,7 @@ def test_the_difference_is_five_times_as_strong_around_mid_grey():
 def test_long_names_are_cut():
     victim, sets = victim_of(4)
     names = tuple(f"{i} of a name that never ends" for i in range(4))
-    long = Victim(victim.spec, victim.model, names, victim.scores)
+    long = replace(victim, classes=names)
     first = rows_of(gallery(long, sets))[0][0]
     assert first.get_title() == "true: 0 of a name t…"
 

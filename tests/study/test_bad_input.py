@@ -153,7 +153,7 @@ def test_a_damaged_victim(refused, tmp_path, damage):
         expected = "cannot be read"
     else:
         weights.unlink()
-        expected = "are missing"
+        expected = "is missing"
     assert expected in refused(STUDY, address="local")
 
 

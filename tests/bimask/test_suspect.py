@@ -215,6 +215,12 @@ def test_a_suspect_with_another_trigger_is_refused_with_its_numbers(home, weight
     assert not any(tmp_path.iterdir())
 
 
+def test_a_trigger_that_is_made_in_training_is_not_known_for_given_weights(home, weights):
+    spec = spec_of(home, weights=str(weights), attack={"name": "wanet"})
+    with pytest.raises(SettingError, match="'wanet' is made while a victim is"):
+        train_victim(spec)
+
+
 def test_weights_for_normalised_images_are_told_apart(home, weights):
     spec = spec_of(home, weights=str(weights), normalise={"mean": [9.0] * 3, "std": [0.1] * 3})
     with pytest.raises(VictimRefusedError, match=r"normalise|trigger"):

@@ -115,6 +115,17 @@ def test_at_their_own_size_the_nets_are_torchvisions(name):
     assert torch.equal(ours(images), torchs(images))
 
 
+def test_nets_are_initialised_for_short_training_with_sgd():
+    norms = [m for m in build("mobilenet_v3_large").modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.1}
+    net = build("convnext_tiny", width=8)
+    scales = [value for name, value in net.named_parameters() if name.endswith("layer_scale")]
+    assert len(scales) == 18
+    assert all((scale == 1).all() for scale in scales)
+    linear = next(m for m in net.modules() if isinstance(m, nn.Linear))
+    assert linear.weight.std().item() == pytest.approx(8**-0.5, rel=0.3)
+
+
 @EACH_NET
 def test_a_state_dict_makes_another_net_the_same(name):
     model, other = settled(name), build(name, channels=1, width=WIDTHS[name], size=16).eval()

@@ -168,9 +168,11 @@ def _result(cases: dict[str, CaseResult], seconds: float) -> TrialResult | NonFi
     return TrialResult(cases, means, seconds)
 
 
-def purified(model: nn.Module, tensors: dict[str, Tensor], config: PurifyConfig) -> nn.Module:
-    """The purified model from saved masks."""
+def purified(
+    model: nn.Module, tensors: dict[str, Tensor], config: PurifyConfig, *, inverse: bool = False
+) -> nn.Module:
+    """The purified model from saved masks, or its inverse twin."""
     masks = MaskSet.from_tensors(
         tensors, sharpness=config.sharpness, straight_through=config.straight_through
     )
-    return fold(model, masks)
+    return fold(model, masks, inverse=inverse)

@@ -39,12 +39,15 @@ class VictimSpec(NetSpec):
 
     With `weights` nothing is trained: the net is loaded from them and its scores under the attack's
     trigger are measured. Settings of the training then decide nothing.
+
+    With a `poisoning_rate` of 0 it is a clean control, trained on clean images alone. The attack is
+    then the trigger whose rate of success is reported; none is asked for.
     """
 
     dataset: str = "digits"
     image_size: int | None = Field(None, ge=4, le=1024)
     attack: dict[str, Any] = Field(default_factory=lambda: {"name": "badnets"})
-    poisoning_rate: float = Field(0.1, gt=0, le=1)
+    poisoning_rate: float = Field(0.1, ge=0, le=1, description="0 makes a clean control")
     poisoning_rate_of: Literal["dataset", "target_class"] = "dataset"
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(128, ge=2)
@@ -79,11 +82,16 @@ class VictimSpec(NetSpec):
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
+    def is_control(self) -> bool:
+        """Whether it has no backdoor."""
+        return self.poisoning_rate == 0
+
+    @property
     def name(self) -> str:
-        """For people: dataset and attack."""
+        """For people: dataset and attack, or "clean"."""
         dataset = Path(self.dataset.removeprefix("imagefolder:")).name
         readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", dataset).strip("-") or "images"
-        return f"{readable}-{self.attack['name']}"
+        return f"{readable}-{'clean' if self.is_control else self.attack['name']}"
 
     def build_attack(self) -> Attack:
         """The attack with its hyper-parameters; a victim's own is ready for images as well."""
@@ -105,7 +113,7 @@ class VictimSpec(NetSpec):
 
 @dataclass(frozen=True)
 class Victim:
-    """A trained model with a known backdoor.
+    """A trained model with a known backdoor, or none (`VictimSpec.is_control`).
 
     Attributes:
         spec: what it was made of.
@@ -159,7 +167,8 @@ def train_victim(
         return _adopt(spec, Path(spec.weights), device)
     splits, attack = spec.load_data(), spec.build_attack()
     train, rates = splits.train.to(device), spec.rates()
-    share = attack.share(train, **rates)  # a rate that cannot be is refused before any training
+    # a rate that cannot be is refused before any training
+    share = 0.0 if spec.is_control else attack.share(train, **rates)
     recipe = spec.recipe()
     attack.prepare(train, seed=spec.seed, fit_net=lambda clean: fit(clean, **recipe))
 
@@ -174,7 +183,9 @@ def train_victim(
             scores = evaluate(net, sets("val").to(device)) if due else None
             on_epoch(EpochLog(epoch, spec.epochs, loss, scores))
 
-    if attack.batchwise:
+    if spec.is_control:
+        net = fit(train, on_epoch=report, **recipe)
+    elif attack.batchwise:
         net = fit(train, attack=attack, share=share, on_epoch=report, **recipe)
     else:
         poisoned = attack.poison(train, seed=spec.seed, **rates).data
@@ -212,7 +223,7 @@ def _refuse_if_useless(victim: Victim) -> None:
     spec, scores = victim.spec, victim.scores["val"]
     numbers = f"ACC {scores.clean_accuracy:.3f}, ASR {scores.attack_success:.3f} on val"
     given = spec.weights is not None
-    if scores.attack_success < spec.min_attack_success:
+    if not spec.is_control and scores.attack_success < spec.min_attack_success:
         raise VictimRefusedError(
             f"The attack of {spec.name} was not learned ({numbers}; `min_attack_success` is "
             f"{spec.min_attack_success:g}); "

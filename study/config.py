@@ -34,6 +34,7 @@ Unit = Field(ge=0, le=1)
 # Keys that came later: a study without them keeps the digest that it had.
 LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constraints", "repeats"} | {
     "early_stopping",
+    "paper_defaults",
     "warm_start_from",
 }
 
@@ -99,6 +100,7 @@ class StudyConfig(BaseModel):
     constraints: Constraints = Constraints()
     repeats: int = Field(1, ge=1, description="runs a victim in a trial, over seeds and clean images")
     early_stopping: EarlyStopping | None = Field(None, description="null: every trial runs to its end")
+    paper_defaults: bool = Field(True, description="whether trial 0 is the paper's defaults")
     warm_start_from: list[str] = Field(
         default_factory=list, description="folders of earlier studies to begin with"
     )
@@ -152,6 +154,13 @@ class StudyConfig(BaseModel):
     def confirmation(self) -> Confirm | None:
         """What is asked for, or goes without saying where there is a suite."""
         return self.confirm or (Confirm() if self.held_out or self.controls else None)
+
+    @property
+    def device_of_a_trial(self) -> str:
+        """The device's name where a trial runs."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.gpus_per_trial else "cpu"
 
     @property
     def groups(self) -> int:
@@ -217,6 +226,12 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> StudyCon
     found += spaces.problems(space, _mapping(raw.get("fixed")))
     if config is not None:
         found += spaces.start_problems(space, config.start)
+    if config is not None and not found:
+        found += [
+            (f"controls.{row}.poisoning_rate", f"a control is clean: 0, got {spec.poisoning_rate:g}")
+            for row, spec in enumerate(config.controls)
+            if not spec.is_control
+        ]
     if config is not None and not found:
         if len(set(config.suite_names())) == len(config.suite):
             return config

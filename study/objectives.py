@@ -89,6 +89,14 @@ def over_victims(
     return {name: rule(name, values) for name, values in means.items()} | {"seconds": seconds}
 
 
+def mean_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of every real number over runs with the same keys; the rest is the first run's."""
+    return {
+        key: sum(run[key] for run in runs) / len(runs) if isinstance(value, float) else value
+        for key, value in runs[0].items()
+    }
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Mean, standard deviation (of a sample; 0 for one value), least, most and count."""
     return {

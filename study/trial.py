@@ -25,6 +25,7 @@ from bimask.result import Passes, RoundLog
 from bimask.victim import Victim
 from study.config import StudyConfig
 from study.judge import Judge
+from study.objectives import mean_of
 from study.stopping import rung
 
 SCORES = ("clean_accuracy", "attack_success", "recovery")
@@ -98,6 +99,7 @@ class TrialResult:
         cases: run -> result, of the runs that ended.
         values: objective -> value over all victims; empty for a stopped trial.
         spread: objective -> its spread over the repeats; empty for a single one.
+        rungs: place where the trial was looked at -> its losses there.
         seconds: of the trial; where several ran at once, an even share of their wall time.
         stopped: why the trial was stopped early, or None.
     """
@@ -105,6 +107,7 @@ class TrialResult:
     cases: dict[str, CaseResult]
     values: dict[str, float]
     spread: dict[str, dict[str, float]]
+    rungs: dict[str, list[float]]
     seconds: float
     stopped: str | None = None
 
@@ -126,6 +129,10 @@ class TrialResult:
             "rounds": sum(len(case.rounds) for case in cases),
             "seconds": self.seconds,
         }
+        if self.rungs:
+            record["rungs"] = self.rungs
+        if self.stopped is not None:
+            record["stopped"] = self.stopped
         if self.spread:
             record["spread"] = self.spread
             record["runs"] = {key: case.everything() for key, case in self.cases.items()}
@@ -136,17 +143,10 @@ class TrialResult:
         runs: dict[str, list[dict[str, Any]]] = {}
         for case in self.cases.values():
             runs.setdefault(case.name, []).append(case.everything())
-        return {
-            name: {
-                key: sum(run[key] for run in mine) / len(mine) if isinstance(value, float) else value
-                for key, value in mine[0].items()
-            }
-            for name, mine in runs.items()
-        }
+        return {name: mean_of(mine) for name, mine in runs.items()}
 
 
 Report = Callable[[int, str, RoundLog, Scores], None]
-RungReport = Callable[[int, str, list[float]], None]
 Evidence = Callable[[Case, nn.Module], Mapping[str, float]]
 
 
@@ -171,7 +171,6 @@ def run_trials(
     device: torch.device | str = "cpu",
     report_every: int = 10,
     on_report: Report | None = None,
-    on_rung: RungReport | None = None,
     judge: Judge | None = None,
     evidence: Evidence | None = None,
 ) -> list[TrialResult | NonFiniteError]:
@@ -184,7 +183,6 @@ def run_trials(
             same result on the same hardware, whatever else is in the group.
         on_report: called with the trial's position, the run, the round and its scores on `val`, every
             `report_every` rounds.
-        on_rung: called with the trial's position, the rung and the losses there.
         judge: what the numbers come to and when a trial is stopped; by default the mean, and never.
         evidence: further numbers of every purified model, from its case and the model.
 
@@ -199,7 +197,7 @@ def run_trials(
         there = replace(case, clean=case.clean.to(device), val=case.val.to(device))
         for group in _populations(trials):
             if running := [trial for trial in group if trial.running]:
-                watch = _Watch(there, model, running, report_every, on_report, on_rung)
+                watch = _Watch(there, model, running, report_every, on_report)
                 _purify(there, model, running, seed=seed, watch=watch, evidence=evidence)
         for trial in trials:
             if trial.running:
@@ -215,6 +213,7 @@ class _Trial:
     config: PurifyConfig
     judge: Judge
     cases: dict[str, CaseResult] = field(default_factory=dict)
+    rungs: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
     failure: NonFiniteError | None = None
     stopped: str | None = None
@@ -232,12 +231,13 @@ class _Trial:
         if self.failure is not None:
             return self.failure
         if self.stopped is not None:
-            return TrialResult(self.cases, {}, {}, self.seconds, self.stopped)
+            return TrialResult(self.cases, {}, {}, self.rungs, self.seconds, self.stopped)
         values = self.judge.values(cases, self.numbers, self.seconds)
         for name, value in values.items():
             if not math.isfinite(value):
                 return NonFiniteError(f"The objective {name} is {value}.")
-        return TrialResult(self.cases, values, self.judge.spreads(cases, self.numbers), self.seconds)
+        spreads = self.judge.spreads(cases, self.numbers)
+        return TrialResult(self.cases, values, spreads, self.rungs, self.seconds)
 
 
 def _populations(trials: Sequence[_Trial]) -> list[list[_Trial]]:
@@ -295,10 +295,9 @@ class _Watch:
         running: list[_Trial],
         report_every: int,
         on_report: Report | None,
-        on_rung: RungReport | None,
     ) -> None:
         self.case, self.model, self.running = case, model, running
-        self.report_every, self.on_report, self.on_rung = report_every, on_report, on_rung
+        self.report_every, self.on_report = report_every, on_report
         self.rungs = [trial.judge.rungs(trial.config) for trial in running]
         self.begun = time.perf_counter()
 
@@ -320,9 +319,7 @@ class _Watch:
         if share is not None:
             spent = trial.seconds + self.seconds_each
             numbers = numbers_of(self.case, scores, masks) | {"seconds": spent}
-            if self.on_rung is not None:
-                where = rung(self.case.key, share)
-                self.on_rung(trial.position, where, trial.judge.losses(numbers))
+            trial.rungs[rung(self.case.key, share)] = trial.judge.losses(numbers)
             trial.stopped = trial.judge.at_rung(self.case, share, numbers)
         return trial.stopped is not None
 

@@ -24,6 +24,7 @@ from bimask.config import PurifyConfig
 from bimask.errors import BimaskError
 from bimask.victim import VictimSpec
 from study import space as spaces
+from study.gates import Gates
 from study.objectives import Aggregate, Constraints, ObjectiveName
 from study.pareto import DIRECTIONS, Direction
 from study.space import Parameter, Scalar
@@ -106,6 +107,7 @@ class StudyConfig(BaseModel):
     )
     reference_point: ReferencePoint
     choose: Choice = Choice()
+    gates: Gates | None = Field(None, description="what `study.promote` asks for")
     fixed: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Parameter] = Field(min_length=1)
     start: list[dict[str, Scalar]] = Field(
@@ -129,9 +131,10 @@ class StudyConfig(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits of everything that decides results; how much runs at once does not."""
-        at_once = {"concurrency", "trials_per_actor"}
-        deciding = self.model_dump(mode="json", exclude={"name", *at_once})
+        """Sixteen hex digits of everything that decides results; how much runs at once does not,
+        and neither do the gates."""
+        without = {"name", "gates", "concurrency", "trials_per_actor"}
+        deciding = self.model_dump(mode="json", exclude=without)
         for name in LATER:
             default = StudyConfig.model_fields[name].get_default(call_default_factory=True)
             if getattr(self, name) == default:

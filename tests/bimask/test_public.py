@@ -15,7 +15,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 DOORS = {
     "ray": [f"study/search/{name}.py" for name in ("actor", "cluster", "driver", "pareto_search")],
     "optuna": ["study/search/pareto_search.py"],
-    "mlflow": ["study/tracking.py"],
+    "mlflow": [f"study/{name}.py" for name in ("registry", "serve", "served_model", "tracking")],
 }
 EACH_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -30,7 +30,7 @@ from bimask.errors import DataError
 from bimask.latent import latent_distances
 
 CALIBRATION = "audit_calibration.json"
-SEARCHED: tuple[Family, ...] = ("patch", "pattern", "warp")
+SEARCHED: tuple[Family, ...] = ("patch", "warp")
 FLAGGED = 0.5  # probability from which a model is called backdoored
 MIN_CLASSES = 4  # with fewer there is no median of others to speak of
 

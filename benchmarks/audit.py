@@ -1,12 +1,12 @@
 """How well `bimask audit` tells backdoored digits models from clean ones, and by how much to trust it.
 
     python -m benchmarks.audit prices [PART]   # of every model of the zoo: 5 s each on one thread
-    python -m benchmarks.audit fit             # bimask/audit_calibration.json, from the part "calibration"
-    python -m benchmarks.audit measure         # benchmarks/results/audit.json, from the part "measurement"
+    python -m benchmarks.audit fit             # on "calibration": bimask/audit_calibration.json
+    python -m benchmarks.audit measure         # on "measurement": benchmarks/results/audit.json
 
-What is measured is decided before: the kinds of evidence are chosen on the part "calibration" by leaving out
-one model at a time, and the part "measurement" is looked at once. Clean images: 30 of `val`, which no
-model was trained on.
+What is measured is decided before: the kinds of evidence are chosen on the part "calibration" by
+leaving out one model at a time, and the part "measurement" is looked at once. Clean images: 30 of
+`val`, which no model was trained on.
 """
 
 from __future__ import annotations
@@ -102,9 +102,7 @@ def left_out(models: list[Priced], kinds: tuple[str, ...]) -> dict[str, Any]:
     return figures(models, fits, kinds)
 
 
-def figures(
-    models: list[Priced], fits: list[Fitted], kinds: tuple[str, ...] = KINDS
-) -> dict[str, Any]:
+def figures(models: list[Priced], fits: list[Fitted], kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
     """ROC-AUC, targets among the flagged, error rates, Brier score and reliability."""
     probabilities = np.array([f.probability(m, kinds) for f, m in zip(fits, models, strict=True)])
     guesses = [int(f.scores(m, kinds).argmax()) for f, m in zip(fits, models, strict=True)]

@@ -8,6 +8,7 @@ The same settings on every victim, drawn from the space of `make study`. Masks a
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from study.trial import Case, purified, run_trials
 FOLDER = Path("outputs/benchmarks/blind")
 SPACE = Path("search_spaces/ims_digits.yaml")
 SETTINGS = 30
-AT_ONCE = 4
+AT_ONCE = 3
 SEED = 1  # of victims, settings, clean images and defence: the study that proxies were built on has 0
 TARGETS = {"badnets": 3, "blended": 5, "wanet": 8, "low_frequency": 6, "sig": 2}
 
@@ -73,7 +74,8 @@ def run(attack: str) -> None:
     configs, folder = settings(), FOLDER / attack
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, SETTINGS, AT_ONCE):
-        numbers = [n for n in range(first, first + AT_ONCE) if not (folder / f"{n:03d}.json").exists()]
+        group = range(first, min(first + AT_ONCE, SETTINGS))
+        numbers = [n for n in group if not (folder / f"{n:03d}.json").exists()]
         results = run_trials([configs[n] for n in numbers], [case], seed=SEED) if numbers else []
         for number, result in zip(numbers, results, strict=True):
             if isinstance(result, NonFiniteError):
@@ -103,7 +105,7 @@ def judged(attack: str) -> Iterator[Judged]:
 def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
-    for attack in TARGETS:
+    for attack in sys.argv[1:] or TARGETS:
         run(attack)
 
 

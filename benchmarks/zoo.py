@@ -66,7 +66,9 @@ def members(part: Part) -> Iterator[Member]:
 def clean(part: Part, position: int) -> Member:
     """A model that nobody poisoned; half of them are trained for as long as a WaNet."""
     seed = SEEDS[part] + 10 * position + 7
-    spec = VictimSpec(width=WIDTHS[(5 * position) % len(WIDTHS)], seed=seed, epochs=30 + 30 * (position % 2))
+    spec = VictimSpec(
+        width=WIDTHS[(5 * position) % len(WIDTHS)], seed=seed, epochs=30 + 30 * (position % 2)
+    )
     kept = FOLDER / "clean" / f"{spec.digest}.safetensors"
     splits = spec.load_data()
     if not kept.is_file():

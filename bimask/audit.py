@@ -1,14 +1,16 @@
 """Is this model backdoored, and towards which class? From the model and clean images alone.
 
-Every class k is given how much cheaper it is to reach than the others are, one number a kind of evidence:
+Every class k is given how much cheaper it is to reach than the others are, one number a kind of
+evidence:
 
     e_k = log(median of the other classes' prices / price_k)
 
-with the prices of patches and warps (`bimask.class_triggers`) and the latent distance (`bimask.latent`). A
-logistic regression turns the numbers of a class into a score; the highest score is the model's and its class the
-suspected target; Platt's sigmoid (1999) turns that into a probability. Both were fitted on models of known
-kind, clean and backdoored, whose description is in `CALIBRATION` beside the coefficients. The probability means
-what it says for models like those; for others it is a lead.
+with the prices of patches and warps (`bimask.class_triggers`) and the latent distance
+(`bimask.latent`). A logistic regression turns the numbers of a class into a score; the highest score is
+the model's and its class the suspected target; Platt's sigmoid (1999) turns that into a probability.
+Both were fitted on models of known kind, clean and backdoored, whose description is in `CALIBRATION`
+beside the coefficients. The probability means what it says for models like those; for others it is a
+lead.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ class Audit:
     """What an audit found.
 
     Attributes:
-        probability: that the model is backdoored, if it is like those of the calibration and half of such
-            models are; in [0, 1].
+        probability: that the model is backdoored, if it is like those of the calibration and half
+            of such models are; in [0, 1].
         target: the suspected class, whatever the probability.
         scores: (K,) of every class; the highest is the target's.
         evidence: kind -> (K,) e_k, of `prices`.
@@ -63,14 +65,12 @@ class Audit:
         return self.probability >= FLAGGED
 
 
-def audit(
-    model: nn.Module, images: Tensor, *, on_step: Callable[[], None] | None = None
-) -> Audit:
+def audit(model: nn.Module, images: Tensor, *, on_step: Callable[[], None] | None = None) -> Audit:
     """Look for a backdoor in `model`; the same call gives the same answer.
 
     Args:
-        model: images in [0, 1] -> logits (N, K), in eval mode, whose last layer is an nn.Linear; left as
-            it is.
+        model: images in [0, 1] -> logits (N, K), in eval mode, whose last layer is an nn.Linear;
+            left as it is.
         images: (N, C, H, W) in [0, 1], clean, of the model's device; labels are not needed. A few of
             every class are enough, and the model should not have been trained on them.
         on_step: called after each of `steps(K, N)` steps.
@@ -99,19 +99,20 @@ def steps(classes: int, images: int) -> int:
 def prices_of(
     model: nn.Module, images: Tensor, *, on_step: Callable[[], None] | None = None
 ) -> tuple[dict[str, Floats], dict[Family, ClassTriggers]]:
-    """What each class costs by every kind of evidence, and the triggers behind it. Raises what `audit` does."""
+    """What each class costs by every kind of evidence, and the triggers behind it; raises what `audit`
+    does."""
     distances = latent_distances(model, images)
     if len(distances) < MIN_CLASSES:
         raise DataError(
-            f"An audit compares classes, and a model of {len(distances)} has too few; {MIN_CLASSES} are "
-            "needed."
+            f"An audit compares classes, and a model of {len(distances)} has too few; {MIN_CLASSES} "
+            "are needed."
         )
     with torch.no_grad():
         answers = model(images).argmax(1)
     if len(answers.unique()) < 2:
         raise DataError(
-            f"The model gives all {len(images)} clean images the class {int(answers[0])}; give images of "
-            "several classes, in [0, 1], of the size that the model takes."
+            f"The model gives all {len(images)} clean images the class {int(answers[0])}; give images "
+            "of several classes, in [0, 1], of the size that the model takes."
         )
     triggers = {
         family: find_class_triggers(model, images, family, on_step=on_step) for family in SEARCHED
@@ -121,7 +122,7 @@ def prices_of(
 
 
 def advantage(prices: Floats) -> Floats:
-    """How much cheaper every class is than the others: log(median of the other prices / its own), (K,)."""
+    """How much cheaper every class is than the others: log(median of the other prices / own), (K,)."""
     logs = np.log(np.maximum(prices, 1e-9))
     others = np.array([np.median(np.delete(logs, k)) for k in range(len(logs))])
     return np.nan_to_num(others - logs, nan=0.0, posinf=0.0, neginf=-50.0)

@@ -1,15 +1,16 @@
 """Universal triggers towards every class of a suspect model, from clean images alone.
 
-For each class k one trigger T_k is searched that sends the images of all other classes there, and what it
-costs is the class's price (in the spirit of Neural Cleanse, Wang et al. 2019, section IV):
+For each class k one trigger T_k is searched that sends the images of all other classes there, and what
+it costs is the class's price (in the spirit of Neural Cleanse, Wang et al. 2019, section IV):
 
     price_k = min over T of   mean over {i: f(x_i) != k} of CE(f(T(x_i)), k)  +  weight * size(T)
 
-A backdoor is a short cut: the class it leads to is cheap. Labels are the model's own answers. The families:
+A backdoor is a short cut: the class it leads to is cheap. Labels are the model's own answers. The
+families:
 
-    patch     T(x) = (1 - m) x + m p      size = sum of m, the pixels covered; m (H, W), p (C, H, W)
-    pattern   T(x) = clip(x + d)          size = sum of d^2
-    warp      T(x)(z) = x(z + g(z))       size = mean of |g|^2 in pixels; g of 4x4 control points, bicubic
+    patch     T(x) = (1 - m) x + m p     size = sum of m, the pixels covered; m (H, W), p (C, H, W)
+    pattern   T(x) = clip(x + d)         size = sum of d^2
+    warp      T(x)(z) = x(z + g(z))      size = mean of |g|^2 in pixels; g of 4x4 points, bicubic
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class ClassTriggers:
 
     Attributes:
         family: its name.
-        price: (K,) what `module` says; a class that no image can be sent to, since all are of it, has inf.
+        price: (K,), see the module; inf for a class that all images are of.
         success: (K,) share of the images of other classes that it sends there.
         parts: the triggers, of some classes each, in their order.
     """

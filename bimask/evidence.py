@@ -3,21 +3,21 @@
 Triggers are made once, against the suspect model f, on clean images x that the defence did not see. Two
 kinds, stronger than those the defence works with:
 
-    adversarial   10 sign-gradient steps that move each image away from f's own answer, L-inf 0.3 and 0.8,
-                  clipped to [0, 1]
+    adversarial   10 sign-gradient steps that move each image away from f's own answer, L-inf 0.3 and
+                  0.8, clipped to [0, 1]
     universal     a patch and a pattern towards every class, see `bimask.class_triggers`
 
 and a purified model g is asked how far it still follows them:
 
     same_answer   among adversarial images that f errs on, the share with g(x') = f(x'): the same error
     carried_over  among images that class k's trigger sends there under f, the share with g(T_k(x)) = k,
-                  weighted by how suspicious the classes are: w = softmax(-8 sum of the log prices), of patch
-                  price, pattern price and latent distance
-    risk          (carried_over + same_answer) / 2, in [0, 1]: the lower, the less of f's short cuts is left
+                  weighted by how suspicious the classes are: w = softmax(-8 sum of the log prices), of
+                  patch price, pattern price and latent distance
+    risk          (carried_over + same_answer) / 2, in [0, 1]: low where few short cuts of f are left
 
-A backdoor is not measured by any of them: g may have learned to resist these triggers and not the attacker's,
-or the attacker's may be of a kind that no search here can find. `benchmarks/README.md` has how the order by
-risk agrees with the order by the true attack success rate.
+A backdoor is not measured by any of them: g may have learned to resist these triggers and not the
+attacker's, or the attacker's may be of a kind that no search here can find. `benchmarks/README.md` has
+how the order by risk agrees with the order by the true attack success rate.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class Probe:
         return Evidence(
             agreement=_share(_answers(model, self.images) == self.answers),
             inverse_agreement=_share(_answers(inverse, self.images) == self.answers),
-            same_answer=sum(s.same_answer(model, self.answers) for s in self.adversarial) / len(BUDGETS),
+            same_answer=sum(s.same_answer(model, self.answers) for s in self.adversarial)
+            / len(BUDGETS),
             carried_over=sum(self._carried_over(model, u) for u in self._universal) / len(CARRIERS),
         )
 
@@ -129,8 +130,8 @@ class Probe:
             wrong = stressed.answers[stressed.answers != self.answers]
             if not len(wrong):
                 raise DataError(
-                    "The suspect model answers all adversarial images as it does the clean ones, so they "
-                    "say nothing; are the images in [0, 1], and does the model take such?"
+                    "The suspect model answers all adversarial images as it does the clean ones, so "
+                    "they say nothing; are the images in [0, 1], and does the model take such?"
                 )
             shares.append(wrong.bincount().max().item() / len(wrong))
         return sum(shares) / len(shares)

@@ -20,9 +20,9 @@ def latent_distances(model: nn.Module, images: Tensor) -> Tensor:
 
     where z_i is the input of the last layer W, b. The constraints of one rival j differ in their right
     hand side alone, so the hardest image of each is enough: A s >= c of K - 1 rows, a least distance
-    problem, solved exactly by nonnegative least squares (Lawson and Hanson 1974, chapter 23). A backdoor
-    leaves its class anomalously near. Distances are divided by the median distance of the z_i from their
-    mean, so they have no unit.
+    problem, solved exactly by nonnegative least squares (Lawson and Hanson 1974, chapter 23). A
+    backdoor leaves its class anomalously near. Distances are divided by the median distance of the z_i
+    from their mean, so they have no unit.
 
     Args:
         model: images -> logits (N, K), whose last step is an nn.Linear; eval mode.
@@ -92,6 +92,6 @@ def last_layer(model: nn.Module, images: Tensor) -> tuple[nn.Linear, Tensor]:
         if torch.equal(output, logits):
             return layer, features
     raise SettingError(
-        "The distances of classes need a model whose logits come from an nn.Linear, and this one ends in "
-        "another way; give the model without what follows its last layer."
+        "The distances of classes need a model whose logits come from an nn.Linear, and this one ends "
+        "in another way; give the model without what follows its last layer."
     )

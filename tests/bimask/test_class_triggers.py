@@ -10,7 +10,8 @@ from bimask.errors import DataError
 
 
 class Quadrants(nn.Module):
-    """Four classes: the brightest quarter of the image. With a `backdoor`, a bright top left pixel with a
+    """Four classes: the brightest quarter of the image. With a `backdoor`, a bright top left pixel with
+    a
     dark neighbour means that class."""
 
     def __init__(self, backdoor=None):
@@ -109,7 +110,7 @@ def test_classes_of_one_pass_and_of_many_are_alike(quarters, monkeypatch):
 def test_the_model_keeps_no_gradient(tiny_net, pictures):
     find_class_triggers(tiny_net, pictures, "warp")
     assert all(parameter.grad is None for parameter in tiny_net.parameters())
-    assert IMAGES_PER_PASS > len(pictures)
+    assert len(pictures) < IMAGES_PER_PASS
 
 
 def test_a_class_that_all_images_are_of_has_no_price(quarters):

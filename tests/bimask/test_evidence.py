@@ -11,7 +11,8 @@ from bimask.evidence import Evidence, Probe, suspicion
 
 class Quadrants(nn.Module):
     """Four classes: the brightest quarter of the image. The top left pixel being brighter than its
-    neighbour means class 2 besides, `backdoor` strong; the suspect has all of it, a purified model none."""
+    neighbour means class 2 besides, `backdoor` strong; the suspect has all of it, a purified model
+    none."""
 
     def __init__(self, backdoor):
         super().__init__()

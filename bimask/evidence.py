@@ -22,8 +22,9 @@ how the order by risk agrees with the order by the true attack success rate.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ STEPS = 10
 CARRIERS: tuple[Family, ...] = ("patch", "pattern")
 FITTED_ON = 3  # one image of so many makes the universal triggers; all of them show what they do
 SHARPNESS = 8.0
+LEAST_WEIGHT = 0.01  # classes below it are not asked about: most are
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Evidence:
         """What blind selection makes small."""
         return (self.same_answer + self.carried_over) / 2
 
+    def numbers(self) -> dict[str, float]:
+        """All of it under its names, risk too."""
+        return asdict(self) | {"risk": self.risk}
+
 
 class Probe:
     """A suspect model with what was synthesised against it; asked of one purified model after another.
@@ -74,7 +80,7 @@ class Probe:
     Attributes:
         concentration: the largest share of one class among the suspect's answers to the adversarial
             images that it errs on, mean over the budgets; 1 / K means none stands out.
-        weights: (K,) how suspicious each class is, in [0, 1], of sum 1.
+        weights: (K,) how suspicious each class is, in [0, 1], of sum 1; 0 for less than a hundredth.
 
     Raises:
         DataError: fewer than two images, or no image that the suspect errs on after the search.
@@ -90,11 +96,16 @@ class Probe:
         self.answers = _answers(suspect, images)
         self.adversarial = [_Stressed.of(suspect, _adversarial(suspect, images, b)) for b in BUDGETS]
         fitted_on = images[::FITTED_ON]
-        self.triggers = [find_class_triggers(suspect, fitted_on, f, on_step=on_step) for f in CARRIERS]
-        prices = [triggers.price.double().cpu() for triggers in self.triggers]
+        triggers = [find_class_triggers(suspect, fitted_on, f, on_step=on_step) for f in CARRIERS]
+        prices = [found.price.double().cpu() for found in triggers]
         self.weights = suspicion([*prices, latent_distances(suspect, images)])
-        self._universal = [self._followed(suspect, triggers) for triggers in self.triggers]
+        self.universal = [self._followed(suspect, found) for found in triggers]
         self.concentration = self._concentration()
+
+    @property
+    def asked(self) -> Tensor:
+        """The classes with a weight, (J,)."""
+        return self.weights.nonzero().flatten()
 
     @staticmethod
     def steps(classes: int, images: int) -> int:
@@ -109,20 +120,28 @@ class Probe:
             inverse_agreement=_share(_answers(inverse, self.images) == self.answers),
             same_answer=sum(s.same_answer(model, self.answers) for s in self.adversarial)
             / len(BUDGETS),
-            carried_over=sum(self._carried_over(model, u) for u in self._universal) / len(CARRIERS),
+            carried_over=sum(self._carried_over(model, u) for u in self.universal) / len(CARRIERS),
         )
 
+    def to(self, device: torch.device | str) -> Probe:
+        """The same on another device."""
+        moved = copy.copy(self)
+        moved.images, moved.answers = self.images.to(device), self.answers.to(device)
+        moved.adversarial = [stressed.to(device) for stressed in self.adversarial]
+        moved.universal = [universal.to(device) for universal in self.universal]
+        return moved
+
     def _followed(self, suspect: nn.Module, triggers: ClassTriggers) -> _Universal:
-        triggered = triggers.apply(self.images)
-        towards = torch.arange(len(triggered), device=self.images.device)[:, None]
-        followed = _answers(suspect, triggered.flatten(0, 1)).view(len(triggered), -1) == towards
-        return _Universal(triggered, towards, followed & (self.answers != towards))
+        towards = self.asked.to(self.images.device)
+        triggered = triggers.apply(self.images)[towards]
+        followed = _answers(suspect, triggered.flatten(0, 1)).view(len(towards), -1) == towards[:, None]
+        return _Universal(triggered, towards[:, None], followed & (self.answers != towards[:, None]))
 
     def _carried_over(self, model: nn.Module, universal: _Universal) -> float:
         answers = _answers(model, universal.images.flatten(0, 1)).view(universal.counts.shape)
         same = (answers == universal.towards) & universal.counts
         rates = same.sum(1).double() / universal.counts.sum(1).clamp_min(1)
-        return float((self.weights * rates.cpu()).sum())
+        return float((self.weights[self.asked] * rates.cpu()).sum())
 
     def _concentration(self) -> float:
         shares = []
@@ -139,11 +158,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class _Universal:
-    """The images of every class's trigger (K, N, C, H, W), the classes (K, 1), which count (K, N)."""
+    """Triggered images towards some classes (J, N, C, H, W), the classes (J, 1), which count (J, N)."""
 
     images: Tensor
     towards: Tensor
     counts: Tensor
+
+    def to(self, device: torch.device | str) -> _Universal:
+        return _Universal(*(t.to(device) for t in (self.images, self.towards, self.counts)))
 
 
 @dataclass(frozen=True)
@@ -157,6 +179,9 @@ class _Stressed:
     def of(cls, suspect: nn.Module, images: Tensor) -> _Stressed:
         return cls(images, _answers(suspect, images))
 
+    def to(self, device: torch.device | str) -> _Stressed:
+        return _Stressed(self.images.to(device), self.answers.to(device))
+
     def same_answer(self, model: nn.Module, clean_answers: Tensor) -> float:
         counts = self.answers != clean_answers
         return _share((_answers(model, self.images) == self.answers)[counts])
@@ -166,10 +191,12 @@ def suspicion(prices: list[Tensor]) -> Tensor:
     """Weights of the classes from what each costs: softmax(-8 sum of logs), (K,) of sum 1.
 
     Args:
-        prices: (K,) each, >= 0; a class with an infinite price has no weight.
+        prices: (K,) each, >= 0; a class with an infinite price has no weight, as one below a hundredth.
     """
     logs = torch.stack([price.double().clamp_min(1e-9).log() for price in prices]).sum(0)
-    return (-SHARPNESS * logs).softmax(0)
+    weights = (-SHARPNESS * logs).softmax(0)
+    weights = weights.masked_fill(weights < LEAST_WEIGHT, 0)
+    return weights / weights.sum()
 
 
 def _adversarial(suspect: nn.Module, images: Tensor, budget: float) -> Tensor:

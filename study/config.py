@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from bimask.config import PurifyConfig
@@ -40,6 +41,9 @@ LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constrai
 }
 
 
+NEEDS_TRIGGER = {"attack_success", "recovery"}
+
+
 class StudyError(BimaskError):
     """A study cannot be run as asked: one sentence or one line a problem."""
 
@@ -52,6 +56,7 @@ class ReferencePoint(BaseModel):
     attack_success: float = Unit
     recovery: float | None = Field(None, ge=0, le=1)
     pruned_share: float | None = Field(None, ge=0, le=1)
+    risk: float = Field(1, ge=0, le=1)
     seconds: float | None = Field(None, gt=0)
 
 
@@ -85,7 +90,9 @@ class StudyConfig(BaseModel):
     gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four actors")
     device: str = Field("auto", description="auto: cuda where a trial has a GPU share, else cpu")
     sampler: Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"] = "tpe"
-    selection: Literal["oracle"] = Field("oracle", description="scores on val use the true trigger")
+    selection: Literal["oracle", "blind"] = Field(
+        "oracle", description="oracle: by the true trigger on val; blind: by `risk`, from clean images"
+    )
     clean_images_per_class: int = Field(10, ge=1, description="what the defender has")
     report_every: int = Field(10, ge=1, description="rounds between two intermediate reports")
     victims: list[VictimSpec] = Field(min_length=1, description="that trials are scored on, on val")
@@ -113,6 +120,27 @@ class StudyConfig(BaseModel):
     start: list[dict[str, Scalar]] = Field(
         default_factory=list, description="points of the space to try first, say of earlier studies"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blind_objectives(cls, given: Any) -> Any:
+        """Blind selection searches by what it chooses by, unless told otherwise."""
+        if isinstance(given, dict) and given.get("selection") == "blind":
+            return {"objectives": ["clean_accuracy", "risk"]} | given
+        return given
+
+    @model_validator(mode="after")
+    def _blind_stays_blind(self) -> StudyConfig:
+        used = {
+            *self.objectives,
+            *(name[4:] for name in self.constraints.model_dump(exclude_none=True)),
+        }
+        if self.selection == "blind" and (seen := sorted(used & NEEDS_TRIGGER)):
+            raise ValueError(
+                f"`selection: blind` may not use {' and '.join(seen)}, which needs the true trigger; "
+                "use risk"
+            )
+        return self
 
     @field_validator("objectives")
     @classmethod

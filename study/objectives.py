@@ -10,11 +10,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from study.pareto import DIRECTIONS
 
-ObjectiveName = Literal["clean_accuracy", "attack_success", "recovery", "pruned_share", "seconds"]
+ObjectiveName = Literal[
+    "clean_accuracy", "attack_success", "recovery", "pruned_share", "seconds", "risk"
+]
 Numbers = Mapping[str, float]
 
 # Of one purification, with the best that each can be: what is not known yet may turn out to be this.
-BEST = {"clean_accuracy": 1.0, "attack_success": 0.0, "recovery": 1.0, "pruned_share": 0.0}
+BEST = {
+    "clean_accuracy": 1.0,
+    "attack_success": 0.0,
+    "recovery": 1.0,
+    "pruned_share": 0.0,
+    "risk": 0.0,
+}
 
 
 class Aggregate(BaseModel):

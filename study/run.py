@@ -14,8 +14,10 @@ from rich.console import Console
 
 from bimask.config import PurifyConfig
 from bimask.devices import resolve_device
+from bimask.evidence import Probe
 from bimask.victim import EpochLog, Victim, obtain_victim
 from study import records, search
+from study.blind import make_probe, with_probes
 from study.config import StudyConfig, StudyError, load_config
 from study.console import progress_bar, show, trial_progress
 from study.plots import draw_victims
@@ -57,7 +59,7 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
         )
         suite = prepare_victims(config, outputs / "victims", device, console)
         victims = {name: suite[name] for name in config.victim_names()}
-        cases = cases_of(config, victims)
+        cases = with_probes(cases_of(config, victims), prepare_probes(config, victims, console))
         tracker = Tracker(uri, outputs / "mlartifacts")
         _begin(config, folder, tracker, victims)
         try:
@@ -175,6 +177,21 @@ def prepare_victims(
     return victims
 
 
+def prepare_probes(
+    config: StudyConfig, victims: dict[str, Victim], console: Console
+) -> dict[str, Probe]:
+    """The probe of every tuning victim: what trials are asked without the attack."""
+    probes = {}
+    with progress_bar(console) as progress:
+        for name, victim in victims.items():
+            task = progress.add_task(f"probing {name}", total=None)
+            probes[name] = make_probe(
+                victim, seed=config.seed, on_step=lambda task=task: progress.advance(task)
+            )
+            progress.update(task, total=1, completed=1)
+    return probes
+
+
 def confirm_choice(
     config: StudyConfig,
     folder: Path,
@@ -214,6 +231,10 @@ def close(tracker: Tracker, folder: Path, summary: dict[str, Any]) -> None:
     if summary["chosen"]:
         metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
         metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
+    if (found := summary["selection"]["spearman"]) is not None:
+        metrics["blind/spearman"] = found["rho"]
+    if (regret := summary["selection"]["regret"]) is not None:
+        metrics |= {f"blind/regret_{split}": value for split, value in regret.items()}
     metrics |= confirmation_metrics(summary.get("suite") or {})
     names = (FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)
     tracker.end_study(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bimask.config import ENGINE, PurifyConfig
 from bimask.errors import NonFiniteError
+from bimask.evidence import Probe
 from bimask.masks import MaskSet, fold
 from bimask.metrics import EvalSets, Scores, evaluate
 from bimask.population import PopulationPurifier
@@ -41,6 +42,7 @@ class Case:
         clean: the defender's images, (N, C, H, W) float in [0, 1].
         val: evaluation sets to choose on; they know the true trigger (`oracle` selection).
         repeat: which of the victim's runs in a trial this is: each has its own seed and images.
+        probe: what asks a purified model without the attack, see `study.blind`; None asks nothing.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Case:
     clean: Tensor
     val: EvalSets
     repeat: int = 0
+    probe: Probe | None = None
 
     @classmethod
     def of(cls, name: str, victim: Victim, config: StudyConfig, repeat: int = 0) -> Case:
@@ -56,6 +59,11 @@ class Case:
         seed = config.seed + repeat
         clean = splits.train.clean_subset(config.clean_images_per_class, seed=seed)
         return cls(name, victim, clean.floats(), victim.eval_sets(splits, "val"), repeat)
+
+    def to(self, device: torch.device | str) -> Case:
+        """The same with its images on another device; the victim stays."""
+        probe = None if self.probe is None else self.probe.to(device)
+        return replace(self, clean=self.clean.to(device), val=self.val.to(device), probe=probe)
 
     @property
     def before(self) -> float:
@@ -75,7 +83,7 @@ class CaseResult:
     Attributes:
         name: of the victim.
         numbers: what objectives and constraints are made of, see `numbers_of`.
-        evidence: further numbers of the purified model, by name; kept, never an objective.
+        evidence: what the case's probe says of the purified model, by name.
     """
 
     name: str
@@ -147,19 +155,29 @@ class TrialResult:
 
 
 Report = Callable[[int, str, RoundLog, Scores], None]
-Evidence = Callable[[Case, nn.Module], Mapping[str, float]]
 
 
-def numbers_of(case: Case, scores: Scores, masks: MaskSet) -> dict[str, float]:
+def asked(case: Case, model: nn.Module, masks: MaskSet) -> dict[str, float]:
+    """What the case's probe says of the model under its masks; nothing where there is none."""
+    if case.probe is None:
+        return {}
+    return case.probe(fold(model, masks), fold(model, masks, inverse=True)).numbers()
+
+
+def numbers_of(
+    case: Case, scores: Scores, masks: MaskSet, said: Mapping[str, float]
+) -> dict[str, float]:
     """What objectives and constraints are made of, of one purified model.
 
     `pruned_share` is the share of channels that keep less than half of their output; `accuracy_drop`
-    is against the victim's own clean accuracy, negative where the purified model is better.
+    is against the victim's own clean accuracy, negative where the purified model is better; `risk` is
+    what a probe says, where there is one.
     """
     return {
         **{name: getattr(scores, name) for name in SCORES},
         "pruned_share": (masks.keep() < 0.5).float().mean().item(),
         "accuracy_drop": case.before - scores.clean_accuracy,
+        **{name: said[name] for name in ("risk",) if name in said},
     }
 
 
@@ -172,7 +190,6 @@ def run_trials(
     report_every: int = 10,
     on_report: Report | None = None,
     judge: Judge | None = None,
-    evidence: Evidence | None = None,
 ) -> list[TrialResult | NonFiniteError]:
     """Purify each case with every configuration, all configurations at once.
 
@@ -184,7 +201,6 @@ def run_trials(
         on_report: called with the trial's position, the run, the round and its scores on `val`, every
             `report_every` rounds.
         judge: what the numbers come to and when a trial is stopped; by default the mean, and never.
-        evidence: further numbers of every purified model, from its case and the model.
 
     Returns:
         One result a configuration, or the error that ended this one alone: a loss or an objective is
@@ -194,11 +210,11 @@ def run_trials(
     trials = [_Trial(position, config, judge) for position, config in enumerate(configs)]
     for case in cases:
         model = copy.deepcopy(case.victim.model).to(device)
-        there = replace(case, clean=case.clean.to(device), val=case.val.to(device))
+        there = case.to(device)
         for group in _populations(trials):
             if running := [trial for trial in group if trial.running]:
                 watch = _Watch(there, model, running, report_every, on_report)
-                _purify(there, model, running, seed=seed, watch=watch, evidence=evidence)
+                _purify(there, model, running, seed=seed, watch=watch)
         for trial in trials:
             if trial.running:
                 trial.stopped = judge.between(cases, trial.numbers, trial.seconds)
@@ -255,7 +271,6 @@ def _purify(
     *,
     seed: int,
     watch: _Watch,
-    evidence: Evidence | None,
 ) -> None:
     """One run of trials that share a net; every one of them gets its result, or its error."""
     population = PopulationPurifier(
@@ -269,16 +284,17 @@ def _purify(
         if isinstance(result, NonFiniteError):
             trial.failure = result
         elif trial.running:
-            cleaned = result.model()
-            scores, masks = evaluate(cleaned, case.val), result.masks.cpu()
+            scores = evaluate(result.model(), case.val)
+            said = asked(case, model, result.masks)
+            masks = result.masks.cpu()
             trial.cases[case.key] = CaseResult(
                 case.name,
                 scores,
                 masks,
                 result.rounds,
                 result.passes,
-                numbers_of(case, scores, masks),
-                dict(evidence(case, cleaned)) if evidence is not None else {},
+                numbers_of(case, scores, masks, said),
+                said,
             )
     seconds = watch.seconds_each
     for trial in running:
@@ -318,7 +334,8 @@ class _Watch:
             self.on_report(trial.position, self.case.key, log, scores)
         if share is not None:
             spent = trial.seconds + self.seconds_each
-            numbers = numbers_of(self.case, scores, masks) | {"seconds": spent}
+            said = asked(self.case, self.model, masks)
+            numbers = numbers_of(self.case, scores, masks, said) | {"seconds": spent}
             trial.rungs[rung(self.case.key, share)] = trial.judge.losses(numbers)
             trial.stopped = trial.judge.at_rung(self.case, share, numbers)
         return trial.stopped is not None

@@ -91,9 +91,9 @@ def test_adversarial_images_keep_budget_and_range(quarters):
 
 def test_suspicion_by_hand():
     weights = suspicion([torch.tensor([1.0, 2.0, torch.inf])])
-    torch.testing.assert_close(weights, torch.tensor([256 / 257, 1 / 257, 0.0]).double())
-    doubled = suspicion([torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])])
-    assert doubled[0].item() == pytest.approx(1 / (1 + 2**-16))
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0.0, 0.0]).double())  # 1 / 257 is too little
+    near = suspicion([torch.tensor([1.0, 1.5]), torch.tensor([1.5, 1.0]), torch.tensor([1.0, 1.5])])
+    assert near[0].item() == pytest.approx(1 / (1 + 1.5**-8))
 
 
 def test_the_same_images_make_the_same_probe_and_steps_are_told(quarters):

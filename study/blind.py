@@ -1,0 +1,76 @@
+"""Choosing without the attack: what probes are made of, and how the blind choice compares.
+
+A probe of a victim is made of clean images of `val`, up to `PER_CLASS` of a class: none that a defence
+learns on, which are of the training split, and none of `test`. It sees neither trigger nor target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+
+from bimask.evidence import Probe
+from bimask.victim import Victim
+from study.trial import Case
+
+PER_CLASS = 16
+CHOSEN_BY = {"oracle": "attack_success", "blind": "risk"}
+PROMISE = (
+    "Blind selection ranks settings by how little of the suspect model's short cuts they leave, as far "
+    "as triggers made without the attack can show it. It measures no attack success rate and proves no "
+    "backdoor gone: an attack whose trigger is unlike every trigger made here stays unseen."
+)
+
+
+def make_probe(victim: Victim, *, seed: int, on_step: Callable[[], None] | None = None) -> Probe:
+    """The probe of a victim; the same seed makes the same one."""
+    val = victim.spec.load_data().val
+    smallest = int(torch.bincount(val.labels, minlength=val.num_classes).min())
+    images = val.clean_subset(min(PER_CLASS, max(1, smallest)), seed=seed).floats()
+    return Probe(victim.model, images, on_step=on_step)
+
+
+def with_probes(cases: Sequence[Case], probes: Mapping[str, Probe]) -> list[Case]:
+    """Each case with the probe of its victim."""
+    return [replace(case, probe=probes[case.name]) for case in cases]
+
+
+def compare(
+    complete: Sequence[Mapping[str, Any]],
+    chosen: Mapping[str, int | None],
+    measured: Callable[[int], dict[str, Any]],
+) -> dict[str, Any]:
+    """Blind choice beside the oracle's.
+
+    Args:
+        complete: all COMPLETE trials, with `risk` and `attack_success`.
+        chosen: "oracle" and "blind" -> position of what each chooses, or None.
+        measured: position -> that trial with its scores on `test`.
+
+    Returns:
+        Both choices; `spearman`, the rank correlation of risk and attack success on val over all
+        trials with its p-value, None where one of them does not vary; `regret`, how much higher the
+        attack success of the blind choice is than the oracle's, on val and on test.
+    """
+    points = {who: None if at is None else measured(at) for who, at in chosen.items()}
+    result: dict[str, Any] = {**points, "spearman": rank_correlation(complete), "regret": None}
+    oracle, blind = points["oracle"], points["blind"]
+    if oracle is not None and blind is not None:
+        result["regret"] = {
+            split: blind[split]["attack_success"] - oracle[split]["attack_success"]
+            for split in ("val", "test")
+        }
+    return result
+
+
+def rank_correlation(trials: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Spearman's rho of risk and attack success; None for fewer than three trials or no variation."""
+    pairs = [(trial["risk"], trial["attack_success"]) for trial in trials]
+    if len(pairs) < 3 or any(len(set(column)) == 1 for column in zip(*pairs, strict=True)):
+        return None
+    found = spearmanr(pairs)
+    return {"rho": float(found.statistic), "p": float(found.pvalue), "n": len(pairs)}

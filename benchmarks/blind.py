@@ -1,4 +1,4 @@
-"""How far blind selection agrees with the truth: the trials of `benchmarks.blind_runs`, asked and ranked.
+"""How far blind selection agrees with the truth: trials of `benchmarks.blind_runs`, asked and ranked.
 
     python -m benchmarks.blind        # 5 s a victim and a fraction of a second a trial
 

@@ -329,7 +329,7 @@ def test_a_trigger_of_another_attack_is_refused(hasty, tmp_path):
 
 
 def test_a_rate_that_cannot_be_is_refused_before_anything_is_trained(hasty, monkeypatch):
-    monkeypatch.setattr("bimask.victim.fit", None)  # whoever trains, fails otherwise
+    monkeypatch.setattr("bimask.victim.train.fit", None)  # whoever trains, fails otherwise
     with pytest.raises(DataError, match="LabelConsistent can poison 1 to"):
         train_victim(hasty("label_consistent", poisoning_rate=0.5))
 

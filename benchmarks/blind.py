@@ -1,6 +1,6 @@
 """How far blind selection agrees with the truth: trials of `benchmarks.blind_runs`, asked and ranked.
 
-    python -m benchmarks.blind        # 5 s a victim and a fraction of a second a trial
+    python -m benchmarks.blind [ATTACK ...]   # 5 s a victim and a fraction of a second a trial
 
 The formula of `bimask.evidence.risk` was made on the two studies of seed 0 (BadNets, Blended;
 settings by TPE). Everything here is of other victims, other targets and random settings; WaNet and
@@ -10,18 +10,20 @@ the low-frequency attack were never looked at. Probes are of `val`; the truth is
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import Any
 
 import torch
 from scipy.stats import spearmanr
 
-from benchmarks.blind_runs import FOLDER, SEED, TARGETS, judged, victim_of
+from benchmarks.blind_runs import SEED, TARGETS, judged, victim_of
 from benchmarks.report import RESULTS
 from study.blind import make_probe
 from study.pareto import choose
 from study.provenance import commit, versions
 
+KEPT = RESULTS / "blind.json"
 MAX_DROP = 0.02
 SIGNALS = ("risk", "same_answer", "carried_over", "agreement", "inverse_agreement")
 
@@ -79,16 +81,17 @@ def ranked(found: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    content: dict[str, Any] = {"commit": commit(), "versions": versions(), "victims": {}}
-    for attack in TARGETS:
-        if not list((FOLDER / attack).glob("*.json")):
-            continue
+    content: dict[str, Any] = {"victims": {}}
+    if KEPT.is_file():
+        content = json.loads(KEPT.read_text())
+    content |= {"commit": commit(), "versions": versions()}
+    for attack in sys.argv[1:] or TARGETS:
         found = asked(attack)
         content["victims"][attack] = ranked(found) | found
         shown = {k: v for k, v in content["victims"][attack].items() if k != "trials"}
         print(attack, json.dumps(shown, indent=1), flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "blind.json").write_text(json.dumps(content, indent=1) + "\n")
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    KEPT.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def compare(
     """Blind choice beside the oracle's.
 
     Args:
-        complete: all COMPLETE trials, with `risk` and `attack_success`.
+        complete: all COMPLETE trials, with `attack_success` and, unless it was never asked, `risk`.
         chosen: "oracle" and "blind" -> position of what each chooses, or None.
         measured: position -> that trial with its scores on `test`.
 
@@ -57,8 +57,9 @@ def compare(
         attack success of the blind choice is than the oracle's, on val and on test.
     """
     points = {who: None if at is None else measured(at) for who, at in chosen.items()}
-    result: dict[str, Any] = {**points, "spearman": rank_correlation(complete), "regret": None}
-    oracle, blind = points["oracle"], points["blind"]
+    oracle, blind = points.get("oracle"), points.get("blind")
+    result: dict[str, Any] = {"oracle": oracle, "blind": blind, "regret": None}
+    result["spearman"] = rank_correlation(complete)
     if oracle is not None and blind is not None:
         result["regret"] = {
             split: blind[split]["attack_success"] - oracle[split]["attack_success"]
@@ -69,7 +70,7 @@ def compare(
 
 def rank_correlation(trials: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     """Spearman's rho of risk and attack success; None for fewer than three trials or no variation."""
-    pairs = [(trial["risk"], trial["attack_success"]) for trial in trials]
+    pairs = [(trial["risk"], trial["attack_success"]) for trial in trials if "risk" in trial]
     if len(pairs) < 3 or any(len(set(column)) == 1 for column in zip(*pairs, strict=True)):
         return None
     found = spearmanr(pairs)

@@ -41,6 +41,7 @@ def summarise(
     positions = {
         who: choose(complete, min_clean_accuracy=bound, violations=violations, by=score)
         for who, score in blind.CHOSEN_BY.items()
+        if all(score in trial for trial in complete)  # trials of before there were probes have no risk
     }
     position = positions[config.selection]
     chosen = None if position is None else complete[position]
@@ -101,7 +102,7 @@ def _point(config: StudyConfig, trial: dict[str, Any]) -> dict[str, Any]:
     return {
         "number": trial["number"],
         "parameters": trial["parameters"],
-        "val": {name: trial[name] for name in (*SCORES, "risk")},
+        "val": {name: trial[name] for name in (*SCORES, "risk") if name in trial},
         "objectives": {name: trial[name] for name in config.directions},
     }
 

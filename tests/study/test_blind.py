@@ -1,8 +1,12 @@
 """Choosing without the attack."""
 
+import json
+
 import pytest
+import yaml
 
 from bimask.victim import VictimSpec, train_victim
+from study import run
 from study.blind import compare, make_probe, rank_correlation
 from study.config import StudyError, load_config
 from study.pareto import choose
@@ -102,3 +106,32 @@ def test_the_probe_is_of_val_alone():
     rows = {image.numpy().tobytes() for image in splits.val.floats()}
     assert len(probe.images) == 160
     assert all(image.numpy().tobytes() in rows for image in probe.images)
+
+
+@pytest.mark.ray
+def test_a_blind_study_shows_both_choices(tmp_path):
+    victim = {"image_size": 12, "width": 4, "epochs": 10}
+    sizes = {"initialise_rounds": 2, "minimise_rounds": 2, "select_rounds": 2}
+    study = {
+        **yaml.safe_load(BLIND),
+        "victims": [victim],
+        "clean_images_per_class": 3,
+        "choose": {"max_accuracy_drop": 0.9},
+        "fixed": {"inner_optimizer": "sign", "step_size": None, "patience": None, **sizes},
+        "paper_defaults": False,
+    }
+    path = written(tmp_path, yaml.safe_dump(study))
+    assert run.run_study(path, {"concurrency": 2}, outputs=tmp_path / "outputs", address="local")
+    folder = tmp_path / "outputs" / "b"
+    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert all(0 <= trial["risk"] <= 1 for trial in trials)
+    found = summary["selection"]
+    assert found["used"] == "blind"
+    assert summary["chosen"]["number"] == found["blind"]["number"]
+    assert found["blind"]["val"]["risk"] == min(trial["risk"] for trial in trials)
+    assert found["oracle"]["val"]["attack_success"] == min(t["attack_success"] for t in trials)
+    assert found["regret"]["val"] >= 0
+    evidence = trials[0]["scores"]["digits-badnets"]
+    assert evidence["risk"] == (evidence["same_answer"] + evidence["carried_over"]) / 2
+    assert set(summary["objectives"]) == {"clean_accuracy", "risk"}

@@ -16,7 +16,7 @@ and a purified model g is asked how far it still follows them:
     risk          (carried_over + same_answer) / 2, in [0, 1]: low where few short cuts of f are left
 
 A backdoor is not measured by any of them: g may have learned to resist these triggers and not the
-attacker's, or the attacker's may be of a kind that no search here can find. `benchmarks/README.md` has
+attacker's, or the attacker's may be of a kind that no search here can find. `benchmarks/blind.md` has
 how the order by risk agrees with the order by the true attack success rate.
 """
 

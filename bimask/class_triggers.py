@@ -11,6 +11,7 @@ families:
     patch     T(x) = (1 - m) x + m p     size = sum of m, the pixels covered; m (H, W), p (C, H, W)
     pattern   T(x) = clip(x + d)         size = sum of d^2
     warp      T(x)(z) = x(z + g(z))      size = mean of |g|^2 in pixels; g of 4x4 points, bicubic
+    tone      T(x)(z) = x(z) + h(x(z))   size = mean of h^2; h of a channel linear between 17 points
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 
 from bimask.errors import DataError
 
-Family = Literal["patch", "pattern", "warp"]
+Family = Literal["patch", "pattern", "warp", "tone"]
 
 IMAGES_PER_PASS = 2048  # classes x images in one pass
 
@@ -116,7 +117,33 @@ class Warp(TriggerFamily):
         return self.moved.square().sum(1).mean((1, 2))
 
 
-FAMILIES: dict[Family, type[TriggerFamily]] = {"patch": Patch, "pattern": Pattern, "warp": Warp}
+class Tone(TriggerFamily):
+    """All pixels of a brightness get another one: filters, fewer grey levels."""
+
+    weight, lr, steps = 30.0, 0.02, 40
+    levels = 16
+
+    def __init__(self, classes: int, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(classes, shape[0], self.levels + 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        place = images * self.levels
+        low = place.long().clamp(0, self.levels - 1)
+        channel = torch.arange(images.shape[1], device=images.device).view(1, -1, 1, 1)
+        below, above = self.offset[:, channel, low], self.offset[:, channel, low + 1]
+        return (images + torch.lerp(below, above, place - low)).clamp(0, 1)
+
+    def size(self) -> Tensor:
+        return self.offset.square().mean((1, 2))
+
+
+FAMILIES: dict[Family, type[TriggerFamily]] = {
+    "patch": Patch,
+    "pattern": Pattern,
+    "warp": Warp,
+    "tone": Tone,
+}
 
 
 @dataclass(frozen=True)

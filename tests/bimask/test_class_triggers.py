@@ -123,3 +123,13 @@ def test_a_class_that_all_images_are_of_has_no_price(quarters):
 def test_no_images_are_refused(tiny_net, pictures):
     with pytest.raises(DataError, match="at least one"):
         find_class_triggers(tiny_net, pictures[:0], "patch")
+
+
+def test_tone_maps_brightness_to_brightness(quarters):
+    triggers = FAMILIES["tone"](1, (1, 8, 8))
+    with torch.no_grad():
+        for level in range(17):  # the negative
+            triggers.offset[0, 0, level] = 1 - 2 * level / 16
+        torch.testing.assert_close(triggers(quarters)[0], 1 - quarters)
+        ends = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+        assert triggers(ends).flatten().tolist() == [1.0, 0.0]

@@ -6,17 +6,19 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from bimask.commands.terminal import VictimBars, described
 from bimask.devices import resolve_device
-from bimask.victim import EpochLog, Victim, obtain_victim
+from bimask.victim import Victim, obtain_victim
 from study import records, search
 from study.config import StudyConfig, StudyError, load_config
-from study.console import progress_bar, show, trial_progress
+from study.console import show, trial_progress
 from study.pareto import OBJECTIVES
 from study.plots import draw_victims
 from study.provenance import commit, versions
@@ -143,27 +145,19 @@ def prepare_victims(
     """
     torch.set_num_threads(config.cpus_per_trial)
     victims = {}
-    for name, spec in zip(config.victim_names(), config.victims, strict=True):
-        cached = (root / spec.digest).is_dir()
-        known = cached or spec.weights is not None
-        with progress_bar(console) as progress:
-            task = progress.add_task(f"victim {name}", total=spec.epochs, visible=not known)
-
-            def on_epoch(log: EpochLog) -> None:
-                text = f"victim {name}"  # noqa: B023
-                if log.scores is not None:
-                    text += (
-                        f"  ACC {log.scores.clean_accuracy:.3f}  ASR {log.scores.attack_success:.3f}"
-                    )
-                progress.update(task, completed=log.epoch, description=text)  # noqa: B023
-
-            victims[name] = obtain_victim(spec, root, device=device, on_epoch=on_epoch)
-        scores = victims[name].scores["test"]
-        origin = "cached" if cached else "trained" if spec.weights is None else "given"
-        console.print(
-            f"victim {name} ({origin}, {spec.digest}): on test ACC "
-            f"{scores.clean_accuracy:.3f}, ASR {scores.attack_success:.3f}, RA {scores.recovery:.3f}"
-        )
+    with VictimBars(console) as bars:
+        for name, spec in zip(config.victim_names(), config.victims, strict=True):
+            bar = f"victim {name}"
+            cached = (root / spec.digest).is_dir()
+            victims[name] = obtain_victim(
+                spec,
+                root,
+                device=device,
+                on_epoch=partial(bars.epoch, bar),
+                on_prepare=partial(bars.preparing, bar),
+            )
+            origin = "cached" if cached else "trained" if spec.weights is None else "given"
+            bars.ended(bar, f"victim {name} ({origin}), {described(victims[name])}")
     return victims
 
 

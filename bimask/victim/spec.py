@@ -37,6 +37,12 @@ class VictimSpec(NetSpec):
     batch_size: int = Field(128, ge=2)
     lr: float = Field(0.1, gt=0)
     weight_decay: float = Field(5e-4, ge=0)
+    optimizer: Literal["sgd", "adamw"] | None = Field(
+        None, description="null is sgd; transformers need adamw, with an `lr` such as 0.001"
+    )
+    warmup: float | None = Field(
+        None, gt=0, lt=1, description="share of the steps in which `lr` is reached; null is 0.3"
+    )
     shift: int = Field(1, ge=0, description="augmentation: random shift by up to this many pixels")
     flip: bool = Field(False, description="augmentation: random horizontal flip")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of training's passes")
@@ -84,6 +90,7 @@ class VictimSpec(NetSpec):
     def recipe(self) -> dict[str, Any]:
         """What `bimask.training.fit` is told of net and training."""
         keys = {"epochs", "batch_size", "lr", "weight_decay", "shift", "flip", "precision", "seed"}
+        keys |= {"optimizer", "warmup"}
         return {"fresh_net": self.fresh_net} | self.model_dump(include=keys)
 
     def rates(self) -> dict[str, Any]:

@@ -145,8 +145,8 @@ def show_leave_out(console: Console, found: dict[str, Any]) -> None:
             table.add_row(attack, *["nothing chosen"] * 5)
             continue
         seen, unseen, loss = row["with"], row["without"], row["loss"]
-        values = (unseen["attack_success"], seen["attack_success"], loss["attack_success"])
-        values += (unseen["clean_accuracy"], loss["clean_accuracy"])
+        values = [unseen["attack_success"], seen["attack_success"], loss["attack_success"]]
+        values += [unseen["clean_accuracy"], loss["clean_accuracy"]]
         table.add_row(attack, *(f"{100 * value:.1f}" for value in values))
     console.print(table)
 

@@ -165,7 +165,7 @@ class _Study:
     def run(self, started: float) -> tuple[dict[str, Any], int | None]:
         """Search, choose, report: the summary, and the signal that ended the search, if one did."""
         mirror = Mirror(self.tracker, self._say_what_happens)
-        interrupts, patience = Interrupts(), 0.0
+        interrupts, patience = Interrupts(), SHORT_PATIENCE
         try:
             draw_victims(self.folder / VICTIM_PICTURES, self.cases)
             mirror.log_folder(self.folder / VICTIM_PICTURES)

@@ -81,11 +81,14 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         StudyError: another process holds it.
     """
-    with (folder / ".lock").open("a+") as file:
+    held = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StudyError(
                 f"Another process is at work on {folder}; wait for its end, or end it, then resume."
             ) from error
         yield
+    finally:
+        os.close(held)

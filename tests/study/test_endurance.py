@@ -63,6 +63,9 @@ STUDY = {
     },
 }
 
+# Ray would put its workers behind every other process of the machine.
+QUICK = {"RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
+
 
 class Study:
     """A study as a user runs it, in a process of its own that can be killed."""
@@ -81,7 +84,7 @@ class Study:
             cwd=self.home,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **QUICK, "PYTHONPATH": str(ROOT)},
         )
 
     def resume(self):

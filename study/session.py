@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bimask.suspect import file_sha256
-from bimask.victim import WEIGHTS, Victim
+from bimask.victim import Victim
+from bimask.victim.files import WEIGHTS
 from study import records
 from study.config import RUNNING, StudyConfig, StudyError, load_config
 from study.files import write_text

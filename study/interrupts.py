@@ -17,8 +17,9 @@ class InterruptedStudyError(Exception):
         signal: its number; a command ends with the code 128 + signal.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
+    def __init__(self, number: int, study: str) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"{study} was ended by {name}; go on with --resume {study}.")
         self.signal = number
 
 

@@ -20,7 +20,7 @@ def start_ray(address: str | None) -> None:
     try:
         _require_listener(where)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises just that where a busy machine starts it too slowly
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
             f"Cannot join Ray at {where} ({reason}); start it with `ray start --head`, or leave the "

@@ -19,7 +19,7 @@ def start_ray(address: str | None) -> None:
     where = address or os.environ.get("RAY_ADDRESS") or "this machine"
     try:
         _require_listener(where)
-        # a dashboard is a dozen processes, which nobody looks at who asked for a Ray of this process alone
+        # no dashboard, a dozen processes, for a Ray of this process alone
         quiet = {"include_dashboard": False} if address == "local" else {}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **quiet)
     except Exception as error:  # Ray raises just that where a busy machine starts it too slowly

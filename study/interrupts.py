@@ -43,13 +43,14 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():  # signals are not ours to take
             yield
             return
-        before = {number: signal.signal(number, self._heard) for number in SIGNALS}
+        before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGUSR1)}
+        for number in SIGNALS:
+            signal.signal(number, self._heard)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

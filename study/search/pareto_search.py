@@ -56,6 +56,11 @@ class ParetoSearch(Searcher):
             self.study = self._open()
         if len(self.study.directions) != len(OBJECTIVES):
             raise StudyError(f"Optuna's study has directions {self.study.directions}.")
+        if records and max(r["number"] for r in records) >= len(self.study.trials):
+            raise StudyError(
+                f"{storage} does not know all trials that have records; put it back as it was, or start "
+                "a new study under another --name."
+            )
         for record in records:
             self.tell(record)
         self.doubtful = bool(self._trials(TrialState.RUNNING))

@@ -58,7 +58,7 @@ class ParetoSearch(Searcher):
             raise StudyError(f"Optuna's study has directions {self.study.directions}.")
         if records and max(r["number"] for r in records) >= len(self.study.trials):
             raise StudyError(
-                f"{storage} does not know all trials that have records; put it back as it was, or start "
+                f"{storage} lacks trials that have records; put it back as it was, or start "
                 "a new study under another --name."
             )
         for record in records:

@@ -127,7 +127,7 @@ def test_failed_trials_are_told_and_not_asked_for_again(tmp_path):
 
 
 def test_a_storage_that_was_lost_is_refused(tmp_path):
-    with pytest.raises(StudyError, match="does not know all trials that have records"):
+    with pytest.raises(StudyError, match="lacks trials that have records"):
         Life(tmp_path, [complete(5)])
 
 

@@ -98,6 +98,10 @@ class Study:
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         return {record["number"]: record for record in map(json.loads, lines)}
 
+    def progress(self):
+        paths = (self.folder / "trials.jsonl", self.folder / "reports.jsonl")
+        return [path.stat().st_size for path in paths if path.is_file()]
+
     def optuna_trials(self):
         storage = f"sqlite:///{self.folder / 'optuna.db'}"
         return optuna.load_study(study_name=self.name, storage=storage).get_trials()
@@ -251,13 +255,17 @@ def test_ten_kills_at_random_moments(home):
     """Bar 3 of the endurance: 24 trials, SIGKILL at ten random moments, --resume after each."""
     draw = random.Random(0)
     study = Study(home, "ten", trials=24)
-    process, kills = study.start(), 0
+    process = study.start()
     until(process, lambda: (study.folder / "study.yaml").is_file())
-    while kills < 10:
-        time.sleep(draw.uniform(0, 25))
+    for number in range(10):
+        if number % 2:  # anywhere in the coming up of a driver, of Ray, of the actors
+            time.sleep(draw.uniform(0, 20))
+        else:  # among trials that run, end and are written down
+            seen = study.progress()
+            until(process, lambda: study.progress() != seen)  # noqa: B023
+            time.sleep(draw.uniform(0, 4))
         assert process.poll() is None, "make the trials longer: it was over before the tenth kill"
         kill(process)
-        kills += 1
         process = study.resume()
     assert process.wait() == 0, study.said()
     study.check()

@@ -63,8 +63,8 @@ STUDY = {
     },
 }
 
-# Ray would put its workers behind every other process of the machine.
-QUICK = {"RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
+# Ray would put its workers behind all processes of the machine, and end them for what others take.
+QUICK = {"RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1"}
 
 
 class Study:

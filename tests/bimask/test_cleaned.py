@@ -310,3 +310,20 @@ def test_a_fold_that_answers_otherwise_is_refused_and_leaves_nothing(
     with pytest.raises(ExportError, match="nothing was written"):
         save_cleaned(tmp_path / "out", suspect, result, looked, seed=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cleaned_model_is_exported_by_command(own, cleaned, tmp_path):
+    out = tmp_path / "model.pt2"
+    clean = str(own[0] / "clean")
+    done = CliRunner().invoke(
+        app, ["export", str(cleaned[0]), str(out), "--images", clean, "--trust-code"]
+    )
+    assert done.exit_code == 0, done.exception
+    assert "100 images" in done.output
+    images = read_clean(own[0] / "clean")[0].floats()
+    torch.testing.assert_close(
+        torch.export.load(out).module()(images),
+        load_cleaned(cleaned[0], own_code=True).model(images),
+        atol=1e-4,
+        rtol=1e-4,
+    )

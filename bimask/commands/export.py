@@ -11,8 +11,9 @@ from rich.markup import escape
 
 from bimask.cleaned import load_cleaned
 from bimask.commands.terminal import TrustCode, console
+from bimask.compact import compact
 from bimask.errors import SettingError
-from bimask.export import export_onnx, export_program
+from bimask.export import FOLDED, export_onnx, export_program, require_equal
 from bimask.own_model import read_clean
 
 WRITERS = {".onnx": export_onnx, ".pt2": export_program}
@@ -25,6 +26,9 @@ def export_command(
     images: Annotated[
         Path | None, typer.Option(help="Pictures to check the file on; default: noise.")
     ] = None,
+    compact_: Annotated[
+        bool, typer.Option("--compact", help="Without channels that the masks made exactly zero.")
+    ] = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Write a cleaned model as ONNX or torch.export, checked, for any number of images at once."""
@@ -38,7 +42,16 @@ def export_command(
     else:
         channels, size, _ = read.shape
         checked = read_clean(images, channels=channels, image_size=size)[0].floats()
-    error = WRITERS[out.suffix](read.model, checked, out)
+    model = read.model
+    if compact_:
+        small = compact(model)
+        model = small.model
+        with torch.no_grad():
+            require_equal(model(checked), read.model(checked), FOLDED, "The compact model")
+        console.print(
+            f"{small.removed} of {small.channels} channels removed; {small.dead} are exactly zero"
+        )
+    error = WRITERS[out.suffix](model, checked, out)
     console.print(
         f"{escape(str(out))}: logits of {len(checked)} images differ by {error:.1e} at most",
         soft_wrap=True,

@@ -27,7 +27,7 @@ class Compacted:
     """A net without its dead channels.
 
     Attributes:
-        model: traced, with the same answers.
+        model: with the same answers; traced, if any channel went.
         dead: channels whose weights are exactly zero.
         removed: those of them that could go.
         channels: of all convolutions together.
@@ -61,7 +61,7 @@ def compact(model: nn.Module) -> Compacted:
         chain = _chain(node, modules, calls)
         if chain is not None:
             removed += _shorten(*chain)
-    return Compacted(traced, dead, removed, channels)
+    return Compacted(traced if removed else plain, dead, removed, channels)
 
 
 def _dead(conv: nn.Conv2d) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -202,7 +201,7 @@ def load_registered(reference: str, uri: str) -> PyFuncModel:
     require_server(uri)
     mlflow.set_tracking_uri(uri)
     try:
-        return mlflow.pyfunc.load_model(reference, dst_path=tempfile.mkdtemp(prefix="bimask-model-"))
+        return mlflow.pyfunc.load_model(reference)
     except (MlflowException, OSError) as error:
         raise StudyError(
             f"{reference} cannot be loaded from {redacted(uri)} ({str(error)[:200]}); give "

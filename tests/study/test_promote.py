@@ -208,6 +208,8 @@ class Server:
         words = [*command, "--port", str(self.port)]
         environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(outputs)}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        # MLflow starts `uvicorn` by its name
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.process = subprocess.Popen(
             words,
             cwd=log.parent,

@@ -23,6 +23,7 @@ from bimask.metrics import EvalSets, Scores, evaluate
 from bimask.population import PopulationPurifier
 from bimask.result import Passes, RoundLog
 from bimask.victim import Victim
+from study.checkpoint import Checkpoints, Place
 from study.config import StudyConfig
 from study.judge import Judge
 from study.objectives import mean_of
@@ -173,6 +174,7 @@ def run_trials(
     on_report: Report | None = None,
     judge: Judge | None = None,
     evidence: Evidence | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[TrialResult | NonFiniteError]:
     """Purify each case with every configuration, all configurations at once.
 
@@ -185,6 +187,7 @@ def run_trials(
             `report_every` rounds.
         judge: what the numbers come to and when a trial is stopped; by default the mean, and never.
         evidence: further numbers of every purified model, from its case and the model.
+        checkpoints: where the trials' states are kept, and gone on from if they are there.
 
     Returns:
         One result a configuration, or the error that ended this one alone: a loss or an objective is
@@ -198,7 +201,9 @@ def run_trials(
         for group in _populations(trials):
             if running := [trial for trial in group if trial.running]:
                 watch = _Watch(there, model, running, report_every, on_report)
-                _purify(there, model, running, seed=seed, watch=watch, evidence=evidence)
+                key = f"{case.key}.{group[0].position}"
+                kept = None if checkpoints is None else checkpoints.place(key)
+                _purify(there, model, running, seed=seed, watch=watch, evidence=evidence, kept=kept)
         for trial in trials:
             if trial.running:
                 trial.stopped = judge.between(cases, trial.numbers, trial.seconds)
@@ -256,6 +261,7 @@ def _purify(
     seed: int,
     watch: _Watch,
     evidence: Evidence | None,
+    kept: Place | None,
 ) -> None:
     """One run of trials that share a net; every one of them gets its result, or its error."""
     population = PopulationPurifier(
@@ -265,7 +271,10 @@ def _purify(
         generators=[torch.Generator().manual_seed(seed + case.repeat) for _ in running],
         on_round=watch,
     )
-    for trial, result in zip(running, population.run(), strict=True):
+    if kept is not None:
+        watch.go_on(kept)
+    ended = population.run() if kept is None else kept.run(population)
+    for trial, result in zip(running, ended, strict=True):
         if isinstance(result, NonFiniteError):
             trial.failure = result
         elif trial.running:
@@ -280,7 +289,7 @@ def _purify(
                 numbers_of(case, scores, masks),
                 dict(evidence(case, cleaned)) if evidence is not None else {},
             )
-    seconds = watch.seconds_each
+    seconds = watch.seconds_each + (kept.seconds / len(running) if kept is not None else 0.0)
     for trial in running:
         trial.seconds += seconds
 
@@ -300,6 +309,14 @@ class _Watch:
         self.report_every, self.on_report = report_every, on_report
         self.rungs = [trial.judge.rungs(trial.config) for trial in running]
         self.begun = time.perf_counter()
+        self.kept: Place | None = None
+
+    def go_on(self, kept: Place) -> None:
+        """Take over what the rungs said before the run was cut short, and keep what they say."""
+        self.kept = kept
+        for trial, (rungs, stopped) in zip(self.running, kept.rungs(), strict=False):
+            trial.rungs |= rungs
+            trial.stopped = stopped
 
     @property
     def seconds_each(self) -> float:
@@ -321,6 +338,8 @@ class _Watch:
             numbers = numbers_of(self.case, scores, masks) | {"seconds": spent}
             trial.rungs[rung(self.case.key, share)] = trial.judge.losses(numbers)
             trial.stopped = trial.judge.at_rung(self.case, share, numbers)
+            if self.kept is not None:
+                self.kept.keep_rungs([(one.rungs, one.stopped) for one in self.running])
         return trial.stopped is not None
 
 

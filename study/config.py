@@ -24,6 +24,7 @@ from bimask.config import PurifyConfig
 from bimask.errors import BimaskError
 from bimask.victim import VictimSpec
 from study import space as spaces
+from study.gates import Gates
 from study.objectives import Aggregate, Constraints, ObjectiveName
 from study.pareto import DIRECTIONS, Direction
 from study.space import Parameter, Scalar
@@ -115,6 +116,7 @@ class StudyConfig(BaseModel):
     )
     reference_point: ReferencePoint
     choose: Choice = Choice()
+    gates: Gates | None = Field(None, description="what `study.promote` asks for")
     fixed: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Parameter] = Field(min_length=1)
     start: list[dict[str, Scalar]] = Field(
@@ -139,8 +141,8 @@ class StudyConfig(BaseModel):
     @property
     def digest(self) -> str:
         """Sixteen hex digits of everything that decides results; how much runs at once, how often it is
-        kept and what it may take does not."""
-        deciding = self.model_dump(mode="json", exclude={"name", *RUNNING})
+        kept, what it may take and the gates do not."""
+        deciding = self.model_dump(mode="json", exclude={"name", "gates", *RUNNING})
         for name in LATER:
             default = StudyConfig.model_fields[name].get_default(call_default_factory=True)
             if getattr(self, name) == default:

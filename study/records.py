@@ -2,7 +2,7 @@
 
 outputs/NAME/study.yaml      the study, resolved
 outputs/NAME/trials.jsonl    one record a trial, written as it ends
-outputs/NAME/trials/007/     masks, pictures and rounds of trial 7
+outputs/NAME/trials/007/     masks, pictures, rounds and scores by round of trial 7
 outputs/NAME/summary.json    front, chosen trial, scores, seconds
 outputs/NAME/best.yaml       the chosen configuration, as `bimask purify` takes it
 """
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 OUTPUTS = Path("outputs")
 RESERVED = ("victims", "mlartifacts", "mlflow.db")
 STUDY, TRIALS, SUMMARY, BEST = "study.yaml", "trials.jsonl", "summary.json", "best.yaml"
+HISTORY = "history.json"  # in a trial's folder: VICTIM/SCORE -> [[rounds done, value], ...] on val
 
 
 class Recorder:
@@ -107,6 +108,7 @@ class Recorder:
                 point = (rounds[victim], scores[name])
                 trial["history"].setdefault(f"{victim}/{name}", []).append(point)
         metrics |= {f"passes_{kind}": count for kind, count in result["passes"].items()}
+        (kept / HISTORY).write_text(json.dumps(trial["history"]))
         keys = (*SCORES, "scores", "seconds", "rounds", "passes", "device")
         self._append(trial, "COMPLETE", None, {key: result[key] for key in keys})
         self.tracker.end_trial(

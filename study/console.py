@@ -14,6 +14,7 @@ from rich.table import Table
 from bimask.nets import is_own
 from study import records
 from study.config import StudyConfig
+from study.report import REPORT
 from study.tracking import Tracker
 from study.trial import SCORES
 
@@ -83,6 +84,8 @@ def show(
                 for short, name in zip(("ACC", "ASR", "RA"), SCORES, strict=True)
             )
             console.print(f"on test, {label} (trial {trial['number']}): {scores}")
+    if (folder / REPORT).is_file():
+        console.print(f"page:  {folder / REPORT}", soft_wrap=True, highlight=False)
     console.print("look:  " + tracker.ui_command(), soft_wrap=True)
     if chosen is None:
         console.print(

@@ -2,7 +2,7 @@
 
 outputs/NAME/study.yaml      the study, resolved
 outputs/NAME/trials.jsonl    one record a trial, written as it ends
-outputs/NAME/trials/007/     masks, pictures, rounds and scores by round of trial 7
+outputs/NAME/trials/007/     masks, pictures, rounds, scores by round, settings of trial 7
 outputs/NAME/summary.json    front, chosen trial, scores, seconds
 outputs/NAME/best.yaml       the chosen configuration, as `bimask purify` takes it
 """
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 OUTPUTS = Path("outputs")
 RESERVED = ("victims", "mlartifacts", "mlflow.db")
 STUDY, TRIALS, SUMMARY, BEST = "study.yaml", "trials.jsonl", "summary.json", "best.yaml"
+SETTINGS = "purify.yaml"  # in a trial's folder: every setting, as `bimask purify` takes it
 HISTORY = "history.json"  # in a trial's folder: VICTIM/SCORE -> [[rounds done, value], ...] on val
 
 
@@ -86,7 +87,13 @@ class Recorder:
         tags |= {f"victim.{name}": digest for name, digest in self.victims.items()}
         if (warning := settings.unreachable_budget()) is not None:
             tags["warning"] = warning
-        self.tracker.start_trial(number, settings.model_dump(), tags)
+        # what differs between trials: with constants in, the UI's parallel coordinates drown in them
+        params = {name: getattr(settings, name) for name in self._searched(preset, parameters)}
+        self.tracker.start_trial(number, params, tags)
+
+    def _searched(self, preset: str | None, parameters: dict[str, Any]) -> list[str]:
+        """The settings that are searched, and exist in this trial; the paper's defaults have all."""
+        return [name for name in self.config.space if preset or name in parameters]
 
     def reported(self, number: int, result: dict[str, Any]) -> None:
         """An intermediate report: scores of one victim on val after some rounds."""
@@ -109,6 +116,11 @@ class Recorder:
                 trial["history"].setdefault(f"{victim}/{name}", []).append(point)
         metrics |= {f"passes_{kind}": count for kind, count in result["passes"].items()}
         (kept / HISTORY).write_text(json.dumps(trial["history"]))
+        write_yaml(
+            kept / SETTINGS,
+            {"purify": trial["purify"], "seed": self.config.seed},
+            f"trial {number} of study {self.config.name}, every setting",
+        )
         keys = (*SCORES, "scores", "seconds", "rounds", "passes", "device")
         self._append(trial, "COMPLETE", None, {key: result[key] for key in keys})
         self.tracker.end_trial(

@@ -20,6 +20,8 @@ from study.console import progress_bar, show, trial_progress
 from study.pareto import OBJECTIVES
 from study.plots import draw_victims
 from study.provenance import commit, versions
+from study.report import REPORT, write_report
+from study.report.content import headline, read
 from study.summary import FRONT_PICTURE, summarise
 from study.tracking import Tracker, redacted, require_server, tracking_uri
 from study.trial import Case
@@ -75,6 +77,7 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
                 "harness": max(0.0, wall * concurrency - in_trials),
             }
             (folder / records.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+            make_report(folder, outputs / "victims", console)
             close(tracker, folder, summary)
         except BaseException:
             tracker.abort("the study was stopped")
@@ -97,7 +100,8 @@ def _begin(config: StudyConfig, folder: Path, tracker: Tracker, victims: dict[st
         tracker.start_study(
             config.name,
             {"trials": config.trials, "seed": config.seed, "sampler": config.sampler}
-            | {"selection": config.selection, "victims": ", ".join(victims)},
+            | {"selection": config.selection, "victims": ", ".join(victims)}
+            | {f"fixed.{name}": value for name, value in config.fixed.items()},
             {"study": config.name, "study_digest": config.digest, "commit": commit()}
             | {"objectives": json.dumps(OBJECTIVES)}
             | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}
@@ -165,13 +169,25 @@ def prepare_victims(
     return victims
 
 
+def make_report(folder: Path, victims: Path, console: Console) -> None:
+    """The study's page; whatever keeps it from being drawn must not cost the study its end."""
+    try:
+        write_report(folder, victims)
+    except Exception as error:
+        console.print(f"no report ({error}); try: python -m study.report {folder.name}", soft_wrap=True)
+
+
 def close(tracker: Tracker, folder: Path, summary: dict[str, Any]) -> None:
     """The summary in MLflow's parent run."""
     metrics = {"hypervolume": summary["hypervolume"], "n_failed": summary["n_failed"]}
+    chosen = summary["chosen"] and summary["chosen"]["number"]
     if summary["chosen"]:
         metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
         metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
-    names = (FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST)
+    told = headline(summary, read(folder)["trials"])
+    tracker.describe(f"**{told['title']}.** {told['text']} The page about it: `{REPORT}` below.")
+    tracker.mark_front([point["number"] for point in summary["front"]], chosen)
+    names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST)
     tracker.end_study(
         metrics=metrics,
         artifacts=[folder / name for name in names if (folder / name).is_file()],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
 
 from study.config import StudyError
@@ -123,6 +123,17 @@ class Tracker:
             self.close_open_trials("the study ended before the trial did")
             self.client.set_terminated(self.parent_id, "FAILED" if failed else "FINISHED")
 
+    def describe(self, text: str) -> None:
+        """What the UI shows at the top of the study's run, Markdown."""
+        self.client.set_tag(self.parent_id, MLFLOW_RUN_NOTE, text)
+
+    def mark_front(self, numbers: Iterable[int], chosen: int | None) -> None:
+        """Tag the trials of the front, and the chosen one, so that the UI's search finds them."""
+        for number in numbers:
+            self.client.set_tag(self.runs[number], "pareto", "front")
+        if chosen is not None:
+            self.client.set_tag(self.runs[chosen], "chosen", "yes")
+
     def abort(self, reason: str) -> None:
         """End the study and every open trial as FAILED, also when the end came unexpected."""
         self.close_open_trials(reason)
@@ -158,6 +169,32 @@ class Tracker:
         if self.uri.startswith(("http://", "https://")):
             return f"open {redacted(self.uri)}"
         return f"mlflow ui --backend-store-uri {redacted(self.uri)}"
+
+
+def log_to_study(uri: str, name: str, digest: str, path: Path) -> bool:
+    """Log a file to the parent run of a study that has ended; False where the store has no such run.
+
+    Args:
+        digest: of the study, since a store may hold studies of one name from several places.
+
+    Raises:
+        StudyError: the store cannot be asked.
+    """
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        return False  # MLflow would make one
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
+        query = f"run_name = '{name}' and tags.study_digest = '{digest}'"
+        runs = client.search_runs([found.experiment_id], query) if found is not None else []
+        if not runs:
+            return False
+        client.log_artifact(runs[0].info.run_id, str(path))
+    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+        raise StudyError(
+            f"The MLflow store {redacted(uri)} does not take {path.name} ({_first_line(error)})."
+        ) from error
+    return True
 
 
 def tracking_uri(outputs: Path) -> str:

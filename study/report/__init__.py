@@ -14,15 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from bimask.errors import BimaskError
-from study import records
+from study.config import StudyError
 from study.report.answers import Scene
 from study.report.closeup import curves, layers, saved_masks
 from study.report.content import page_content, read, settings_of
+from study.tracking import log_to_study, require_server, tracking_uri
 
 REPORT = "report.html"
 CLOSE_UPS = 24  # trials with curves and masks
 ANSWERED = 12  # trials whose models are asked; each costs some passes
-SCRIPTS = ("draw.js", "state.js", "front.js", "parallel.js", "heat.js", "blind.js", "tables.js", "closeup.js", "page.js")
+SCRIPTS = (
+    "draw.js",
+    "state.js",
+    "front.js",
+    "parallel.js",
+    "heat.js",
+    "blind.js",
+    "tables.js",
+    "closeup.js",
+    "page.js",
+)
 
 
 def write_report(folder: Path, victims: Path, out: Path | None = None) -> Path:
@@ -44,10 +55,25 @@ def write_report(folder: Path, victims: Path, out: Path | None = None) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(render(content), encoding="utf-8")
     except OSError as error:
-        raise records.StudyError(
+        raise StudyError(
             f"Cannot write the report {out} ({error.strerror}); give another file with --out."
         ) from error
     return out
+
+
+def log_report(path: Path, folder: Path, outputs: Path) -> str:
+    """Log a page to its study's run in MLflow; what became of it in a few words, never an error."""
+    uri = tracking_uri(outputs)
+    study = read(folder)["study"]["name"]
+    digests = {trial["provenance"]["study"] for trial in read(folder)["trials"]}
+    try:
+        require_server(uri)
+        logged = any(log_to_study(uri, study, digest, path) for digest in digests)
+    except BimaskError as error:
+        return f"not logged: {error}"
+    return (
+        f"logged to MLflow's run {study!r}" if logged else f"not logged: no run of {study!r} in MLflow"
+    )
 
 
 def render(content: dict[str, Any]) -> str:
@@ -84,7 +110,7 @@ def _close_ups(
             mine: dict[str, Any] = {"curves": curves(kept, name)}
             scene = scenes.get(name)
             if masks is not None:
-                mine["layers"] = layers(masks, scene and scene.victim.model)
+                mine["layers"] = layers(masks, scene.victim.model if scene else None)
             if masks is not None and scene is not None and position < ANSWERED:
                 mine["answers"] = scene.of_trial(masks, settings)
             found[number]["victims"][name] = mine

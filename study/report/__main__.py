@@ -27,7 +27,7 @@ def main(
     try:
         path = write_report(outputs / name, outputs / "victims", out)
         console.print(f"report  {path}", soft_wrap=True, highlight=False)
-        console.print(log_report(path, name, outputs), soft_wrap=True, highlight=False)
+        console.print(log_report(path, outputs / name, outputs), soft_wrap=True, highlight=False)
     except BimaskError as error:
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)

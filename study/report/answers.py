@@ -1,5 +1,5 @@
-"""What the models of a trial answer, made at report time from its masks: victim, purified, inverse twin,
-and perturbations synthesised anew beside the true trigger."""
+"""What the models of a trial answer, asked at report time from its masks: victim, purified, inverse
+twin; and perturbations synthesised anew beside the true trigger."""
 
 from __future__ import annotations
 

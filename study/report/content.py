@@ -24,15 +24,15 @@ COMPLETE = "COMPLETE"
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """`study` (its YAML), `trials` (records in order) and `summary` (empty where the study was cut off).
+    """`study` (its YAML), `trials` (records in order), `summary` (empty where a study was cut off).
 
     Raises:
         StudyError: no study there, or files that cannot be read.
     """
     if not (folder / records.TRIALS).is_file() or not (folder / records.STUDY).is_file():
         raise StudyError(
-            f"There is no study in {folder}: it needs {records.STUDY} and {records.TRIALS}; give a name "
-            "of `python -m study.launch`, and its --outputs."
+            f"There is no study in {folder}: it needs {records.STUDY} and {records.TRIALS}; give the "
+            "name of a study that was launched, and its --outputs."
         )
     summary = folder / records.SUMMARY
     try:
@@ -49,7 +49,10 @@ def read(folder: Path) -> dict[str, Any]:
 def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: dict[str, Any]) -> Any:
     """Everything on the page but the close-ups of single trials."""
     complete = [trial for trial in trials if trial["status"] == COMPLETE]
-    front = [complete[i]["number"] for i in ParetoFront.of(complete).indices]
+    if summary:
+        front = [point["number"] for point in summary["front"]]
+    else:
+        front = [complete[i]["number"] for i in ParetoFront.of(complete).indices]
     chosen = (summary.get("chosen") or {}).get("number")
     space = TypeAdapter(dict[str, Parameter]).validate_python(study["space"])
     searched = [trial for trial in complete if trial["preset"] != PAPER]
@@ -57,9 +60,7 @@ def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: d
         "name": study["name"],
         "headline": headline(summary, trials),
         "victims": _victims(study, summary, complete),
-        "parameters": [
-            {"name": name, **parameter.model_dump()} for name, parameter in space.items()
-        ],
+        "parameters": [{"name": name, **parameter.model_dump()} for name, parameter in space.items()],
         "objectives": OBJECTIVES,
         "trials": [_trial(trial) for trial in trials],
         "front": front,
@@ -88,15 +89,14 @@ def headline(summary: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) ->
             "text": f"Nothing is chosen. {ended}. More trials or a wider space may find one; so "
             "may a larger `max_accuracy_drop`.",
         }
-    before, chosen = _mean_before(summary, "test"), summary["chosen"]
+    before, chosen = _mean_before(summary, "test") or {}, summary["chosen"]
     after = chosen["test"]
     paper = summary.get("paper_defaults")
     who = "The paper's defaults" if paper and paper["number"] == chosen["number"] else None
     text = f"Measured on the test images, once, after the choice. {ended}."
     if paper and who is None:
-        text += (
-            f" The paper's defaults leave attack success at {_percent(paper['test']['attack_success'])}."
-        )
+        left = _percent(paper["test"]["attack_success"])
+        text += f" The paper's defaults leave attack success at {left}."
     return {
         "title": _finding(who or f"Trial {chosen['number']}", before, after, plural=who is not None),
         "text": text,
@@ -112,9 +112,7 @@ def _ended(trials: Sequence[Mapping[str, Any]], victims: str) -> str:
     return f"{len(trials)} trial{'' if len(trials) == 1 else 's'}{victims and f' on {victims}'}{lost}"
 
 
-def _finding(
-    who: str, before: Mapping[str, float], after: Mapping[str, float], *, plural: bool
-) -> str:
+def _finding(who: str, before: Mapping[str, float], after: Mapping[str, float], *, plural: bool) -> str:
     """What a configuration did, in the words of someone who tells it."""
     s = "" if plural else "s"
     was, now = before["attack_success"], after["attack_success"]
@@ -148,14 +146,14 @@ def _victims(
     study: dict[str, Any], summary: dict[str, Any], complete: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Each victim with its own scores; of a study that was cut off only the names."""
-    known = summary.get("victims") or dict.fromkeys(complete[0]["scores"] if complete else ())
+    known: dict[str, Any] = summary.get("victims") or (complete[0]["scores"] if complete else {})
     return [
         {
             "name": name,
             "net": spec["net"],
             "attack": spec["attack"]["name"],
             "poisoning_rate": spec["poisoning_rate"],
-            "before": {split: known[name][split] for split in ("val", "test")} if known[name] else None,
+            "before": {split: known[name][split] for split in ("val", "test")} if summary else None,
         }
         for name, spec in zip(known, study["victims"], strict=False)
     ]

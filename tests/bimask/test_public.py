@@ -14,7 +14,7 @@ PACKAGES = ("bimask", "study")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 DOORS = {
     "ray": [f"study/search/{name}.py" for name in ("actor", "cluster", "driver", "pareto_search")],
-    "optuna": ["study/search/pareto_search.py"],
+    "optuna": ["study/importance.py", "study/search/pareto_search.py"],
     "mlflow": ["study/tracking.py"],
 }
 EACH_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

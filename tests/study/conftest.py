@@ -1,8 +1,66 @@
+"""Shared by the tests of the study: no servers from outside, and a study of 200 trials.
+
+The large study was never searched: it is a few real purifications, their scores moved about. What reads
+a study's records cannot tell, and a search would take half an hour.
+"""
+
+import copy
+import json
+import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
+from safetensors.torch import save_file
+
+from bimask.config import PurifyConfig
+from bimask.victim import obtain_victim
+from study import records
+from study.config import StudyConfig
+from study.summary import summarise
+from study.trial import SCORES, Case, run_trials
 
 ROOT = Path(__file__).parents[2]
+VICTIM = {
+    "dataset": "digits",
+    "image_size": 12,
+    "net": "small_resnet",
+    "width": 4,
+    "epochs": 8,
+    "min_clean_accuracy": 0.0,
+    "min_attack_success": 0.0,
+}
+STUDY = {
+    "name": "large",
+    "trials": 200,
+    "clean_images_per_class": 3,
+    "victims": [
+        {**VICTIM, "attack": {"name": "badnets"}},
+        {**VICTIM, "attack": {"name": "blended", "alpha": 0.3}},
+    ],
+    "reference_point": {"clean_accuracy": 0.3, "attack_success": 1.0},
+    "choose": {"max_accuracy_drop": 0.1},
+    "fixed": {
+        "step_size": None,
+        "patience": None,
+        "initialise_rounds": 2,
+        "minimise_rounds": 2,
+        "select_rounds": 4,
+    },
+    "space": {
+        "mask_lr": {"kind": "float", "low": 0.02, "high": 0.3, "log": True},
+        "universal": {"kind": "float", "low": 0.0, "high": 1.0},
+        "inner_steps": {"kind": "int", "low": 1, "high": 3},
+        "inner_optimizer": {"kind": "categorical", "choices": ["adamw", "sign"]},
+        "inner_momentum": {"kind": "float", "low": 0, "high": 0.9, "when": {"inner_optimizer": "sign"}},
+    },
+}
+PURIFIED = 4  # configurations that are really run
+FAILED = 10
+REASON = (
+    "NonFiniteError: <b>The loss</b> of round 3 is nan.</script><script>document.title='taken'</script>"
+)
 
 
 @pytest.fixture
@@ -14,3 +72,103 @@ def shipped_studies():
 def _no_servers_from_outside(monkeypatch):
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def large_study(tmp_path_factory):
+    """The folder of a study of 200 trials on two victims, ten of them failed."""
+    return make_study(tmp_path_factory.mktemp("large"))
+
+
+def make_study(outputs, trials=STUDY["trials"]):
+    """Write the records of a study to `outputs/large` and return the folder."""
+    config = StudyConfig.model_validate(STUDY | {"trials": trials})
+    folder = outputs / config.name
+    folder.mkdir(parents=True)
+    victims = {
+        name: obtain_victim(spec, outputs / "victims")
+        for name, spec in zip(config.victim_names(), config.victims, strict=True)
+    }
+    rng = random.Random(0)
+    searched = [_parameters(rng) for _ in range(trials)]
+    cases = [Case.of(name, victim, config) for name, victim in victims.items()]
+    history = {}
+
+    def report(trial, victim, log, scores):
+        for name in SCORES:
+            pairs = history.setdefault(trial, {}).setdefault(f"{victim}/{name}", [])
+            pairs.append((log.step, getattr(scores, name)))
+
+    real = run_trials(
+        [config.purify_config(p) for p in searched[:PURIFIED]],
+        cases,
+        seed=0,
+        report_every=2,
+        on_report=report,
+    )
+    lost = set(rng.sample(range(PURIFIED, trials), min(FAILED, trials - PURIFIED)))
+    rows = []
+    for number, parameters in enumerate(searched):
+        source = number % PURIFIED
+        row = _record(config, victims, number, parameters, real[source], rng)
+        if number in lost:
+            row = {key: row[key] for key in ("number", "preset", "parameters", "seconds", "provenance")}
+            row |= {"status": "FAILED", "reason": REASON}
+        else:
+            _files(folder / "trials" / f"{number:03d}", real[source], history[source])
+        rows.append(row)
+    (folder / records.TRIALS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / records.STUDY).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+    summary = summarise(config, folder, rows, victims)
+    summary["seconds"] = {"total": 900.0, "in_trials": 800.0, "harness": 40.0}
+    (folder / records.SUMMARY).write_text(json.dumps(summary))
+    return folder
+
+
+def _parameters(rng):
+    parameters = {
+        "mask_lr": 0.02 * 15 ** rng.random(),
+        "universal": rng.random(),
+        "inner_steps": rng.randint(1, 3),
+        "inner_optimizer": rng.choice(["adamw", "sign"]),
+    }
+    if parameters["inner_optimizer"] == "sign":
+        parameters["inner_momentum"] = 0.9 * rng.random()
+    return parameters
+
+
+def _record(config, victims, number, parameters, result, rng):
+    """A trial's record: number 0 is called the paper's defaults; settings move the scores."""
+    record = copy.deepcopy(result.record())
+    for scores in record["scores"].values():
+        strength = min(1.0, parameters["mask_lr"] / 0.3 + rng.gauss(0, 0.1))
+        scores["clean_accuracy"] = min(1.0, max(0.0, 0.97 - 0.1 * strength**2 + rng.gauss(0, 0.01)))
+        scores["attack_success"] = min(1.0, max(0.0, 0.9 * (1 - strength) + rng.gauss(0, 0.03)))
+        scores["recovery"] = 1 - scores["attack_success"]
+    for name in SCORES:
+        record[name] = sum(scores[name] for scores in record["scores"].values()) / len(victims)
+    return {
+        "number": number,
+        "status": "COMPLETE",
+        "reason": None,
+        "preset": None if number else "paper",
+        "parameters": parameters if number else PurifyConfig().model_dump(),
+        **record,
+        "seconds": rng.uniform(2, 9) if number else 120.0,
+        "device": "cpu",
+        "provenance": {
+            "study": config.digest,
+            "victims": {name: victim.spec.digest for name, victim in victims.items()},
+            "seed": 0,
+            "commit": "0123456789ab",
+            "versions": {"torch": "2.0"},
+        },
+    }
+
+
+def _files(kept, result, history):
+    kept.mkdir(parents=True)
+    for name, case in result.cases.items():
+        save_file(case.masks.tensors(), kept / f"{name}.masks.safetensors")
+        (kept / f"{name}.rounds.json").write_text(json.dumps([asdict(log) for log in case.rounds]))
+    (kept / records.HISTORY).write_text(json.dumps(history))

@@ -3,18 +3,29 @@
 function drawCloseUp() {
   const numbers = Object.keys(data.close_ups.trials).map(Number).sort((a, b) => a - b);
   if (!numbers.length) return false;
-  const select = el("select", { id: "pick", onchange: () => update({ trial: Number(select.value) }) },
-    numbers.map((n) => el("option", { value: n }, `${titleOf(byNumber.get(n))} – ASR ${percent(byNumber.get(n).attack_success)}, ACC ${percent(byNumber.get(n).clean_accuracy)}`)));
-  slot("picker").append(el("label", { for: "pick" }, "Trial of the front"), select);
+  const shortly = (n) => `${titleOf(byNumber.get(n))} – ASR ${percent(byNumber.get(n).attack_success)}, ACC ${percent(byNumber.get(n).clean_accuracy)}`;
+  const trials = picker("trial", "Trial of the front", numbers.map((n) => [n, shortly(n)]), (value) => update({ trial: Number(value) }));
+  const names = [...new Set(numbers.flatMap((n) => Object.keys(data.close_ups.trials[n].victims)))];
+  const victims = picker("victim", "Victim", names.map((name) => [name, name]), (value) => update({ victim: value }));
+  slot("picker").append(...trials.nodes, ...(names.length > 1 ? victims.nodes : []));
   const show = () => {
-    const place = slot("close-up"), detail = data.close_ups.trials[state.trial];
-    if (detail) select.value = state.trial;
-    place.replaceChildren(...(detail ? closeUpOf(byNumber.get(state.trial), detail) : [otherTrial(byNumber.get(state.trial))]));
+    const detail = data.close_ups.trials[state.trial], trial = byNumber.get(state.trial);
+    if (detail) trials.select.value = state.trial;
+    slot("close-up").replaceChildren(...(detail ? closeUpOf(trial, detail) : [otherTrial(trial)]));
   };
-  listeners.push((change) => { if ("trial" in change) { show(); if (change.trial !== null) byLink(); } });
-  state.trial = data.chosen ?? numbers[0];
+  listeners.push((change) => {
+    if ("trial" in change || "victim" in change) show();
+    if ("trial" in change) byLink();
+  });
+  Object.assign(state, { trial: data.chosen in data.close_ups.trials ? data.chosen : numbers[0], victim: names[0] });
   show();
   return true;
+}
+
+function picker(id, label, options, choose) {
+  const select = el("select", { id: `pick-${id}`, onchange: () => choose(select.value) },
+    options.map(([value, text]) => el("option", { value }, text)));
+  return { select, nodes: [el("label", { for: `pick-${id}` }, label), select] };
 }
 
 // The section is below: say so where the reader is, without moving the page.
@@ -26,19 +37,17 @@ function byLink() {
 
 function otherTrial(trial) {
   return el("div", {}, el("h3", {}, titleOf(trial)), el("p", { class: "note" },
-    `${scoresText(trial)}. Curves, masks and answers are in this page for the front alone; this trial's masks are in trials/${String(trial.number).padStart(3, "0")}/.`),
+    `${trial.status === "COMPLETE" ? scoresText(trial) : trial.reason}. Curves, masks and answers are in this page for the front alone; this trial's masks are in trials/${String(trial.number).padStart(3, "0")}/.`),
   settingsTable(trial, trial.parameters));
 }
 
 function closeUpOf(trial, detail) {
   const parts = [el("p", { class: "note", style: "margin-top:.75rem" }, `${titleOf(trial)}. On val: ${scoresText(trial)}. ${duration(trial.seconds)}, `
     + `${count(trial.rounds, "round")}, ${count(trial.passes.forward, "forward pass").replace("passs", "passes")} and ${trial.passes.backward.toLocaleString("en")} backward.`)];
-  for (const [name, mine] of Object.entries(detail.victims)) {
-    if (data.victims.length > 1) parts.push(el("h3", { style: "font-size:1.125rem" }, name));
-    if (mine.answers) parts.push(...answersOf(name, mine.answers));
-    if (mine.layers) parts.push(el("h3", {}, "What is masked"), ...layersOf(mine.layers));
-    if (mine.curves) parts.push(el("h3", {}, "How it was learned"), curvesOf(mine.curves));
-  }
+  const mine = detail.victims[state.victim] || {};
+  if (mine.answers) parts.push(...answersOf(state.victim, mine.answers));
+  if (mine.layers) parts.push(el("h3", {}, "What is masked"), ...layersOf(mine.layers));
+  if (mine.curves) parts.push(el("h3", {}, "How it was learned"), curvesOf(mine.curves));
   parts.push(el("details", {}, el("summary", {}, "All settings of this trial"), settingsTable(trial, detail.settings)));
   return parts;
 }
@@ -52,13 +61,13 @@ function settingsTable(trial, settings) {
 function layersOf(layers) {
   const kept = layers.reduce((sum, layer) => sum + layer.kept, 0);
   const all = layers.reduce((sum, layer) => sum + channels(layer.factor).length, 0);
+  const paints = [];
+  repaint = () => paints.forEach((paint) => paint());
   const grid = el("div", { class: "layers", role: "table", "aria-label": "Masks by layer" }, layers.map((layer) => {
     const factor = channels(layer.factor), selection = channels(layer.selection);
     const canvas = el("canvas", { width: factor.length, height: 5, role: "img",
       "aria-label": `${layer.name}: ${layer.kept} of ${factor.length} channels keep at least half, mean factor ${layer.mean}, mean selection ${layer.shared}` });
-    const paint = () => paintLayer(canvas, factor, selection);
-    paint();
-    schemes.add(paint);
+    paints.push(() => paintLayer(canvas, factor, selection));
     canvas.addEventListener("pointermove", (event) => {
       const at = Math.min(factor.length - 1, Math.floor((event.offsetX / canvas.clientWidth) * factor.length));
       showTip(event.clientX, event.clientY, el("b", {}, layer.name), el("span", {}, `channel ${at + 1} of ${factor.length} by factor: factor ${(factor[at] / 255).toFixed(2)}, selection ${(selection[at] / 255).toFixed(2)}`));
@@ -66,14 +75,15 @@ function layersOf(layers) {
     canvas.addEventListener("pointerleave", hideTip);
     return el("div", { role: "row" }, el("code", { role: "rowheader", title: layer.name }, layer.name), canvas, el("span", { role: "cell" }, `${layer.kept} of ${factor.length}`));
   }));
+  repaint();
   return [el("p", { class: "note" }, `${kept} of ${all} channels keep at least half of their strength. A row is a layer, its channels sorted by `
     + "factor; the upper band is the factor of the purified model, the lower one the selection (1: shared with the inverse twin). ",
   el("span", { style: "white-space:nowrap" }, "1", el("span", { class: "ramp", style: "background:linear-gradient(to right, var(--grid), var(--accent))" }), "0")), grid];
 }
 
 const channels = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-const schemes = new Set();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => schemes.forEach((paint) => paint()));
+let repaint = () => {}; // the canvases of the trial that is shown
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => repaint());
 
 // Three pixels of factor, a gap, one of selection: light keeps, the accent takes away.
 function paintLayer(canvas, factor, selection) {
@@ -96,6 +106,7 @@ const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.trim().slice(at, at + 2)
 
 // --- curves ---
 
+const STROKES = ["var(--accent)", "var(--ink)", "var(--warm)", "var(--muted)"];
 const DASHES = ["", "7 4", "2 3", "9 3 2 3", "4 2", "1 4"];
 
 function curvesOf(curves) {
@@ -116,7 +127,7 @@ function curvesOf(curves) {
   return el("div", { class: "two" }, figures);
 }
 
-const lineStyle = (i) => `fill:none;stroke:${["var(--accent)", "var(--ink)", "var(--warm)", "var(--muted)"][i % 4]};stroke-width:${i ? 1.4 : 2.2};stroke-dasharray:${DASHES[i % DASHES.length]}`;
+const lineStyle = (i) => `fill:none;stroke:${STROKES[i % STROKES.length]};stroke-width:${i ? 1.4 : 2.2};stroke-dasharray:${DASHES[i % DASHES.length]}`;
 
 function lineChart(width, lines, rounds, stages, domain, format, title) {
   const height = 220, left = 40, right = width - 8, top = 20, bottom = height - 26;
@@ -140,7 +151,7 @@ function lineChart(width, lines, rounds, stages, domain, format, title) {
       pen = "L";
     }
     picture.append(svg("path", { d, style: lineStyle(i) }));
-    if (pairs.length < 12) for (const [x, y] of pairs) if (y !== null) picture.append(svg("circle", { cx: X(x), cy: Y(y), r: 2.5, style: `fill:${["var(--accent)", "var(--ink)", "var(--warm)", "var(--muted)"][i % 4]}` }));
+    if (pairs.length < 12) for (const [x, y] of pairs) if (y !== null) picture.append(svg("circle", { cx: X(x), cy: Y(y), r: 2.5, style: `fill:${STROKES[i % STROKES.length]}` }));
   });
   picture.append(svg("text", { x: right, y: height - 6, "text-anchor": "end" }, `round, of ${rounds}`));
   return picture;

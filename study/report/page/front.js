@@ -70,8 +70,8 @@ function scatter(width, view) {
   const picture = canvasOf(width, height, "Clean accuracy against attack success of every trial",
     grid, line.length > 1 ? svg("path", { class: "step", d: steps }) : null, hit, brush);
 
-  const order = { dominated: 0, front: 1, paper: 2 };
-  const drawn = complete.filter(inside).sort((a, b) => order[roleOf(a)] - order[roleOf(b)] || a.attack_success - b.attack_success);
+  const order = (trial) => (trial.number === data.chosen ? 3 : { dominated: 0, front: 1, paper: 2 }[roleOf(trial)]);
+  const drawn = complete.filter(inside).sort((a, b) => order(a) - order(b) || a.attack_success - b.attack_success);
   const groups = new Map(drawn.map((trial) => [trial.number, pointOf(trial, X(trial.attack_success), Y(trial.clean_accuracy))]));
   const layer = svg("g", { role: "group", "aria-label": "Trials; arrow keys go from one to the next" }, [...groups.values()]);
   const sequence = [...drawn].sort((a, b) => a.attack_success - b.attack_success || a.number - b.number).map((t) => t.number);
@@ -88,7 +88,9 @@ function scatter(width, view) {
   picture.append(layer, labels(drawn, inside, X, Y, left, right, bottom));
   (groups.get(data.chosen) || groups.get(sequence[0]))?.setAttribute("tabindex", 0);
 
-  brushRectangle(picture, hit, brush, (x0, y0, x1, y1) => {
+  const near = nearest(drawn.map((t) => [t.number, X(t.attack_success), Y(t.clean_accuracy)]));
+  pointAt(picture, hit, near);
+  brushRectangle(picture, hit, brush, near, (x0, y0, x1, y1) => {
     const on = (name, a, b) => {
       const scale = axisOf(name).scale;
       keepRange(name, scale.of(a), scale.of(b));
@@ -110,23 +112,48 @@ function scatter(width, view) {
 listeners.push(() => scatter.paint?.());
 
 function pointOf(trial, x, y) {
-  const enter = (event) => {
+  const focused = (event) => {
     const box = event.currentTarget.getBoundingClientRect();
     update({ hover: trial.number });
     trialTip(trial, box.left + box.width / 2, box.top + box.height / 2);
   };
-  const leave = () => { update({ hover: null }); hideTip(); };
+  const left = () => { update({ hover: null }); hideTip(); };
   const look = () => update({ trial: trial.number });
   const role = roleOf(trial);
   return svg("g", {
     class: `point ${role}`, transform: `translate(${x} ${y})`, tabindex: -1, role: "button", "data-number": trial.number,
     "aria-label": `${titleOf(trial)}: ${scoresText(trial)}`,
-    onpointerenter: enter, onpointerleave: leave, onfocus: enter, onblur: leave, onclick: look,
+    onfocus: focused, onblur: left, onclick: look,
     onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); look(); } },
   },
-  svg("circle", { class: "reach", r: 11 }),
   trial.number === data.chosen ? svg("circle", { class: "ring", r: 10.5 }) : null,
   mark(role, { dominated: 3.6, front: 4.6, paper: 7 }[role]));
+}
+
+// The trial whose mark is nearest to a place in the picture, if one is near: marks may lie on each other.
+const nearest = (places) => (x, y, reach) => {
+  let found = null, least = reach;
+  for (const [number, px, py] of places) {
+    const distance = Math.hypot(px - x, py - y);
+    if (distance < least) [found, least] = [number, distance];
+  }
+  return found;
+};
+
+const placeIn = (picture, event) => {
+  const box = picture.getBoundingClientRect();
+  return [event.clientX - box.left, event.clientY - box.top];
+};
+
+function pointAt(picture, hit, near) {
+  hit.addEventListener("pointermove", (event) => {
+    const number = near(...placeIn(picture, event), 16);
+    if (number !== state.hover) update({ hover: number });
+    hit.style.cursor = number === null ? "crosshair" : "pointer";
+    if (number === null) hideTip();
+    else trialTip(byNumber.get(number), event.clientX, event.clientY);
+  });
+  hit.addEventListener("pointerleave", () => { update({ hover: null }); hideTip(); });
 }
 
 // Names beside the marks that the headline speaks of, moved apart where they would meet.
@@ -148,14 +175,15 @@ function labels(drawn, inside, X, Y, left, right, bottom) {
   return group;
 }
 
-// Pointer down, move, up: a rectangle in the picture's pixels. A click without a move keeps all again.
-function brushRectangle(picture, hit, brush, done) {
+// Pointer down, move, up: a rectangle in the picture's pixels. A click looks at the trial there, or where
+// there is none keeps all again.
+function brushRectangle(picture, hit, brush, near, done) {
   let from = null;
   const place = (event) => {
-    const box = picture.getBoundingClientRect(), area = hit.getBBox();
+    const [x, y] = placeIn(picture, event), area = hit.getBBox();
     const inX = (v) => Math.min(area.x + area.width, Math.max(area.x, v));
     const inY = (v) => Math.min(area.y + area.height, Math.max(area.y, v));
-    return [inX(event.clientX - box.left), inY(event.clientY - box.top)];
+    return [inX(x), inY(y)];
   };
   const span = (to) => [Math.min(from[0], to[0]), Math.min(from[1], to[1]), Math.max(from[0], to[0]), Math.max(from[1], to[1])];
   hit.addEventListener("pointerdown", (event) => {
@@ -173,8 +201,11 @@ function brushRectangle(picture, hit, brush, done) {
     from = null;
     brush.setAttribute("visibility", "hidden");
     if (event.type === "pointercancel") return;
-    if (x1 - x0 < 4 && y1 - y0 < 4) clearRanges();
-    else done(x0, y0, x1, y1);
+    if (x1 - x0 < 4 && y1 - y0 < 4) {
+      const number = near(...placeIn(picture, event), 16);
+      if (number === null) clearRanges();
+      else update({ trial: number });
+    } else done(x0, y0, x1, y1);
   };
   hit.addEventListener("pointerup", end);
   hit.addEventListener("pointercancel", end);

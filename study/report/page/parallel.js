@@ -138,6 +138,9 @@ function shareAt(event, picture, at, i, lying) {
   return Math.min(1, Math.max(0, share));
 }
 
+// Near an end the end is meant.
+const toEnd = (share) => (share < 0.03 ? 0 : share > 0.97 ? 1 : share);
+
 // Dragging along the axis keeps what was passed; a click on it keeps all of it again.
 function dragRange(axis, hit, at, i, lying) {
   let from = null;
@@ -148,7 +151,7 @@ function dragRange(axis, hit, at, i, lying) {
   hit.addEventListener("pointermove", (event) => {
     if (from === null) return;
     const to = shareAt(event, hit.ownerSVGElement, at, i, lying);
-    if (Math.abs(to - from) > 0.015) keepRange(axis.name, Math.min(from, to), Math.max(from, to));
+    if (Math.abs(to - from) > 0.015) keepRange(axis.name, toEnd(Math.min(from, to)), toEnd(Math.max(from, to)));
   });
   hit.addEventListener("pointerup", (event) => {
     if (from === null) return;

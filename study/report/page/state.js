@@ -28,7 +28,7 @@ const scoresText = (trial) => Object.entries(SCORES)
   .map(([key, score]) => `${score.name} ${percent(trial[key])}`).join(", ");
 
 // Ranges by axis, as shares [low, high] of it. An axis without one keeps everything.
-const state = { ranges: new Map(), hover: null, trial: null };
+const state = { ranges: new Map(), hover: null, trial: null, victim: null };
 const axes = [];
 const listeners = [];
 

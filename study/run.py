@@ -100,8 +100,7 @@ def _begin(config: StudyConfig, folder: Path, tracker: Tracker, victims: dict[st
         tracker.start_study(
             config.name,
             {"trials": config.trials, "seed": config.seed, "sampler": config.sampler}
-            | {"selection": config.selection, "victims": ", ".join(victims)}
-            | {f"fixed.{name}": value for name, value in config.fixed.items()},
+            | {"selection": config.selection, "victims": ", ".join(victims)},
             {"study": config.name, "study_digest": config.digest, "commit": commit()}
             | {"objectives": json.dumps(OBJECTIVES)}
             | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}

@@ -6,12 +6,15 @@ a study's records cannot tell, and a search would take half an hour.
 
 import copy
 import json
+import os
 import random
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
+from playwright.sync_api import sync_playwright
 from safetensors.torch import save_file
 
 from bimask.config import PurifyConfig
@@ -56,6 +59,7 @@ STUDY = {
         "inner_momentum": {"kind": "float", "low": 0, "high": 0.9, "when": {"inner_optimizer": "sign"}},
     },
 }
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 PURIFIED = 4  # configurations that are really run
 FAILED = 10
 REASON = (
@@ -172,3 +176,15 @@ def _files(kept, result, history):
         save_file(case.masks.tensors(), kept / f"{name}.masks.safetensors")
         (kept / f"{name}.rounds.json").write_text(json.dumps([asdict(log) for log in case.rounds]))
     (kept / records.HISTORY).write_text(json.dumps(history))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The machine's own Chromium, driven by Playwright."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None and "CI" not in os.environ:
+        pytest.skip("no Chromium on this machine")
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=QUIET)
+        yield browser
+        browser.close()

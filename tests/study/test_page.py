@@ -5,27 +5,13 @@ The browser is the machine's own (`apt-get install chromium`), driven by Playwri
 
 import base64
 import json
-import os
 import shutil
 
 import pytest
 
 from study.report import write_report
 
-playwright = pytest.importorskip("playwright.sync_api")
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None and "CI" not in os.environ:
-        pytest.skip("no Chromium on this machine")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=list(QUIET))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

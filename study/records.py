@@ -4,6 +4,7 @@ outputs/NAME/study.yaml      the study, resolved
 outputs/NAME/trials.jsonl    one record a trial, written as it ends
 outputs/NAME/trials/007/     masks, pictures, rounds, scores by round, settings of trial 7
 outputs/NAME/summary.json    front, chosen trial, scores, seconds
+outputs/NAME/confirm.jsonl   one record a run of the confirmation, where there is one
 outputs/NAME/best.yaml       the chosen configuration, as `bimask purify` takes it
 """
 
@@ -21,6 +22,7 @@ import yaml
 
 from bimask.config import PurifyConfig
 from study.config import StudyConfig, StudyError
+from study.pareto import DIRECTIONS
 from study.provenance import commit, versions
 from study.trial import SCORES
 
@@ -29,9 +31,12 @@ if TYPE_CHECKING:
 
 OUTPUTS = Path("outputs")
 RESERVED = ("victims", "mlartifacts", "mlflow.db")
+# What a trial leaves beside its objectives, as far as there is any.
+RESULTS = ("scores", "runs", "spread", "rungs", "seconds", "rounds", "passes", "device")
 STUDY, TRIALS, SUMMARY, BEST = "study.yaml", "trials.jsonl", "summary.json", "best.yaml"
 SETTINGS = "purify.yaml"  # in a trial's folder: every setting, as `bimask purify` takes it
 HISTORY = "history.json"  # in a trial's folder: VICTIM/SCORE -> [[rounds done, value], ...] on val
+CONFIRM = "confirm.jsonl"
 
 
 class Recorder:
@@ -107,10 +112,14 @@ class Recorder:
         kept = self.folder / "trials" / f"{number:03d}"
         shutil.copytree(artifacts, kept)
         trial = self.open.pop(number)
-        metrics = {name: result[name] for name in (*SCORES, "seconds", "rounds")}
+        metrics = {name: result[name] for name in (*DIRECTIONS, "rounds") if name in result}
+        for name, spread in result.get("spread", {}).items():
+            metrics[f"{name}_std"] = spread["std"]
         losses = _losses(kept)
         rounds = {victim: len(losses[f"{victim}/loss/loss"]) for victim in result["scores"]}
         for victim, scores in result["scores"].items():
+            if victim not in rounds:
+                continue
             for name in SCORES:  # the last point of the curve, and so what MLflow shows
                 point = (rounds[victim], scores[name])
                 trial["history"].setdefault(f"{victim}/{name}", []).append(point)
@@ -121,13 +130,22 @@ class Recorder:
             {"purify": trial["purify"], "seed": self.config.seed},
             f"trial {number} of study {self.config.name}, every setting",
         )
-        keys = (*SCORES, "scores", "seconds", "rounds", "passes", "device")
+        keys = [key for key in (*DIRECTIONS, *RESULTS) if key in result]
         self._append(trial, "COMPLETE", None, {key: result[key] for key in keys})
         self.tracker.end_trial(
             number,
             metrics=metrics,
             histories=trial["history"] | losses,
             artifacts=kept,
+        )
+
+    def pruned(self, number: int, result: dict[str, Any]) -> None:
+        """A trial was stopped early: it keeps the scores that it had, and has no objectives."""
+        trial = self.open.pop(number)
+        keys = [key for key in RESULTS if key in result]
+        self._append(trial, "PRUNED", result["stopped"], {key: result[key] for key in keys})
+        self.tracker.end_trial(
+            number, histories=trial["history"], reason=result["stopped"], status="PRUNED"
         )
 
     def failed(self, number: int, reason: str) -> None:

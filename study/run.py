@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bimask.config import PurifyConfig
 from bimask.devices import resolve_device
 from bimask.victim import EpochLog, Victim, obtain_victim
 from study import records, search
 from study.config import StudyConfig, StudyError, load_config
 from study.console import progress_bar, show, trial_progress
-from study.pareto import OBJECTIVES
 from study.plots import draw_victims
 from study.provenance import commit, versions
 from study.report import REPORT, write_report
 from study.report.content import headline, read
+from study.suite import cases_of, confirmation, confirmation_metrics, jobs_of
 from study.summary import FRONT_PICTURE, summarise
 from study.tracking import Tracker, redacted, require_server, tracking_uri
-from study.trial import Case
+from study.warm_start import read_earlier
 
 VICTIM_PICTURES = "victims"
 
@@ -49,27 +50,34 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
     uri = tracking_uri(outputs)
     require_server(uri)
     check_data(config)
+    earlier = read_earlier(config)
     search.start_ray(address)
     try:
         concurrency = search.check_resources(config)
         console.print(
             f"[bold]{name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True
         )
-        victims = prepare_victims(config, outputs / "victims", device, console)
-        cases = [Case.of(name, victim, config) for name, victim in victims.items()]
+        suite = prepare_victims(config, outputs / "victims", device, console)
+        victims = {name: suite[name] for name in config.victim_names()}
+        cases = cases_of(config, victims)
         tracker = Tracker(uri, outputs / "mlartifacts")
         _begin(config, folder, tracker, victims)
         try:
-            draw_victims(folder / VICTIM_PICTURES, cases)
+            draw_victims(folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
             tracker.log_folder(folder / VICTIM_PICTURES)
             searching = time.perf_counter()
             digests = {name: victim.spec.digest for name, victim in victims.items()}
             at_once = min(config.trials, concurrency * config.trials_per_actor)
             with trial_progress(console, config.trials, at_once) as on_change:
                 recorder = records.Recorder(config, folder, tracker, digests, on_change)
-                search.run_search(config, cases, recorder, folder=folder, concurrency=concurrency)
+                search.run_search(
+                    config, cases, recorder, folder=folder, concurrency=concurrency, earlier=earlier
+                )
             wall = time.perf_counter() - searching
             summary = summarise(config, folder, recorder.records, victims)
+            confirmed = confirm_choice(config, folder, summary, suite, console)
+            if confirmed is not None:
+                summary["suite"] = confirmed
             in_trials = sum(record.get("seconds", 0.0) for record in recorder.records)
             summary["seconds"] = {
                 "total": time.perf_counter() - started,
@@ -102,7 +110,7 @@ def _begin(config: StudyConfig, folder: Path, tracker: Tracker, victims: dict[st
             {"trials": config.trials, "seed": config.seed, "sampler": config.sampler}
             | {"selection": config.selection, "victims": ", ".join(victims)},
             {"study": config.name, "study_digest": config.digest, "commit": commit()}
-            | {"objectives": json.dumps(OBJECTIVES)}
+            | {"objectives": json.dumps(config.directions)}
             | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}
             | {f"version.{package}": number for package, number in versions().items()},
         )
@@ -128,7 +136,7 @@ def require_writable(outputs: Path) -> None:
 
 def check_data(config: StudyConfig) -> None:
     """Refuse data that are missing, too few or no match for attack or net, before any training."""
-    for spec in config.victims:
+    for spec in config.suite:
         splits = spec.load_data()
         splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
         attack = spec.build_attack()
@@ -146,7 +154,7 @@ def prepare_victims(
     """
     torch.set_num_threads(config.cpus_per_trial)
     victims = {}
-    for name, spec in zip(config.victim_names(), config.victims, strict=True):
+    for name, spec in zip(config.suite_names(), config.suite, strict=True):
         cached = (root / spec.digest).is_dir()
         known = cached or spec.weights is not None
         with progress_bar(console) as progress:
@@ -178,6 +186,39 @@ def make_report(folder: Path, victims: Path, console: Console) -> None:
         console.print(f"no report ({error}); try: python -m study.report {folder.name}", soft_wrap=True)
 
 
+def confirm_choice(
+    config: StudyConfig,
+    folder: Path,
+    summary: dict[str, Any],
+    suite: dict[str, Victim],
+    console: Console,
+) -> dict[str, Any] | None:
+    """The chosen configuration and the paper's defaults on every victim of the suite, on `test`.
+
+    Each run is a line of confirm.jsonl as it ends. None where nothing is to be confirmed.
+    """
+    settings = {}
+    if summary["chosen"]:
+        settings["chosen"] = config.purify_config(summary["chosen"]["parameters"])
+    if config.paper_defaults:
+        settings["paper_defaults"] = PurifyConfig()
+    jobs = jobs_of(config, settings)
+    if not jobs:
+        return None
+    rows: list[dict[str, Any]] = []
+    with progress_bar(console) as progress, (folder / records.CONFIRM).open("a") as file:
+        task = progress.add_task(f"confirming on {len(suite)} victims", total=len(jobs))
+
+        def on_done(row: dict[str, Any]) -> None:
+            rows.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            progress.update(task, completed=len(rows))
+
+        search.run_confirmation(config, suite, jobs, on_done)
+    return confirmation(rows, suite)
+
+
 def close(tracker: Tracker, folder: Path, summary: dict[str, Any]) -> None:
     """The summary in MLflow's parent run."""
     metrics = {"hypervolume": summary["hypervolume"], "n_failed": summary["n_failed"]}
@@ -188,7 +229,8 @@ def close(tracker: Tracker, folder: Path, summary: dict[str, Any]) -> None:
     told = headline(summary, read(folder)["trials"])
     tracker.describe(f"**{told['title']}.** {told['text']} The page about it: `{REPORT}` below.")
     tracker.mark_front([point["number"] for point in summary["front"]], chosen)
-    names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST)
+    metrics |= confirmation_metrics(summary.get("suite") or {})
+    names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)
     tracker.end_study(
         metrics=metrics,
         artifacts=[folder / name for name in names if (folder / name).is_file()],

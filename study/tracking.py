@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -25,6 +25,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from study.config import StudyError
 
 EXPERIMENT = "bimask"
+TrialStatus = Literal["COMPLETE", "PRUNED", "FAILED"]
+RUN_STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAILED": "FAILED"}
 BATCH = 1000  # metrics in one request, MLflow's own limit
 
 
@@ -93,23 +95,28 @@ class Tracker:
         histories: Mapping[str, list[tuple[int, float]]] | None = None,
         artifacts: Path | None = None,
         reason: str | None = None,
+        status: TrialStatus | None = None,
     ) -> None:
-        """Write what a trial ended with and close its run: FAILED where there is a reason.
+        """Write what a trial ended with and close its run.
 
         Args:
+            status: of the trial, COMPLETE, or FAILED where there is a reason; a tag says it as well,
+                since MLflow knows no PRUNED and calls such a run KILLED.
             metrics: final values.
             histories: metric -> (step, value) pairs.
             artifacts: a folder whose files are all logged.
         """
         run_id = self.runs[number]
+        status = status or ("COMPLETE" if reason is None else "FAILED")
         try:
             self._log(run_id, metrics=metrics, histories=histories)
             if artifacts is not None:
                 self.client.log_artifacts(run_id, str(artifacts))
             if reason is not None:
                 self.client.set_tag(run_id, "reason", reason[:5000])
+            self.client.set_tag(run_id, "status", status)
         finally:
-            self.client.set_terminated(run_id, "FAILED" if reason is not None else "FINISHED")
+            self.client.set_terminated(run_id, RUN_STATUS[status])
 
     def end_study(
         self, *, metrics: Mapping[str, float], artifacts: list[Path], failed: bool = False

@@ -28,13 +28,16 @@ os.environ.setdefault("MALLOC_TOP_PAD_", str(2**26))
 
 from study.search.actor import trainable
 from study.search.cluster import check_resources, start_ray, stop_ray
+from study.search.confirm import run_confirmation
 from study.search.driver import run_search
-from study.search.pareto_search import PAPER, ParetoSearch
+from study.search.pareto_search import PAPER, ParetoSearch, first_points
 
 __all__ = [
     "PAPER",
     "ParetoSearch",
     "check_resources",
+    "first_points",
+    "run_confirmation",
     "run_search",
     "start_ray",
     "stop_ray",

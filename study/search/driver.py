@@ -10,11 +10,11 @@ from typing import Any
 from ray import tune
 
 from study.config import StudyConfig
-from study.pareto import OBJECTIVES
 from study.records import Recorder
 from study.search.actor import trainable
 from study.search.pareto_search import ParetoSearch, final_reports, objectives_of
 from study.trial import Case
+from study.warm_start import Earlier
 
 RAY = "ray"  # Tune's folder in the study's
 
@@ -46,8 +46,11 @@ class _Recording(tune.Callback):
         for member in trial.config["members"]:
             number = member["number"]
             report = reports.get(number, {})
-            if objectives_of(report) is None:
-                shown = {name: report.get(name) for name in OBJECTIVES}
+            if report.get("stopped"):
+                self.recorder.pruned(number, report)
+                continue
+            if objectives_of(report, self.recorder.config.objectives) is None:
+                shown = {name: report.get(name) for name in self.recorder.config.objectives}
                 reason = report.get("reason") or f"ended without finite objectives: {shown}"
                 self.recorder.failed(number, reason)
                 continue
@@ -80,19 +83,21 @@ def run_search(
     *,
     folder: Path,
     concurrency: int,
+    earlier: Earlier | None = None,
     function: Callable[..., None] = trainable,
 ) -> None:
-    """Run all trials of a study; each ends in `recorder` as COMPLETE or FAILED.
+    """Run all trials of a study; each ends in `recorder` as COMPLETE, PRUNED or FAILED.
 
     Args:
         folder: the study's folder; Optuna's database and Ray's files go there.
         concurrency: actors at once.
+        earlier: what earlier studies know.
         function: what an actor runs; takes `config`, `study` and `cases` as `trainable` does.
 
     Ray's files are removed where no actor failed: nothing reads them later, and the masks are in the
     records' folders. Else they stay, for the tracebacks in them.
     """
-    searcher = ParetoSearch(config, f"sqlite:///{(folder / 'optuna.db').resolve()}")
+    searcher = ParetoSearch(config, f"sqlite:///{(folder / 'optuna.db').resolve()}", earlier)
     function = tune.with_parameters(function, study=config, cases=cases)
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     tuner = tune.Tuner(

@@ -138,6 +138,7 @@ def test_the_ui_searches_lists_and_compares_100_trials(server, browser):
     page.click("[data-testid=sort-select-dropdown]")
     page.locator("[role^=menuitem]", has_text="attack_success").first.click()
     page.keyboard.press("Escape")
+    assert len(listed("", 100)) > 20  # as many as the window has room for
     for query, expected in (
         (LOST, numbers(server.rows, lost)),
         (GOOD, numbers(server.rows, good)),
@@ -149,12 +150,5 @@ def test_the_ui_searches_lists_and_compares_100_trials(server, browser):
     page.locator("button", has_text="Compare").first.click()
     page.wait_for_selector(f"text=Comparing {len(server.front)} Runs from 1 Experiment")
     page.wait_for_selector(".parcoords")
-    axes = page.locator(".parcoords .axis-title").all_inner_texts()
+    axes = page.locator(".parcoords .axis-title").all_text_contents()
     assert {"inner_steps", "mask_lr", "clean_accuracy"} <= set(axes)
-
-    page.goto(
-        f"{server.address}/#/experiments/1/runs?searchFilter=&orderByKey=metrics.%60attack_success%60"
-    )
-    page.reload()
-    page.wait_for_selector("text=matching runs")
-    assert "100 matching runs" in page.inner_text("body").replace("\n", " ")

@@ -30,6 +30,7 @@ SCRIPTS = (
     "parallel.js",
     "heat.js",
     "blind.js",
+    "unseen.js",
     "tables.js",
     "closeup.js",
     "page.js",

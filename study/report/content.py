@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from pydantic import TypeAdapter
 
@@ -15,12 +16,15 @@ from bimask.config import PurifyConfig
 from study import records
 from study.config import StudyError
 from study.importance import importances
-from study.pareto import OBJECTIVES, ParetoFront
+from study.objectives import Aggregate
+from study.pareto import DIRECTIONS, OBJECTIVES, Direction, ParetoFront
 from study.space import Parameter
 from study.trial import SCORES
 
 PAPER = "paper"
 COMPLETE = "COMPLETE"
+LOST = {"PRUNED": "stopped early", "FAILED": "failed"}
+RISK = "risk"  # of what a purified model says without the attack: `bimask.evidence`
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -49,10 +53,11 @@ def read(folder: Path) -> dict[str, Any]:
 def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: dict[str, Any]) -> Any:
     """Everything on the page but the close-ups of single trials."""
     complete = [trial for trial in trials if trial["status"] == COMPLETE]
+    objectives: dict[str, Direction] = {n: DIRECTIONS[n] for n in study.get("objectives", OBJECTIVES)}
     if summary:
         front = [point["number"] for point in summary["front"]]
     else:
-        front = [complete[i]["number"] for i in ParetoFront.of(complete).indices]
+        front = [complete[i]["number"] for i in ParetoFront.of(complete, objectives).indices]
     chosen = (summary.get("chosen") or {}).get("number")
     space = TypeAdapter(dict[str, Parameter]).validate_python(study["space"])
     searched = [trial for trial in complete if trial["preset"] != PAPER]
@@ -61,15 +66,18 @@ def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: d
         "headline": headline(summary, trials),
         "victims": _victims(study, summary, complete),
         "parameters": [{"name": name, **parameter.model_dump()} for name, parameter in space.items()],
-        "objectives": OBJECTIVES,
+        "objectives": objectives,
         "trials": [_trial(trial) for trial in trials],
         "front": front,
         "chosen": chosen,
         "paper": next((t["number"] for t in trials if t["preset"] == PAPER), None),
-        "before": _mean_before(summary, "val"),
+        "before": _before(summary, "val"),
         "bound": summary.get("min_clean_accuracy"),
         "hypervolume": summary.get("hypervolume"),
         "importance": importances(space, searched, OBJECTIVES),
+        "blind": blind_choice(complete, summary),
+        "suite": summary.get("suite"),
+        "leave_one_out": summary.get("leave_one_out"),
         "tested": _tested(summary),
         "cost": _cost(trials, summary),
         "provenance": _provenance(study, trials),
@@ -89,7 +97,7 @@ def headline(summary: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) ->
             "text": f"Nothing is chosen. {ended}. More trials or a wider space may find one; so "
             "may a larger `max_accuracy_drop`.",
         }
-    before, chosen = _mean_before(summary, "test") or {}, summary["chosen"]
+    before, chosen = _before(summary, "test") or {}, summary["chosen"]
     after = chosen["test"]
     paper = summary.get("paper_defaults")
     who = "The paper's defaults" if paper and paper["number"] == chosen["number"] else None
@@ -97,6 +105,7 @@ def headline(summary: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) ->
     if paper and who is None:
         left = _percent(paper["test"]["attack_success"])
         text += f" The paper's defaults leave attack success at {left}."
+    text += _unseen(summary)
     return {
         "title": _finding(who or f"Trial {chosen['number']}", before, after, plural=who is not None),
         "text": text,
@@ -105,10 +114,20 @@ def headline(summary: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) ->
     }
 
 
+def _unseen(summary: Mapping[str, Any]) -> str:
+    """What the choice is worth on held-out victims, where the study has confirmed it there."""
+    confirmed = ((summary.get("suite") or {}).get("chosen") or {}).get("roles", {})
+    found = confirmed.get("held_out", {}).get("attack_success")
+    if found is None:
+        return ""
+    spread = f"{_percent(found['mean'])} ± {100 * found['std']:.1f}"
+    return f" On held-out victims it leaves attack success at {spread} ({found['n']} runs)."
+
+
 def _ended(trials: Sequence[Mapping[str, Any]], victims: str) -> str:
     """How many trials there were, on what, and how those without a result ended."""
-    count = Counter(trial["status"].lower() for trial in trials if trial["status"] != COMPLETE)
-    lost = "".join(f", {number} {status}" for status, number in count.most_common())
+    count = Counter(trial["status"] for trial in trials)
+    lost = "".join(f", {count[status]} {words}" for status, words in LOST.items() if count[status])
     return f"{len(trials)} trial{'' if len(trials) == 1 else 's'}{victims and f' on {victims}'}{lost}"
 
 
@@ -119,7 +138,8 @@ def _finding(who: str, before: Mapping[str, float], after: Mapping[str, float], 
     lost = before["clean_accuracy"] - after["clean_accuracy"]
     points = f"{abs(100 * lost):.1f}"
     unit = "point" if points == "1.0" else "points"
-    if _percent(now) == _percent(was) or now > was:
+    in_vain = _percent(now) == _percent(was) or now > was
+    if in_vain:
         did = f"leave{s} attack success at {_percent(now)}"
     else:
         did = f"bring{s} attack success from {_percent(was)} to {_percent(now)}"
@@ -127,19 +147,21 @@ def _finding(who: str, before: Mapping[str, float], after: Mapping[str, float], 
         return f"{who} {did} at no cost in accuracy"
     if lost < 0:
         return f"{who} {did} and gain{s} {points} {unit} of accuracy"
-    return f"{who} {did} for {points} {unit} of accuracy"
+    price = f"and lose{s}" if in_vain else "for"
+    return f"{who} {did} {price} {points} {unit} of accuracy"
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}\u00a0%"
 
 
-def _mean_before(summary: Mapping[str, Any], split: str) -> dict[str, float] | None:
-    """The victims' own scores, mean over them."""
+def _before(summary: Mapping[str, Any], split: str) -> dict[str, float] | None:
+    """The victims' own scores, summed up as the study does."""
     scores = [victim[split] for victim in summary.get("victims", {}).values() if split in victim]
     if not scores:
         return None
-    return {name: sum(s[name] for s in scores) / len(scores) for name in SCORES}
+    rule = Aggregate.model_validate(summary.get("aggregate", {}))
+    return {name: rule(name, [s[name] for s in scores]) for name in SCORES}
 
 
 def _victims(
@@ -163,7 +185,7 @@ def _trial(trial: dict[str, Any]) -> dict[str, Any]:
     """What the page needs of a trial; of the paper's defaults no parameters, they are not searched."""
     short = {key: trial[key] for key in ("number", "status", "preset")}
     if trial["status"] == COMPLETE:
-        short |= {name: trial[name] for name in SCORES}
+        short |= {name: trial[name] for name in (*SCORES, "pruned_share", "spread") if name in trial}
         short["scores"] = {
             victim: {name: scores[name] for name in SCORES}
             for victim, scores in trial["scores"].items()
@@ -192,6 +214,28 @@ def _tested(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         if trial := summary.get(key):
             rows.append({"who": who, "number": trial["number"], "victims": trial["victims"]})
     return rows
+
+
+def blind_choice(
+    complete: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What was known of each trial without the attack, beside what is true; None where nothing was.
+
+    `risk` by trial, mean over the victims; the rank correlation of both; the trial chosen blindly.
+    """
+    evidence = {
+        trial["number"]: [scores.get(RISK) for scores in trial["scores"].values()] for trial in complete
+    }
+    if not complete or any(None in values for values in evidence.values()):
+        return None
+    risk = pd.Series({number: sum(values) / len(values) for number, values in evidence.items()})
+    true = pd.Series({trial["number"]: trial["attack_success"] for trial in complete})
+    correlation = risk.rank().corr(true.rank())  # Spearman's, ties at their mean rank
+    return {
+        "risk": risk.to_dict(),
+        "spearman": float(correlation),
+        "chosen": (summary.get("blind") or {}).get("number"),
+    }
 
 
 def _cost(trials: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from bimask.config import PurifyConfig
 from bimask.victim import obtain_victim
 from study import records
 from study.config import StudyConfig
+from study.suite import confirmation, roles
 from study.summary import summarise
 from study.trial import SCORES, Case, run_trials
 
@@ -42,6 +43,8 @@ STUDY = {
         {**VICTIM, "attack": {"name": "badnets"}},
         {**VICTIM, "attack": {"name": "blended", "alpha": 0.3}},
     ],
+    "held_out": [{**VICTIM, "attack": {"name": "sig", "frequency": 2}, "poisoning_rate": 0.05}],
+    "controls": [{**VICTIM, "attack": {"name": "badnets"}, "poisoning_rate": 0.0}],
     "reference_point": {"clean_accuracy": 0.3, "attack_success": 1.0},
     "choose": {"max_accuracy_drop": 0.1},
     "fixed": {
@@ -61,7 +64,7 @@ STUDY = {
 }
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 PURIFIED = 4  # configurations that are really run
-FAILED = 10
+FAILED, PRUNED = 10, 20
 REASON = (
     "NonFiniteError: <b>The loss</b> of round 3 is nan.</script><script>document.title='taken'</script>"
 )
@@ -80,7 +83,7 @@ def _no_servers_from_outside(monkeypatch):
 
 @pytest.fixture(scope="session")
 def large_study(tmp_path_factory):
-    """The folder of a study of 200 trials on two victims, ten of them failed."""
+    """The folder of a study of 200 trials on two victims: 10 failed, 20 stopped early."""
     return make_study(tmp_path_factory.mktemp("large"))
 
 
@@ -89,10 +92,11 @@ def make_study(outputs, trials=STUDY["trials"]):
     config = StudyConfig.model_validate(STUDY | {"trials": trials})
     folder = outputs / config.name
     folder.mkdir(parents=True)
-    victims = {
+    suite = {
         name: obtain_victim(spec, outputs / "victims")
-        for name, spec in zip(config.victim_names(), config.victims, strict=True)
+        for name, spec in zip(config.suite_names(), config.suite, strict=True)
     }
+    victims = {name: suite[name] for name in config.victim_names()}
     rng = random.Random(0)
     searched = [_parameters(rng) for _ in range(trials)]
     cases = [Case.of(name, victim, config) for name, victim in victims.items()]
@@ -110,7 +114,8 @@ def make_study(outputs, trials=STUDY["trials"]):
         report_every=2,
         on_report=report,
     )
-    lost = set(rng.sample(range(PURIFIED, trials), min(FAILED, trials - PURIFIED)))
+    ended = rng.sample(range(PURIFIED, trials), FAILED + PRUNED)
+    lost, stopped = set(ended[:FAILED]), set(ended[FAILED:])
     rows = []
     for number, parameters in enumerate(searched):
         source = number % PURIFIED
@@ -118,12 +123,16 @@ def make_study(outputs, trials=STUDY["trials"]):
         if number in lost:
             row = {key: row[key] for key in ("number", "preset", "parameters", "seconds", "provenance")}
             row |= {"status": "FAILED", "reason": REASON}
+        elif number in stopped:
+            row = {key: row[key] for key in ("number", "preset", "parameters", "seconds", "provenance")}
+            row |= {"status": "PRUNED", "reason": "dominated whatever the 1 run(s) left give"}
         else:
             _files(folder / "trials" / f"{number:03d}", real[source], history[source])
         rows.append(row)
     (folder / records.TRIALS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / records.STUDY).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     summary = summarise(config, folder, rows, victims)
+    summary["suite"] = confirmation(_confirmed(config, suite, rng), suite)
     summary["seconds"] = {"total": 900.0, "in_trials": 800.0, "harness": 40.0}
     (folder / records.SUMMARY).write_text(json.dumps(summary))
     return folder
@@ -168,6 +177,27 @@ def _record(config, victims, number, parameters, result, rng):
             "versions": {"torch": "2.0"},
         },
     }
+
+
+def _confirmed(config, suite, rng):
+    """Three runs of two configurations on every victim, as the confirmation records them."""
+    return [
+        {
+            "configuration": configuration,
+            "victim": name,
+            "role": role,
+            "seed": seed,
+            "test": {
+                "clean_accuracy": 0.95,
+                "attack_success": least + 0.1 * rng.random(),
+                "recovery": 0.9,
+            },
+            "accuracy_drop": rng.uniform(-0.005, 0.02),
+        }
+        for configuration, least in (("chosen", 0.02), ("paper_defaults", 0.8))
+        for name, role in roles(config).items()
+        for seed in range(3)
+    ]
 
 
 def _files(kept, result, history):

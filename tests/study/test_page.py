@@ -70,17 +70,18 @@ def test_it_opens_from_disk_with_the_finding_first(opened, report):
     data = data_in(page)
     assert page.locator("h1").inner_text() == data["headline"]["title"]
     assert page.title() == f"large: {data['headline']['title']}"
-    assert page.locator(".point").count() == len(complete(data)) == 190
-    assert page.locator(".trial-line").count() == 189, "trial 0 is not of the space"
+    assert page.locator(".point").count() == len(complete(data)) == 170
+    assert page.locator(".trial-line").count() == 169, "trial 0 is not of the space"
     assert page.locator(".point.front").count() == len(set(data["front"]) - {data["paper"]})
-    assert page.locator("#failures tbody tr").count() == 10
+    assert page.locator("#failures tbody tr").count() == 30
+    assert page.locator("#failures summary").inner_text() == "20 stopped early, 10 failed"
     for section in page.locator("section").all():
         assert section.locator("svg, table, dl, .bars, .tile").count(), section.get_attribute("id")
 
 
 def test_words_from_the_records_stay_words(opened, report):
     page = opened(report)
-    assert "</script>" in page.locator("#failures tbody tr").first.inner_text()
+    assert "</script>" in page.locator("#failures tbody").text_content()
     assert "taken" not in page.title()
     assert page.locator("#failures b").count() == 0
 
@@ -105,18 +106,18 @@ def test_a_rectangle_on_the_front_keeps_the_same_trials_everywhere(opened, repor
     left, top = box["x"] + 1, box["y"] + 1
     page.mouse.move(left, top)
     page.mouse.down()
-    page.mouse.move(left + 0.3 * box["width"], top + 0.5 * box["height"], steps=4)
+    page.mouse.move(left + 0.5 * box["width"], top + 0.9 * box["height"], steps=4)
     assert page.locator("#front .brush").is_visible()
     page.mouse.up()
     kept = page.locator("#parallel tbody tr").count()
-    assert 0 < kept < 190
-    assert faded(page, ".point") == 190 - kept
+    assert 0 < kept < 170
+    assert faded(page, ".point") == 170 - kept
     # the paper's defaults are no line
     paper_is_kept = page.locator(".point.paper:not(.out)").count()
-    assert faded(page, ".trial-line") == 189 - (kept - paper_is_kept)
-    assert f"{kept} of 190 trials" in page.locator("#front .grow").inner_text()
+    assert faded(page, ".trial-line") == 169 - (kept - paper_is_kept)
+    assert f"{kept} of 170 trials" in page.locator("#front .grow").inner_text()
     for row in page.locator("#parallel tbody tr").all()[:5]:
-        assert float(row.locator("td").nth(1).inner_text()) <= 45
+        assert float(row.locator("td").nth(1).inner_text()) <= 55
     page.locator("#front button", has_text="Keep all").click()
     assert faded(page, ".point") == faded(page, ".trial-line") == 0
 
@@ -135,7 +136,7 @@ def test_a_range_dragged_on_an_axis_thins_out_the_front(opened, report):
     values = [trial["attack_success"] for trial in complete(data_in(page))]
     low, high = min(values), max(values)
     expected = sum(value <= low + 0.25 * (high - low) for value in values)
-    assert 190 - faded(page, ".point") == pytest.approx(expected, abs=2)
+    assert 170 - faded(page, ".point") == pytest.approx(expected, abs=2)
     page.mouse.click(x, box["y"] + 0.1 * box["height"])
     assert faded(page, ".point") == 0
 
@@ -198,6 +199,36 @@ def test_masks_are_painted_as_they_are(opened, report):
     for pixel, factor in zip(painted[1:], (factors[0], factors[-1]), strict=True):
         for got, dark, bright in zip(pixel, accent, light, strict=True):
             assert got == pytest.approx(dark + (bright - dark) * factor / 255, abs=1)
+
+
+def test_the_choice_is_shown_on_victims_that_no_trial_saw(opened, report):
+    page = opened(report)
+    drawn = page.locator("#unseen .chart")
+    for text in ("tuned on", "held out", "clean controls", "digits-sig", "digits-clean"):
+        assert text in drawn.text_content()
+    page.locator("#unseen summary").click()
+    rows = page.locator("#unseen details tbody tr").all_inner_texts()
+    # four victims and three roles, under two configurations
+    assert len(rows) == 14
+    found = data_in(page)["suite"]["chosen"]["victims"]["digits-sig"]["attack_success"]
+    (row,) = (row for row in rows if row.startswith("digits-sig\tchosen"))
+    assert f"{100 * found['mean']:.1f} ± {100 * found['std']:.1f}" in row
+
+
+def test_the_blind_choice_stands_beside_the_oracles(opened, large_study, tmp_path):
+    folder = tmp_path / "blind"
+    shutil.copytree(large_study, folder, ignore=shutil.ignore_patterns("trials"))
+    rows = [json.loads(row) for row in (folder / "trials.jsonl").read_text().splitlines()]
+    for row in rows:
+        for scores in row.get("scores", {}).values():
+            scores["risk"] = 0.5 * row["attack_success"]
+    (folder / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"blind": {"number": 0}}))
+    page = opened(write_report(folder, tmp_path / "nowhere"))
+    assert "is 1.00." in page.locator("#blind p").inner_text()
+    assert page.locator("#blind .chart .mark.triangle").count() == 1
+    assert page.locator("#blind tbody tr").count() == 2
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

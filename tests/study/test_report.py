@@ -20,7 +20,7 @@ from study.config import StudyError
 from study.importance import MIN_TRIALS, importances
 from study.report import REPORT, write_report
 from study.report.closeup import layers
-from study.report.content import headline, page_content, read
+from study.report.content import blind_choice, headline, page_content, read
 from study.space import Parameter
 
 
@@ -70,7 +70,7 @@ def told(before, after, *, chosen=7, paper=None, statuses=("COMPLETE",) * 8):
             "brings attack success from 90.0 % to 10.0 % at no cost in accuracy",
         ),
         ((0.98, 0.9), (0.99, 0.1), "to 10.0 % and gains 1.0 point of accuracy"),
-        ((0.99, 0.9), (0.98, 0.9), "leaves attack success at 90.0 % for 1.0 point of accuracy"),
+        ((0.99, 0.9), (0.98, 0.9), "leaves attack success at 90.0 % and loses 1.0 point of accuracy"),
         ((0.99, 0.9), (0.99, 0.95), "leaves attack success at 95.0 % at no cost in accuracy"),
     ],
 )
@@ -89,8 +89,33 @@ def test_the_headline_speaks_of_the_papers_defaults_where_they_are_chosen():
 def test_the_text_counts_trials_and_compares_with_the_paper():
     statuses = ("COMPLETE",) * 9 + ("FAILED",) * 2 + ("PRUNED",)
     _, text = told(scores(0.99, 0.9), scores(0.98, 0.1), paper=scores(0.98, 0.7), statuses=statuses)
-    assert "12 trials on digits-badnets, 2 failed, 1 pruned." in text
+    assert "12 trials on digits-badnets, 1 stopped early, 2 failed." in text
     assert "The paper's defaults leave attack success at 70.0 %." in text
+
+
+def test_the_blind_choice_is_shown_where_there_is_evidence_and_ranks_are_spearmans(large_study):
+    trials = [trial for trial in read(large_study)["trials"] if trial["status"] == "COMPLETE"]
+
+    def with_risk(rank):
+        for trial in trials:
+            for scores in trial["scores"].values():
+                scores["risk"] = rank(trial["attack_success"])
+        return blind_choice(trials, {"blind": {"number": 3}})
+
+    assert blind_choice(trials, {}) is None
+    agreeing, opposite = with_risk(lambda success: success**3), with_risk(lambda success: 1 - success)
+    assert agreeing["spearman"] == pytest.approx(1)
+    assert opposite["spearman"] == pytest.approx(-1)
+    assert agreeing["chosen"] == 3
+    assert agreeing["risk"][trials[0]["number"]] == pytest.approx(trials[0]["attack_success"] ** 3)
+
+
+def test_held_out_victims_are_told_of_in_the_text(large_study):
+    content = page_content(**read(large_study))
+    found = content["suite"]["chosen"]["roles"]["held_out"]["attack_success"]
+    said = f"On held-out victims it leaves attack success at {100 * found['mean']:.1f}"
+    assert said in content["headline"]["text"]
+    assert "(3 runs)" in content["headline"]["text"]
 
 
 def test_nothing_chosen_is_said_first():
@@ -253,7 +278,8 @@ def test_a_study_that_was_cut_off_has_a_page(large_study, tmp_path):
 
 
 def test_nothing_in_the_data_ends_the_script_they_are_in(page):
-    (reason,) = {trial["reason"] for trial in data_of(page)["trials"] if "reason" in trial}
+    reasons = {trial["reason"] for trial in data_of(page)["trials"] if trial["status"] == "FAILED"}
+    (reason,) = reasons
     assert "</script>" in reason
     assert reason not in page.read_text()
 

@@ -93,9 +93,9 @@ const SHAPES = {
     const a = 0.45 * r, b = 1.25 * r;
     return `M${-b} ${-b + a}L${-b + a} ${-b}L0 ${-a}L${b - a} ${-b}L${b} ${-b + a}L${a} 0L${b} ${b - a}L${b - a} ${b}L0 ${a}L${-b + a} ${b}L${-b} ${b - a}L${-a} 0Z`;
   },
-  pruned: (r) => `M0 ${-r}L${1.1 * r} ${0.9 * r}H${-1.1 * r}Z`,
+  triangle: (r) => `M0 ${-r}L${1.1 * r} ${0.9 * r}H${-1.1 * r}Z`,
 };
-const mark = (kind, r) => svg("path", { class: `mark ${kind}`, d: SHAPES[kind](r) });
+const mark = (kind, r) => svg("path", { class: `mark ${kind}`, d: SHAPES[kind.split(" ")[0]](r) });
 
 const legendItem = (kind, text, ring) =>
   el("li", {}, svg("svg", { viewBox: "-8 -8 16 16", "aria-hidden": "true" },

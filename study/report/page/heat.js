@@ -56,14 +56,11 @@ function heat(width, score) {
     picture.append(column);
   });
   data.victims.forEach((victim, k) => picture.append(svg("text", narrow
-    ? { x: 0, y: top + k * row + 14 } : { x: 0, y: top + k * row + row - 7 }, roleName(victim))));
+    ? { x: 0, y: top + k * row + 14 } : { x: 0, y: top + k * row + row - 7 }, victim.name)));
   picture.append(svg("text", { x: label, y: height - 4 }, "least attack success"),
     svg("text", { x: width, y: height - 4, "text-anchor": "end" }, "most"));
   return picture;
 }
-
-const ROLES = { held_out: "held out", control: "clean control" };
-const roleName = (victim) => (ROLES[victim.role] ? `${victim.name} (${ROLES[victim.role]})` : victim.name);
 
 function heatTip(trial, score, event) {
   showTip(event.clientX, event.clientY, el("b", {}, titleOf(trial)),

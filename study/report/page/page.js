@@ -2,7 +2,7 @@
 
 const SECTIONS = {
   finding: drawFinding, front: drawFront, parallel: drawParallel, importance: drawImportance, blind: drawBlind,
-  heat: drawHeat, "close-up": drawCloseUp, cost: drawCost, failures: drawFailures, provenance: drawProvenance,
+  unseen: drawUnseen, heat: drawHeat, "close-up": drawCloseUp, cost: drawCost, failures: drawFailures, provenance: drawProvenance,
 };
 for (const [id, draw] of Object.entries(SECTIONS)) if (!draw()) document.getElementById(id).remove();
 if (searched.length) drawTrials();

@@ -5,6 +5,7 @@ function drawParallel() {
   slot("parallel-bar").append(...keptBar());
   if (data.importance.attack_success)
     slot("axis-order").textContent = "; the settings that matter most for attack success come first";
+  if (data.paper === null) slot("paper-aside").remove();
   responsive(slot("parallel"), parallel);
   return true;
 }

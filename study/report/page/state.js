@@ -35,7 +35,7 @@ const listeners = [];
 function axisOf(name) { return axes.find((axis) => axis.name === name); }
 
 function valueOn(axis, trial) {
-  return axis.name in SCORES ? trial[axis.name] : trial.parameters[axis.name];
+  return axis.objective ? trial[axis.name] : trial.parameters[axis.name];
 }
 
 // Whether a trial lies in every range; one without a value on a restricted axis does not.
@@ -69,7 +69,8 @@ function clearRanges() {
 function trialTip(trial, x, y) {
   showTip(x, y, el("b", {}, titleOf(trial)),
     el("table", {}, Object.entries(SCORES).map(([key, score]) =>
-      el("tr", {}, el("th", {}, score.name), el("td", {}, percent(trial[key]))))),
+      el("tr", {}, el("th", {}, score.name), el("td", {}, percent(trial[key])
+        + (trial.spread ? ` ± ${(100 * trial.spread[key].std).toFixed(1)}` : ""))))),
     el("span", {}, `${duration(trial.seconds)}, ${count(trial.rounds, "round")}`));
 }
 
@@ -95,10 +96,11 @@ function buildAxes() {
     const low = Math.min(...values), high = Math.max(...values);
     return high > low ? [low, high] : [low - 0.01, high + 0.01];
   };
-  for (const key of ["attack_success", "clean_accuracy"]) {
+  const objectives = new Set(["attack_success", "clean_accuracy", ...Object.keys(data.objectives)]);
+  for (const key of objectives) {
     const [low, high] = spread(key);
-    axes.push({ name: key, label: SCORES[key].name, objective: true,
-      scale: scaleOf({ kind: "float", low, high, percent: true }) });
+    axes.push({ name: key, label: SCORES[key]?.name ?? key.replaceAll("_", " "), objective: true,
+      scale: scaleOf({ kind: "float", low, high, percent: key !== "seconds" }) });
   }
   const weight = data.importance.attack_success || {};
   const parameters = [...data.parameters].sort((a, b) => (weight[b.name] || 0) - (weight[a.name] || 0));

@@ -75,8 +75,11 @@ function drawImportance() {
 function drawFailures() {
   const lost = data.trials.filter((trial) => trial.status !== "COMPLETE");
   if (!lost.length) return false;
-  slot("failures").append(table(["trial", "ended as", "after", "reason"], lost.map((t) => ({
-    cells: [t.number, t.status.toLowerCase(), duration(t.seconds), t.reason || "–"] })), { left: [3] }));
+  const rows = table(["trial", "ended as", "after", "reason"], lost.map((t) => ({
+    cells: [t.number, t.status === "PRUNED" ? "stopped early" : t.status.toLowerCase(), duration(t.seconds), t.reason || "–"] })), { left: [3] });
+  const counts = ["PRUNED", "FAILED"].map((status) => lost.filter((t) => t.status === status).length);
+  slot("failures").append(lost.length <= 12 ? rows : el("details", {},
+    el("summary", {}, `${counts[0]} stopped early, ${counts[1]} failed`), rows));
   return true;
 }
 
@@ -116,8 +119,8 @@ function costChart(width, timed) {
     svg("text", { x: left - 8, y: Y(tick) + 4, "text-anchor": "end" }, `${words(tick)} s`));
   timed.forEach((trial, i) => {
     const x = left + (i + 0.5) * step, y = Y(trial.seconds), lost = trial.status !== "COMPLETE";
-    const role = lost ? "pruned" : roleOf(trial);
-    const colour = { front: "var(--accent)", paper: "var(--warm)", pruned: "none", dominated: "var(--dim)" }[role];
+    const role = lost ? "lost" : roleOf(trial);
+    const colour = { front: "var(--accent)", paper: "var(--warm)", lost: "none", dominated: "var(--dim)" }[role];
     picture.append(svg("rect", {
       x: x - bar / 2, y, width: bar, height: Math.max(1, bottom - y),
       style: `fill:${colour}${lost ? ";stroke:var(--dim);stroke-dasharray:2 2" : ""}`,

@@ -119,8 +119,8 @@ function curvesOf(curves) {
         svg("line", { x1: -4, x2: 20, y1: 8, y2: 8, style: lineStyle(i) })), name.replaceAll("_", " "))))));
     responsive(place, (width) => lineChart(width, shown, rounds, curves.stages, domain, format, title));
   };
-  const scores = Object.entries(curves.scores);
-  if (scores.length) chart("Scores on val, %", scores.map(([name, pairs]) => [SCORES[name]?.name ?? name, pairs.map(([x, y]) => [x, 100 * y])]), [0, 100], words);
+  const scores = ["clean_accuracy", "recovery", "attack_success"].filter((name) => name in curves.scores).map((name) => [name, curves.scores[name]]);
+  if (scores.length) chart("Scores on val, %", scores.map(([name, pairs]) => [SCORES[name].name, pairs.map(([x, y]) => [x, 100 * y])]), [0, 100], words);
   const pairs = (values) => values.map((value, i) => [i, value]);
   const all = [["all together", pairs(curves.loss)], ...Object.entries(curves.terms).map(([name, values]) => [name, pairs(values)])];
   chart("Losses", all, null, words);

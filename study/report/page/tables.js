@@ -102,8 +102,16 @@ function drawCost() {
     ...(workers ? [tile("harness", percent(seconds.harness / workers), "of the workers' time was outside of trials")] : []),
     tile("passes", (forward + backward).toLocaleString("en"), `${forward.toLocaleString("en")} forward, ${backward.toLocaleString("en")} backward, on ${devices.join(", ") || "an unknown device"}`));
   responsive(slot("cost"), (width) => costChart(width, timed));
+  const swatch = (style, text) => el("li", {}, svg("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, svg("rect", { x: 4, y: 1, width: 8, height: 14, style })), text);
+  const roles = new Set(timed.map((t) => (t.status === "COMPLETE" ? roleOf(t) : "lost")));
+  slot("cost-legend").append(...Object.entries(COSTS).filter(([role]) => roles.has(role)).map(([role, [style, text]]) => swatch(style, text)));
   return true;
 }
+
+const COSTS = {
+  front: ["fill:var(--accent)", "on the front"], dominated: ["fill:var(--dim)", "dominated"],
+  paper: ["fill:var(--warm)", "the paper's defaults"], lost: ["fill:none;stroke:var(--dim);stroke-dasharray:2 2", "without a result"],
+};
 
 // Seconds of each trial in order, on a log scale where the longest would hide the rest.
 function costChart(width, timed) {
@@ -119,15 +127,13 @@ function costChart(width, timed) {
     svg("text", { x: left - 8, y: Y(tick) + 4, "text-anchor": "end" }, `${words(tick)} s`));
   timed.forEach((trial, i) => {
     const x = left + (i + 0.5) * step, y = Y(trial.seconds), lost = trial.status !== "COMPLETE";
-    const role = lost ? "lost" : roleOf(trial);
-    const colour = { front: "var(--accent)", paper: "var(--warm)", lost: "none", dominated: "var(--dim)" }[role];
     picture.append(svg("rect", {
       x: x - bar / 2, y, width: bar, height: Math.max(1, bottom - y),
-      style: `fill:${colour}${lost ? ";stroke:var(--dim);stroke-dasharray:2 2" : ""}`,
+      style: COSTS[lost ? "lost" : roleOf(trial)][0],
       onpointermove: (event) => showTip(event.clientX, event.clientY, el("b", {}, lost ? `Trial ${trial.number}, ${trial.status.toLowerCase()}` : titleOf(trial)), el("span", {}, duration(trial.seconds))),
       onpointerleave: hideTip,
     }));
   });
-  picture.append(svg("text", { x: left, y: height - 6 }, `trials in order, seconds of each${log ? " (log scale)" : ""}; blue: on the front`));
+  picture.append(svg("text", { x: left, y: height - 6 }, `trials in order, seconds of each${log ? " (log scale)" : ""}`));
   return picture;
 }

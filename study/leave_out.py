@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from study.config import StudyConfig
+from study.config import StudyConfig, StudyError
 from study.objectives import over_victims, total_violation
 from study.pareto import choose
 
 BLIND_SAMPLERS = ("random", "qmc")
-NUMBERS = ("clean_accuracy", "attack_success", "recovery", "pruned_share", "accuracy_drop")
+SCORES = ("clean_accuracy", "attack_success", "recovery")
+NUMBERS = (*SCORES, "pruned_share", "accuracy_drop")
 
 
 def attacks_of(config: StudyConfig) -> dict[str, list[str]]:
@@ -46,6 +47,57 @@ def without(config: StudyConfig, attack: str) -> StudyConfig:
     return config.model_copy(update=changes)
 
 
+def select(config: StudyConfig, which: str) -> list[str]:
+    """The attacks that `--leave-out` names: one, or all of them in turn.
+
+    Raises:
+        StudyError: it names none of the tuning victims', or there is no other.
+    """
+    attacks = list(attacks_of(config))
+    if len(attacks) < 2:
+        raise StudyError(
+            f"--leave-out needs tuning victims of two attacks or more, got {', '.join(attacks)}; list "
+            "more of them under `victims`."
+        )
+    if which == "all":
+        return attacks
+    if which not in attacks:
+        raise StudyError(
+            f"--leave-out got {which!r}; the tuning victims' attacks are {', '.join(attacks)}, or say "
+            "all."
+        )
+    return [which]
+
+
+def table_of_studies(
+    config: StudyConfig, full: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The same table from a study of all attacks and one without each, confirmed on `test`.
+
+    Args:
+        full: summary of the study that saw every attack.
+        others: attack -> summary of the study without it.
+    """
+    rows = {}
+    for attack, summary in others.items():
+        digests = {spec.digest for spec in config.victims if spec.attack["name"] == attack}
+        rows[attack] = compared(_confirmed(summary, digests), _confirmed(full, digests))
+    return {"exact": True, "scored_on": "test, mean over the confirmation's seeds", "attacks": rows}
+
+
+def _confirmed(summary: Mapping[str, Any], digests: set[str]) -> dict[str, Any] | None:
+    """A summary's choice on the victims of these digests."""
+    found = (summary.get("suite") or {}).get("chosen")
+    if found is None:
+        return None
+    mine = [one for one in found["victims"].values() if one["digest"] in digests]
+    if any("attack_success" not in one for one in mine):
+        return None
+    return {"number": summary["chosen"]["number"]} | {
+        name: sum(one[name]["mean"] for one in mine) / len(mine) for name in SCORES
+    }
+
+
 def table(
     config: StudyConfig, trials: Sequence[Mapping[str, Any]], before: Mapping[str, float]
 ) -> dict[str, Any]:
@@ -56,9 +108,9 @@ def table(
         before: victim -> its own clean accuracy on `val`.
 
     Returns:
-        `exact`, and `attacks`: attack -> {"without", "with", "loss"}; the first two are a trial's
-        number and its mean numbers on the attack's victims, null where nothing can be chosen; `loss`
-        is by how much the attack's success rises and accuracy falls for not having seen it.
+        `exact`, `scored_on`, and `attacks`: attack -> {"without", "with", "loss"}; the first two are a
+        trial's number and its mean numbers on the attack's victims, null where nothing can be chosen;
+        `loss` is by how much the attack's success rises and accuracy falls for not having seen it.
     """
     complete = [trial for trial in trials if trial["status"] == "COMPLETE"]
     attacks = attacks_of(config)
@@ -69,7 +121,7 @@ def table(
             blind = _chosen(config, complete, seen, before)
             informed = _chosen(config, complete, config.victim_names(), before)
             rows[attack] = compared(_on(blind, unseen), _on(informed, unseen))
-    return {"exact": is_exact(config), "attacks": rows}
+    return {"exact": is_exact(config), "scored_on": "val, the trials' own", "attacks": rows}
 
 
 def compared(without: dict[str, Any] | None, with_: dict[str, Any] | None) -> dict[str, Any]:
@@ -109,7 +161,6 @@ def _on(trial: Mapping[str, Any] | None, victims: Sequence[str]) -> dict[str, An
     if trial is None:
         return None
     means = {
-        name: sum(trial["scores"][victim][name] for victim in victims) / len(victims)
-        for name in ("clean_accuracy", "attack_success", "recovery")
+        name: sum(trial["scores"][victim][name] for victim in victims) / len(victims) for name in SCORES
     }
     return {"number": trial["number"]} | means

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from bimask.devices import resolve_device
 from bimask.victim import EpochLog, Victim, obtain_victim
 from study import records, search
 from study.config import StudyConfig, StudyError, load_config
-from study.console import progress_bar, show, trial_progress
+from study.console import progress_bar, show, trial_progress, wide_console
 from study.plots import draw_victims
 from study.provenance import commit, versions
 from study.report import REPORT, write_report
@@ -39,12 +38,26 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
     Raises:
         BimaskError: before the first trial, for anything that would make the study fail.
     """
+    config, given = load_config(path, overrides), "name" in overrides
+    return bool(run_config(config, outputs=outputs, address=address, name_given=given)["n_complete"])
+
+
+def run_config(
+    config: StudyConfig, *, outputs: Path, address: str | None, name_given: bool = False
+) -> dict[str, Any]:
+    """Run a study; everything it leaves is under `outputs`.
+
+    Args:
+        name_given: the name must be free; else a number is put to it where it is taken.
+
+    Returns:
+        Its summary.
+    """
     started = time.perf_counter()
-    console = Console(width=None if sys.stdout.isatty() else 140)  # tables whole in a log
-    config = load_config(path, overrides)
+    console = wide_console()
     device = resolve_device(config.device)
     require_writable(outputs)
-    name, folder = records.new_folder(outputs, config.name, chosen_by_user="name" in overrides)
+    name, folder = records.new_folder(outputs, config.name, chosen_by_user=name_given)
     config = config.model_copy(update={"name": name})
 
     uri = tracking_uri(outputs)
@@ -93,7 +106,7 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
     finally:
         search.stop_ray()
     show(console, config, summary, tracker, outputs / "victims", folder)
-    return bool(summary["n_complete"])
+    return summary
 
 
 def _begin(config: StudyConfig, folder: Path, tracker: Tracker, victims: dict[str, Victim]) -> None:

@@ -65,8 +65,9 @@ def write_report(folder: Path, victims: Path, out: Path | None = None) -> Path:
 def log_report(path: Path, folder: Path, outputs: Path) -> str:
     """Log a page to its study's run in MLflow; what became of it in a few words, never an error."""
     uri = tracking_uri(outputs)
-    study = read(folder)["study"]["name"]
-    digests = {trial["provenance"]["study"] for trial in read(folder)["trials"]}
+    records = read(folder)
+    study = records["study"]["name"]
+    digests = {trial["provenance"]["study"] for trial in records["trials"]}
     try:
         require_server(uri)
         logged = any(log_to_study(uri, study, digest, path) for digest in digests)

@@ -231,6 +231,44 @@ def test_the_blind_choice_stands_beside_the_oracles(opened, large_study, tmp_pat
     assert page.locator("#blind tbody tr").count() == 2
 
 
+def test_the_heat_map_has_a_cell_a_victim_and_trial_least_attack_success_first(opened, report):
+    page = opened(report)
+    columns = page.locator("#heat g[data-number]")
+    numbers = [int(n) for n in columns.evaluate_all("all => all.map((g) => g.dataset.number)")]
+    trials = {trial["number"]: trial for trial in complete(data_in(page))}
+    successes = [trials[number]["attack_success"] for number in numbers]
+    assert len(numbers) == 170
+    assert successes == sorted(successes)
+    assert page.locator("#heat g[data-number] rect").count() == 2 * 170
+    style = page.locator("#heat g[data-number] rect").first.get_attribute("style")
+    worst = trials[numbers[0]]["scores"]["digits-badnets"]["attack_success"]
+    assert f"var(--warm) {100 * worst:.0f}%" in style
+    page.mouse.move(
+        *centre_of(page, f"#heat g[data-number='{numbers[5]}'] rect:first-of-type >> nth=0")
+    )
+    assert f"Trial {numbers[5]}" in page.locator("#tip").inner_text()
+    page.locator("#heat button", has_text="clean accuracy").click()
+    assert page.locator("#heat button[aria-pressed='true']").inner_text() == "clean accuracy"
+    assert page.locator("#heat g[data-number] rect").first.get_attribute("style") != style
+
+
+def test_the_close_up_shows_the_corner_alone(opened, report):
+    page = opened(report)
+    page.locator("#front button", has_text="Close-up").click()
+    shown = page.locator(".point")
+    numbers = {int(n) for n in shown.evaluate_all("all => all.map((g) => g.dataset.number)")}
+    data = data_in(page)
+    corner = {
+        t["number"]
+        for t in complete(data)
+        if t["number"] in data["front"] and t["attack_success"] <= 0.25
+    }
+    assert corner <= numbers
+    assert len(numbers) < 170
+    page.locator("#front button", has_text="Everything").click()
+    assert shown.count() == 170
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_has_no_sideways_scroll_and_the_chart_lies_down(opened, report, scheme):
     page = opened(report, PHONE, scheme)

@@ -20,6 +20,7 @@ from study.config import StudyConfig
 from study.console import show
 from study.pareto import OBJECTIVES, ParetoFront
 from study.report import log_report, write_report
+from study.report.content import headline, read
 from study.summary import summarise
 from study.tracking import Tracker, tracking_uri
 from study.trial import Case, run_trials
@@ -146,7 +147,8 @@ def test_a_nested_run_holds_parameters_losses_metrics_masks_and_a_picture(finish
 def test_the_parent_run_holds_the_finding_and_the_page(finished):
     client, parent, children = mlflow_runs(finished.outputs, "tiny")
     chosen = finished.summary["chosen"]["number"]
-    assert f"Trial {chosen} " in parent.data.tags["mlflow.note.content"]
+    told = headline(**{name: read(finished.folder)[name] for name in ("summary", "trials")})
+    assert told["title"] in parent.data.tags["mlflow.note.content"]
     page = Path(client.download_artifacts(parent.info.run_id, "report.html"))
     assert page.read_text() == (finished.folder / "report.html").read_text()
     tagged = {int(c.data.tags["trial"]) for c in children if c.data.tags.get("pareto") == "front"}

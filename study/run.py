@@ -20,7 +20,7 @@ from study.console import progress_bar, show, trial_progress, wide_console
 from study.plots import draw_victims
 from study.provenance import commit, versions
 from study.report import REPORT, write_report
-from study.report.content import headline, read
+from study.report.content import headline
 from study.suite import cases_of, confirmation, confirmation_metrics, jobs_of
 from study.summary import FRONT_PICTURE, summarise
 from study.tracking import Tracker, redacted, require_server, tracking_uri
@@ -239,7 +239,8 @@ def close(tracker: Tracker, folder: Path, summary: dict[str, Any]) -> None:
     if summary["chosen"]:
         metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
         metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
-    told = headline(summary, read(folder)["trials"])
+    count = {status: summary[f"n_{status.lower()}"] for status in ("COMPLETE", "PRUNED", "FAILED")}
+    told = headline(summary, count)
     tracker.describe(f"**{told['title']}.** {told['text']} The page about it: `{REPORT}` below.")
     tracker.mark_front([point["number"] for point in summary["front"]], chosen)
     metrics |= confirmation_metrics(summary.get("suite") or {})

@@ -63,7 +63,7 @@ def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: d
     searched = [trial for trial in complete if trial["preset"] != PAPER]
     return {
         "name": study["name"],
-        "headline": headline(summary, trials),
+        "headline": headline(summary, Counter(trial["status"] for trial in trials)),
         "victims": _victims(study, summary, complete),
         "parameters": [{"name": name, **parameter.model_dump()} for name, parameter in space.items()],
         "objectives": objectives,
@@ -84,9 +84,13 @@ def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: d
     }
 
 
-def headline(summary: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The finding in one sentence, the sentence after it, and the numbers behind both (on test)."""
-    ended = _ended(trials, " and ".join(summary.get("victims", {})))
+def headline(summary: Mapping[str, Any], count: Mapping[str, int]) -> dict[str, Any]:
+    """The finding in one sentence, the sentence after it, and the numbers behind both (on test).
+
+    Args:
+        count: status -> trials that ended so.
+    """
+    ended = _ended(count, " and ".join(summary.get("victims", {})))
     if not summary:
         return {"title": "This study has not ended", "text": f"So far: {ended}."}
     if not summary["chosen"]:
@@ -124,11 +128,11 @@ def _unseen(summary: Mapping[str, Any]) -> str:
     return f" On held-out victims it leaves attack success at {spread} ({found['n']} runs)."
 
 
-def _ended(trials: Sequence[Mapping[str, Any]], victims: str) -> str:
+def _ended(count: Mapping[str, int], victims: str) -> str:
     """How many trials there were, on what, and how those without a result ended."""
-    count = Counter(trial["status"] for trial in trials)
-    lost = "".join(f", {count[status]} {words}" for status, words in LOST.items() if count[status])
-    return f"{len(trials)} trial{'' if len(trials) == 1 else 's'}{victims and f' on {victims}'}{lost}"
+    lost = "".join(f", {count[status]} {words}" for status, words in LOST.items() if count.get(status))
+    trials = sum(count.values())
+    return f"{trials} trial{'' if trials == 1 else 's'}{victims and f' on {victims}'}{lost}"
 
 
 def _finding(who: str, before: Mapping[str, float], after: Mapping[str, float], *, plural: bool) -> str:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def told(before, after, *, chosen=7, paper=None, statuses=("COMPLETE",) * 8):
         "chosen": after and {"number": chosen, "test": after},
         "paper_defaults": paper and {"number": 0, "test": paper},
     }
-    found = headline(summary, [{"status": status} for status in statuses])
+    found = headline(summary, Counter(statuses))
     return found["title"].replace("\u00a0", " "), found["text"].replace("\u00a0", " ")
 
 

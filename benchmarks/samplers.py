@@ -60,6 +60,7 @@ def search(config: StudyConfig, cases: list[Case], trials: int, seconds: float) 
     for number in range(trials):
         begun = time.process_time()
         asked = searcher.suggest(str(number))
+        assert isinstance(asked, dict), "a storage in memory always answers"
         (member,) = asked["members"]
         (result,) = run_trials(
             [config.purify_config(member["parameters"])],
@@ -67,12 +68,12 @@ def search(config: StudyConfig, cases: list[Case], trials: int, seconds: float) 
             seed=0,
             judge=Judge.of(config, Rivals(**asked["rivals"])),
         )
-        report: dict[str, Any] = {"number": member["number"]}
+        report: dict[str, Any] = {}
         status = "FAILED"
         if not isinstance(result, NonFiniteError):
             report |= result.record()
             status = "PRUNED" if result.stopped else "COMPLETE"
-        searcher.on_trial_complete(str(number), {"final": True, "members": [report]})
+        searcher.tell(member | report | {"status": status})
         rows.append({"status": status, "seconds": time.process_time() - begun})
         if status == "COMPLETE":
             rows[-1] |= {name: report[name] for name in config.directions}

@@ -31,6 +31,8 @@ from study.stopping import EarlyStopping
 
 Unit = Field(ge=0, le=1)
 
+# How a study runs, not what it finds.
+RUNNING = {"concurrency", "trials_per_actor", "checkpoint_every", "trial_timeout", "memory_per_trial"}
 # Keys that came later: a study without them keeps the digest that it had.
 LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constraints", "repeats"} | {
     "early_stopping",
@@ -87,6 +89,13 @@ class StudyConfig(BaseModel):
     selection: Literal["oracle"] = Field("oracle", description="scores on val use the true trigger")
     clean_images_per_class: int = Field(10, ge=1, description="what the defender has")
     report_every: int = Field(10, ge=1, description="rounds between two intermediate reports")
+    checkpoint_every: float = Field(60, gt=0, description="seconds of work that a kill may cost")
+    trial_timeout: float | None = Field(
+        None, gt=0, description="seconds; a trial that takes more fails"
+    )
+    memory_per_trial: float | None = Field(
+        None, gt=0, description="GiB that an actor may take beyond what it holds as a trial begins"
+    )
     victims: list[VictimSpec] = Field(min_length=1, description="that trials are scored on, on val")
     held_out: list[VictimSpec] = Field(
         default_factory=list, description="other attacks and seeds, met after the choice alone"
@@ -129,9 +138,9 @@ class StudyConfig(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits of everything that decides results; how much runs at once does not."""
-        at_once = {"concurrency", "trials_per_actor"}
-        deciding = self.model_dump(mode="json", exclude={"name", *at_once})
+        """Sixteen hex digits of everything that decides results; how much runs at once, how often it is
+        kept and what it may take does not."""
+        deciding = self.model_dump(mode="json", exclude={"name", *RUNNING})
         for name in LATER:
             default = StudyConfig.model_fields[name].get_default(call_default_factory=True)
             if getattr(self, name) == default:

@@ -15,9 +15,9 @@ from rich.table import Table
 from bimask.nets import is_own
 from study import records
 from study.config import StudyConfig
+from study.objectives import SCORES
 from study.report import REPORT
 from study.tracking import Tracker
-from study.trial import SCORES
 
 
 def wide_console() -> Console:

@@ -16,7 +16,7 @@ from typing import Any
 from bimask.errors import BimaskError
 from study.config import StudyError
 from study.report.answers import Scene
-from study.report.closeup import curves, layers, saved_masks
+from study.report.closeup import curves, layers, reports_of, saved_masks
 from study.report.content import page_content, read, settings_of
 from study.tracking import log_to_study, require_server, tracking_uri
 
@@ -99,6 +99,7 @@ def _close_ups(
     first = [content["chosen"], content["paper"], *content["front"]]
     numbers = list(dict.fromkeys(n for n in first if n is not None))[:CLOSE_UPS]
     trials = {trial["number"]: trial for trial in read_back["trials"]}
+    reports = reports_of(folder)
     scenes = _scenes(victims, read_back["summary"].get("victims", {}), study)
     found: dict[int, Any] = {}
     for position, number in enumerate(numbers):
@@ -109,7 +110,8 @@ def _close_ups(
         found[number] = {"settings": settings.model_dump(), "victims": {}}
         for name in trials[number]["scores"]:
             masks = saved_masks(kept, name, settings)
-            mine: dict[str, Any] = {"curves": curves(kept, name)}
+            known, final = reports.get(number, {}).get(name, {}), trials[number]["scores"][name]
+            mine: dict[str, Any] = {"curves": curves(kept, name, known, final)}
             scene = scenes.get(name)
             if masks is not None:
                 mine["layers"] = layers(masks, scene.victim.model if scene else None)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from bimask.config import PurifyConfig
 from bimask.masks import MaskSet
-from study.records import HISTORY
+from study.files import read_lines
+from study.objectives import SCORES
+from study.records import REPORTS
 
 
 def saved_masks(folder: Path, victim: str, settings: PurifyConfig) -> MaskSet | None:
@@ -28,8 +30,26 @@ def saved_masks(folder: Path, victim: str, settings: PurifyConfig) -> MaskSet | 
     )
 
 
-def curves(folder: Path, victim: str) -> dict[str, Any] | None:
-    """Stages with their rounds, each loss term by round, scores on val by rounds done."""
+def reports_of(folder: Path) -> dict[int, dict[str, dict[str, dict[int, float]]]]:
+    """Scores on val while trials ran: number -> victim -> score -> round -> value."""
+    found: dict[int, dict[str, dict[str, dict[int, float]]]] = {}
+    for report in read_lines(folder / REPORTS):
+        mine = found.setdefault(report["number"], {}).setdefault(report["victim"], {})
+        for name in SCORES:  # a trial that was gone on with reports some rounds again
+            mine.setdefault(name, {})[report["step"]] = report[name]
+    return found
+
+
+def curves(
+    folder: Path, victim: str, reports: Mapping[str, Mapping[int, float]], final: Mapping[str, float]
+) -> dict[str, Any] | None:
+    """Stages with their rounds, each loss term by round, scores on val by round.
+
+    Args:
+        folder: the trial's own.
+        reports: score -> round -> value.
+        final: the scores after the last round.
+    """
     path = folder / f"{victim}.rounds.json"
     if not path.is_file():
         return None
@@ -40,7 +60,10 @@ def curves(folder: Path, victim: str) -> dict[str, Any] | None:
         "stages": stages,
         "loss": _short(log["loss"] for log in rounds),
         "terms": {name: _short(log["losses"].get(name) for log in rounds) for name in terms},
-        "scores": _history(folder, victim),
+        "scores": {
+            name: [*sorted(points.items()), (len(rounds), final[name])]
+            for name, points in reports.items()
+        },
     }
 
 
@@ -67,15 +90,6 @@ def layers(masks: MaskSet, model: nn.Module | None = None) -> list[dict[str, Any
             }
         )
     return rows
-
-
-def _history(folder: Path, victim: str) -> dict[str, list[tuple[int, float]]]:
-    path = folder / HISTORY
-    if not path.is_file():
-        return {}
-    known: Mapping[str, list[tuple[int, float]]] = json.loads(path.read_text())
-    start = f"{victim}/"
-    return {key.removeprefix(start): pairs for key, pairs in known.items() if key.startswith(start)}
 
 
 def _short(values: Iterator[float | None]) -> list[float | None]:

@@ -15,11 +15,11 @@ from pydantic import TypeAdapter
 from bimask.config import PurifyConfig
 from study import records
 from study.config import StudyError
+from study.files import read_lines
 from study.importance import importances
-from study.objectives import Aggregate
+from study.objectives import SCORES, Aggregate
 from study.pareto import DIRECTIONS, OBJECTIVES, Direction, ParetoFront
 from study.space import Parameter
-from study.trial import SCORES
 
 PAPER = "paper"
 COMPLETE = "COMPLETE"
@@ -40,10 +40,9 @@ def read(folder: Path) -> dict[str, Any]:
         )
     summary = folder / records.SUMMARY
     try:
-        lines = (folder / records.TRIALS).read_text().splitlines()
         return {
             "study": yaml.safe_load((folder / records.STUDY).read_text()),
-            "trials": sorted((json.loads(line) for line in lines), key=lambda t: int(t["number"])),
+            "trials": sorted(read_lines(folder / records.TRIALS), key=lambda t: int(t["number"])),
             "summary": json.loads(summary.read_text()) if summary.is_file() else {},
         }
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:

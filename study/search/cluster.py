@@ -19,8 +19,10 @@ def start_ray(address: str | None) -> None:
     where = address or os.environ.get("RAY_ADDRESS") or "this machine"
     try:
         _require_listener(where)
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        # no dashboard, a dozen processes, for a Ray of this process alone
+        quiet = {"include_dashboard": False} if address == "local" else {}
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **quiet)
+    except Exception as error:  # Ray raises just that where a busy machine starts it too slowly
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
             f"Cannot join Ray at {where} ({reason}); start it with `ray start --head`, or leave the "

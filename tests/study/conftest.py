@@ -21,9 +21,10 @@ from bimask.config import PurifyConfig
 from bimask.victim import obtain_victim
 from study import records
 from study.config import StudyConfig
+from study.objectives import SCORES
 from study.suite import confirmation, roles
 from study.summary import summarise
-from study.trial import SCORES, Case, run_trials
+from study.trial import Case, run_trials
 
 ROOT = Path(__file__).parents[2]
 VICTIM = {
@@ -100,12 +101,10 @@ def make_study(outputs, trials=STUDY["trials"]):
     rng = random.Random(0)
     searched = [_parameters(rng) for _ in range(trials)]
     cases = [Case.of(name, victim, config) for name, victim in victims.items()]
-    history = {}
+    reports = []
 
     def report(trial, victim, log, scores):
-        for name in SCORES:
-            pairs = history.setdefault(trial, {}).setdefault(f"{victim}/{name}", [])
-            pairs.append((log.step, getattr(scores, name)))
+        reports.append((trial, {"victim": victim, "step": log.step, **asdict(scores)}))
 
     real = run_trials(
         [config.purify_config(p) for p in searched[:PURIFIED]],
@@ -116,7 +115,7 @@ def make_study(outputs, trials=STUDY["trials"]):
     )
     ended = rng.sample(range(PURIFIED, trials), FAILED + PRUNED)
     lost, stopped = set(ended[:FAILED]), set(ended[FAILED:])
-    rows = []
+    rows, told = [], []
     for number, parameters in enumerate(searched):
         source = number % PURIFIED
         row = _record(config, victims, number, parameters, real[source], rng)
@@ -127,9 +126,11 @@ def make_study(outputs, trials=STUDY["trials"]):
             row = {key: row[key] for key in ("number", "preset", "parameters", "seconds", "provenance")}
             row |= {"status": "PRUNED", "reason": "dominated whatever the 1 run(s) left give"}
         else:
-            _files(folder / "trials" / f"{number:03d}", real[source], history[source])
+            _files(folder / "trials" / f"{number:03d}", real[source])
+            told += [{"number": number, **report} for trial, report in reports if trial == source]
         rows.append(row)
     (folder / records.TRIALS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / records.REPORTS).write_text("".join(json.dumps(report) + "\n" for report in told))
     (folder / records.STUDY).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     summary = summarise(config, folder, rows, victims)
     summary["suite"] = confirmation(_confirmed(config, suite, rng), suite)
@@ -200,12 +201,11 @@ def _confirmed(config, suite, rng):
     ]
 
 
-def _files(kept, result, history):
+def _files(kept, result):
     kept.mkdir(parents=True)
     for name, case in result.cases.items():
         save_file(case.masks.tensors(), kept / f"{name}.masks.safetensors")
         (kept / f"{name}.rounds.json").write_text(json.dumps([asdict(log) for log in case.rounds]))
-    (kept / records.HISTORY).write_text(json.dumps(history))
 
 
 @pytest.fixture(scope="session")

@@ -49,9 +49,9 @@ def recorded(large_study, outputs, count):
             recorder.pruned(number, row | {"stopped": row["reason"]})
         else:
             recorder.failed(number, row["reason"])
+        recorder.write()
     front = [point["number"] for point in summary["front"] if point["number"] < count]
-    tracker.mark_front(front, front[0])
-    tracker.end_study(metrics={"hypervolume": 0.5}, artifacts=[])
+    tracker.end_study(metrics={"hypervolume": 0.5}, artifacts=[], front=front, chosen=front[0])
     return SimpleNamespace(rows=rows, front=front, uri=tracker.uri, client=tracker.client)
 
 

@@ -10,9 +10,13 @@ import yaml
 
 from bimask.victim import VictimSpec
 from study import leave_out, run, search, suite
+from study.checkpoint import Checkpoints
 from study.config import StudyConfig
+from study.judge import Judge
 from study.pareto import ParetoFront, losses
 from study.search.pareto_search import SAMPLERS, ParetoSearch
+from study.stopping import Rivals
+from study.trial import run_trials
 from study.warm_start import read_earlier
 
 VICTIM = {
@@ -196,6 +200,31 @@ def test_an_earlier_study_counts_as_measured_or_as_points_to_try(finished):
     assert all(one.parameters["inner_steps"] >= 2 for one in inside.observed)
 
 
+@pytest.mark.ray
+def test_a_trial_that_was_stopped_stays_so_when_its_study_is_gone_on_with(finished, tmp_path):
+    config = config_of()
+    specs = zip(config.victim_names(), config.victims, strict=True)
+    victims = {
+        name: run.obtain_victim(spec, finished.folder.parent / "victims") for name, spec in specs
+    }
+    hopeless = Rivals(lines={"digits-blended@0.5": [[-1.0, 0.0, -1.0]]})
+    settings = [config.purify_config(point) for point in SUITE["start"][:2]]
+
+    def ended(rivals):
+        return run_trials(
+            settings,
+            suite.cases_of(config, victims),
+            seed=0,
+            judge=Judge.of(config, rivals),
+            checkpoints=Checkpoints(tmp_path, 1e9),
+        )
+
+    first, again = ended(hopeless), ended(Rivals())
+    for before, after in zip(first, again, strict=True):
+        assert before.stopped == "behind at 0.5 of the rounds on digits-blended"
+        assert (after.stopped, after.rungs, after.cases) == (before.stopped, before.rungs, {})
+
+
 def record(number, badnets, blended, accuracy=0.95):
     scores = {
         name: {
@@ -238,14 +267,12 @@ def test_every_sampler_learns_in_the_whole_space_also_beside_the_papers_trial(sa
         (member,) = searcher.suggest(str(number))["members"]
         assert member["preset"] == ("paper" if number == 0 else None)
         rate = member["parameters"]["mask_lr"]
-        report = {"number": number, "clean_accuracy": rate, "attack_success": 1 - rate} | {
-            "pruned_share": 0.5
-        }
-        searcher.on_trial_complete(str(number), {"final": True, "members": [report]})
+        record = {"clean_accuracy": rate, "attack_success": 1 - rate, "pruned_share": 0.5}
+        searcher.tell(member | record | {"status": "COMPLETE"})
     relative = searcher.study.sampler.infer_relative_search_space(searcher.study, None)
     if sampler not in ("random", "tpe"):  # these two propose each parameter by itself
         assert set(relative) == set(config.space)
-    assert searcher.close() == []
+    searcher.close()
     assert {trial.state.name for trial in searcher.study.trials} == {"COMPLETE"}
 
 

@@ -16,6 +16,7 @@ from bimask.nets import is_own
 from study import records
 from study.config import StudyConfig
 from study.objectives import SCORES
+from study.report import REPORT
 from study.tracking import Tracker
 
 
@@ -91,6 +92,8 @@ def show(
             )
             console.print(f"on test, {label} (trial {trial['number']}): {scores}")
     show_suite(console, summary.get("suite") or {})
+    if (folder / REPORT).is_file():
+        console.print(f"page:  {folder / REPORT}", soft_wrap=True, highlight=False)
     console.print("look:  " + tracker.ui_command(), soft_wrap=True)
     if chosen is None:
         console.print(

@@ -28,6 +28,8 @@ from study.interrupts import InterruptedStudyError, Interrupts
 from study.mirror import Mirror
 from study.plots import draw_victims
 from study.provenance import commit, versions
+from study.report import REPORT, write_report
+from study.report.content import headline
 from study.session import Identity, begin, reopen
 from study.suite import cases_of, confirmation_metrics
 from study.summary import FRONT_PICTURE, summarise
@@ -207,6 +209,7 @@ class _Study:
             summary["seconds"]["total"] = time.perf_counter() - started
             write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
             status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
+            make_report(self.folder, self.folder.parent / "victims", self.console)
             close(mirror, self.folder, summary, "KILLED" if interrupts.signal else status)
             patience = PATIENCE
             return summary, interrupts.signal
@@ -305,6 +308,14 @@ def prepare_victims(
     return victims
 
 
+def make_report(folder: Path, victims: Path, console: Console) -> None:
+    """The study's page; whatever keeps it from being drawn must not cost the study its end."""
+    try:
+        write_report(folder, victims)
+    except Exception as error:
+        console.print(f"no report ({error}); try: python -m study.report {folder.name}", soft_wrap=True)
+
+
 def close(mirror: Tracker | Mirror, folder: Path, summary: dict[str, Any], status: Status) -> None:
     """The summary in MLflow's parent run."""
     metrics = {"hypervolume": summary["hypervolume"], "n_failed": summary["n_failed"]}
@@ -312,9 +323,14 @@ def close(mirror: Tracker | Mirror, folder: Path, summary: dict[str, Any], statu
         metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
         metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
     metrics |= confirmation_metrics(summary.get("suite") or {})
-    names = (FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)
+    names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)
+    count = {state: summary[f"n_{state.lower()}"] for state in ("COMPLETE", "PRUNED", "FAILED")}
+    told = headline(summary, count)
     mirror.end_study(
         metrics=metrics,
         artifacts=[folder / name for name in names if (folder / name).is_file()],
         status=status,
+        note=f"**{told['title']}.** {told['text']} The page about it: `{REPORT}` below.",
+        front=[point["number"] for point in summary["front"]],
+        chosen=summary["chosen"] and summary["chosen"]["number"],
     )

@@ -16,7 +16,9 @@ import study as study_package
 from bimask.purify import PurifyConfig
 from study import records, run, search
 from study.config import StudyConfig
+from study.console import show
 from study.pareto import OBJECTIVES, ParetoFront
+from study.summary import summarise
 from study.tracking import Tracker, tracking_uri
 from study.trial import Case, run_trials
 
@@ -228,7 +230,7 @@ def test_bad_trials_end_failed_everywhere_and_the_study_goes_on(finished):
         search.run_search(config, cases, recorder, folder=folder, concurrency=2, function=misbehaving)
     finally:
         search.stop_ray()
-    summary = run.summarise(config, folder, recorder.records, {"digits-badnets": victim})
+    summary = summarise(config, folder, recorder.records, {"digits-badnets": victim})
     run.close(tracker, folder, summary)
 
     trials = study_package.load(name, finished.outputs).set_index("number")
@@ -267,7 +269,7 @@ def test_the_front_is_shown_with_the_two_commands_to_type_next(finished, capsys)
     console = Console(width=200)
     config = StudyConfig.model_validate(TINY)
     victims = finished.outputs / "victims"
-    run.show(console, config, finished.summary, tracker, victims, finished.folder)
+    show(console, config, finished.summary, tracker, victims, finished.folder)
     shown = capsys.readouterr().out
     assert "mlflow ui --backend-store-uri sqlite:///" in shown
     assert "python -m bimask purify --victim" in shown

@@ -1,0 +1,103 @@
+"""What a user sees while a study runs, and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bimask.nets import is_own
+from study import records
+from study.config import StudyConfig
+from study.tracking import Tracker
+from study.trial import SCORES
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+@contextmanager
+def trial_progress(
+    console: Console, trials: int, at_once: int
+) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """A bar of finished trials with the best scores so far."""
+    with progress_bar(console) as progress:
+        task = progress.add_task(f"trials, {at_once} at once", total=trials)
+
+        def on_change(done: list[dict[str, Any]]) -> None:
+            complete = [r for r in done if r["status"] == "COMPLETE"]
+            text = f"trials, {at_once} at once"
+            if complete:
+                best = min(complete, key=lambda r: r["attack_success"])
+                text += f"; least ASR {best['attack_success']:.3f} at ACC {best['clean_accuracy']:.3f}"
+            if failed := len(done) - len(complete):
+                text += f"; {failed} failed"
+            progress.update(task, completed=len(done), description=text)
+
+        yield on_change
+
+
+def show(
+    console: Console,
+    config: StudyConfig,
+    summary: dict[str, Any],
+    tracker: Tracker,
+    victims: Path,
+    folder: Path,
+) -> None:
+    """The front as a table, the choice, and the two commands to type next."""
+    chosen = summary["chosen"]
+    searched = list(config.space)
+    table = Table(title=f"Pareto front of {summary['name']} (val)", title_justify="left")
+    for column in ("trial", "ACC %", "ASR %", "RA %", *searched):
+        table.add_column(column, justify="right")
+    for trial in summary["front"]:
+        mark = chosen is not None and trial["number"] == chosen["number"]
+        table.add_row(
+            f"{trial['number']}{' *' if mark else ''}",
+            *(f"{100 * trial['val'][name]:.1f}" for name in SCORES),
+            *(_short(trial["parameters"].get(name, "")) for name in searched),
+            style="bold green" if mark else None,
+        )
+    console.print(table)
+    console.print(
+        f"hypervolume {summary['hypervolume']:.4f} against {summary['reference_point']}; "
+        f"{summary['n_complete']} COMPLETE, {summary['n_failed']} FAILED"
+    )
+    for trial, label in ((summary["paper_defaults"], "paper's defaults"), (chosen, "chosen")):
+        if trial:
+            scores = ", ".join(
+                f"{short} {trial['test'][name]:.3f}"
+                for short, name in zip(("ACC", "ASR", "RA"), SCORES, strict=True)
+            )
+            console.print(f"on test, {label} (trial {trial['number']}): {scores}")
+    console.print("look:  " + tracker.ui_command(), soft_wrap=True)
+    if chosen is None:
+        console.print(
+            "[bold yellow]Nothing chosen[/]: no trial keeps a clean accuracy of "
+            f"{summary['min_clean_accuracy']:.3f} on val; run more trials or widen the space."
+        )
+        return
+    digest = next(iter(summary["victims"].values()))["digest"]
+    trust = " --trust-code" if is_own(config.victims[0].net) else ""
+    console.print(
+        f"reuse: python -m bimask purify --victim {victims / digest} --config "
+        f"{folder / records.BEST} --out {folder / 'cleaned'}{trust}",
+        soft_wrap=True,
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,42 @@
+"""The search: Optuna proposes, Ray Tune runs, every trial ends in one record.
+
+A trial is Optuna's. What Ray calls a trial is a group of them, `trials_per_actor` or fewer, which one
+actor runs at once; its configuration and its final report hold a list, one entry a member.
+
+The only package that imports ray or optuna. Facts of the stack that shape it:
+
+- Ray's own OptunaSearch turns a two-objective study into a single-objective one when TuneConfig names
+  a metric, and leaves a trial RUNNING for ever when a metric is NaN or missing. `ParetoSearch` speaks
+  to Optuna through its public ask-and-tell interface: two directions, or it does not start, and
+  every trial is told COMPLETE with finite values or FAIL.
+- A trial that ends early never reaches the front: only a final report carries objectives.
+- Trials of a group are asked for before the first of them is told, so TPE must keep its distance from
+  those still running: `constant_liar`, the default since Optuna 5, for several objectives since 3.5.
+- Actors are reused, so each trial sets its own threads and works on copies.
+"""
+
+import os
+
+# Ray reads its environment at import, and hands it on to its actors.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # records are ours
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU trial leaves GPUs visible
+# Actors started from here keep the memory they free: glibc hands every large tensor back to the kernel
+# otherwise, and faulting its pages in again costs a trial on a CPU a tenth of its time.
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
+os.environ.setdefault("MALLOC_TOP_PAD_", str(2**26))
+
+from study.search.actor import trainable
+from study.search.cluster import check_resources, start_ray, stop_ray
+from study.search.driver import run_search
+from study.search.pareto_search import PAPER, ParetoSearch
+
+__all__ = [
+    "PAPER",
+    "ParetoSearch",
+    "check_resources",
+    "run_search",
+    "start_ray",
+    "stop_ray",
+    "trainable",
+]

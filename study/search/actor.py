@@ -1,0 +1,72 @@
+"""What an actor does with a group of trials."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+from safetensors.torch import save_file
+
+from bimask.config import PurifyConfig
+from bimask.errors import NonFiniteError
+from bimask.metrics import Scores
+from bimask.purify import RoundLog
+from study.config import StudyConfig
+from study.plots import draw_masks
+from study.search.pareto_search import PAPER
+from study.trial import Case, TrialResult, run_trials
+
+
+def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
+    """What a Ray actor runs: the trials of one group at once, with its share of the threads."""
+    torch.set_num_threads(study.cpus_per_trial)
+    members = config["members"]
+    device = study.device
+    if device == "auto":
+        device = "cuda" if study.gpus_per_trial else "cpu"
+
+    def report(member: int, victim: str, log: RoundLog, scores: Scores) -> None:
+        number = members[member]["number"]
+        tune.report(
+            {"number": number, "victim": victim, "step": log.step, "loss": log.loss, **asdict(scores)}
+        )
+
+    results = run_trials(
+        [
+            PurifyConfig.model_validate(member["parameters"])
+            if member["preset"] == PAPER
+            else study.purify_config(member["parameters"])
+            for member in members
+        ],
+        cases,
+        seed=study.seed,
+        device=device,
+        report_every=study.report_every,
+        on_report=report,
+    )
+    reports: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for member, result in zip(members, results, strict=True):
+            number = member["number"]
+            if isinstance(result, NonFiniteError):
+                reports.append({"number": number, "reason": f"NonFiniteError: {result}"})
+            else:
+                write_artifacts(result, Path(folder) / str(number), number)
+                reports.append({"number": number, "device": device, **result.record()})
+        kept = tune.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
+        tune.report({"final": True, "members": reports}, checkpoint=kept)
+
+
+def write_artifacts(result: TrialResult, folder: Path, number: int) -> None:
+    """Masks (safetensors), their picture and the rounds (JSON) of every victim, in a new folder."""
+    folder.mkdir()
+    for name, case in result.cases.items():
+        save_file(case.masks.tensors(), folder / f"{name}.masks.safetensors")
+        draw_masks(folder / f"{name}.masks.png", case.masks, f"trial {number}, {name}")
+        rounds = [asdict(log) for log in case.rounds]
+        (folder / f"{name}.rounds.json").write_text(json.dumps(rounds))

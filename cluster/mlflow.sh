@@ -5,7 +5,7 @@
 #
 # It listens on loopback alone and asks for a password; look at it through ssh, as the README says. The
 # driver on the head is its one client, and passes artifacts on through it, so no other node needs a key to
-# them. Runs go to PostgreSQL where that is installed (a socket file, no port, no password: the system says who
+# them. Runs go to PostgreSQL where that runs (a socket file, no port, no password: the system says who
 # you are), else to a SQLite file. The password is made here, once, and stays in ~/.bimask/mlflow.env (0600).
 set -euo pipefail
 umask 077
@@ -32,7 +32,7 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 auth_cache_ttl_seconds = 300
 INI
     echo "${1:-$home/artifacts}" > "$home/artifacts.uri"
-    if command -v pg_lsclusters > /dev/null; then
+    if [ -S /var/run/postgresql/.s.PGSQL.5432 ]; then
         sudo -u postgres psql -qtc "SELECT 1 FROM pg_roles WHERE rolname = '$(id -un)'" | grep -q 1 ||
             sudo -u postgres createuser "$(id -un)"
         sudo -u postgres psql -qtc "SELECT 1 FROM pg_database WHERE datname = 'mlflow'" | grep -q 1 ||

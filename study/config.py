@@ -53,6 +53,7 @@ class StudyConfig(BaseModel):
     trials_per_actor: int = Field(1, ge=1, description="trials that one actor runs at once, as a group")
     cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of an actor")
     gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four actors")
+    retries: int = Field(3, ge=0, description="times a group is run again whose process or node died")
     device: str = Field("auto", description="auto: cuda where a trial has a GPU share, else cpu")
     sampler: Literal["tpe", "random"] = "tpe"
     selection: Literal["oracle"] = Field("oracle", description="scores on val use the true trigger")
@@ -69,9 +70,9 @@ class StudyConfig(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits of everything that decides results; how much runs at once does not."""
-        at_once = {"concurrency", "trials_per_actor"}
-        deciding = self.model_dump(mode="json", exclude={"name", *at_once})
+        """Sixteen hex digits of everything that decides results; how it is run does not."""
+        running = {"concurrency", "trials_per_actor", "retries"}
+        deciding = self.model_dump(mode="json", exclude={"name", *running})
         text = json.dumps(deciding, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

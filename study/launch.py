@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,28 +26,81 @@ def main(
         int | None, typer.Option(help="Actors at once; each runs `trials_per_actor` trials.")
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join: 'auto', or ADDRESS:PORT.")
+        str | None,
+        typer.Option(
+            envvar="RAY_ADDRESS",
+            help="Ray cluster to join ('auto', or ADDRESS:PORT) or to send the study to (http://...). "
+            "Without it: the cluster running here, or this machine alone.",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the study and its folder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, instead of the file's.")] = None,
-    outputs: Annotated[Path, typer.Option(help="Where the study's folder goes.")] = Path("outputs"),
+    outputs: Annotated[
+        Path | None,
+        typer.Option(envvar="BIMASK_OUTPUTS", help="Where the study's folder goes, `outputs` here."),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            envvar="BIMASK_STORAGE",
+            help="Folder or URI (s3://, gs://) that all nodes reach, for trials' checkpoints.",
+        ),
+    ] = None,
+    wait: Annotated[
+        float,
+        typer.Option(
+            envvar="BIMASK_WAIT", min=0, help="Minutes for an autoscaler to start the first worker."
+        ),
+    ] = 0,
 ) -> None:
     """Search the defence's settings on Ray, record every trial in MLflow, choose the best."""
-    from study.run import run_study  # heavy: after --help and usage errors
-
-    overrides = {"trials": trials, "concurrency": concurrency, "name": name, "seed": seed}
+    given = {"trials": trials, "concurrency": concurrency, "name": name, "seed": seed}
+    overrides = {key: value for key, value in given.items() if value is not None}
     try:
+        if address is not None and address.startswith(("http://", "https://")):
+            sys.exit(send(address, study, overrides, outputs))
+        from study.run import run_study  # heavy: after --help and usage errors
+
         complete = run_study(
             study,
-            {key: value for key, value in overrides.items() if value is not None},
-            outputs=outputs,
+            overrides,
+            outputs=outputs or Path("outputs"),
             address=address,
+            storage=storage,
+            wait=wait,
         )
     except BimaskError as error:
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
     sys.exit(0 if complete else 1)
+
+
+def send(address: str, study: Path, overrides: dict[str, Any], outputs: Path | None) -> int:
+    """Send the study and the folder that we are in to a cluster; storage and MLflow are the head's.
+
+    Raises:
+        StudyError: the study has mistakes or lies elsewhere, or the cluster does not take it.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported
+    from study.config import StudyError, load_config
+    from study.search.jobs import submit
+
+    load_config(study, overrides)
+    here = Path.cwd()
+    if study != DEFAULT and not study.resolve().is_relative_to(here):
+        raise StudyError(
+            f"The study {study} is not in {here}, the folder that is sent; start where it is."
+        )
+    words = ["python", "-m", "study.launch"]
+    if study != DEFAULT:
+        words.append(shlex.quote(str(study.resolve().relative_to(here))))
+    for key, value in overrides.items():
+        words += [f"--{key}", shlex.quote(str(value))]
+    # What a job writes where it starts is removed some time after it.
+    at_head = '"${BIMASK_OUTPUTS:-$HOME/outputs}"' if outputs is None else shlex.quote(str(outputs))
+    return submit(address, [*words, "--outputs", at_head], folder=here, console=Console())
 
 
 if __name__ == "__main__":

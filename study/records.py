@@ -88,11 +88,15 @@ class Recorder:
         self.tracker.start_trial(number, settings.model_dump(), tags)
 
     def reported(self, number: int, result: dict[str, Any]) -> None:
-        """An intermediate report: scores of one victim on val after some rounds."""
+        """An intermediate report: scores of one victim on val after some rounds.
+
+        A trial that is run again reports the same steps again; they count once.
+        """
         history = self.open[number]["history"]
         for name in SCORES:
-            key = f"{result['victim']}/{name}"
-            history.setdefault(key, []).append((result["step"], result[name]))
+            points = history.setdefault(f"{result['victim']}/{name}", [])
+            if (point := (result["step"], result[name])) not in points:
+                points.append(point)
 
     def completed(self, number: int, result: dict[str, Any], artifacts: Path) -> None:
         """A trial has ended with finite objectives."""
@@ -116,10 +120,18 @@ class Recorder:
             artifacts=kept,
         )
 
-    def failed(self, number: int, reason: str) -> None:
-        """A trial has ended without a result; one that has ended before stays as it is."""
+    def failed(self, number: int, reason: str, *, details: str | None = None) -> None:
+        """A trial has ended without a result; one that has ended before stays as it is.
+
+        Args:
+            details: goes into its folder as error.txt.
+        """
         if number not in self.open:
             return
+        if details is not None:
+            kept = self.folder / "trials" / f"{number:03d}"
+            kept.mkdir(parents=True, exist_ok=True)
+            (kept / "error.txt").write_text(details)
         trial = self.open.pop(number)
         seconds = (time.time() - trial["started"]) / trial["group"]
         self._append(trial, "FAILED", reason, {"seconds": seconds})

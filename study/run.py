@@ -27,8 +27,21 @@ from study.trial import Case
 VICTIM_PICTURES = "victims"
 
 
-def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: str | None) -> bool:
+def run_study(
+    path: Path,
+    overrides: dict[str, Any],
+    *,
+    outputs: Path,
+    address: str | None,
+    storage: str | None = None,
+    wait: float = 0,
+) -> bool:
     """Run the study in a YAML file; everything it leaves is under `outputs`.
+
+    Args:
+        storage: where trials leave their checkpoints, a folder or URI that all nodes reach; None is the
+            study's folder.
+        wait: minutes for an autoscaler to bring up the first worker; 0 takes the nodes that are up.
 
     Returns:
         Whether any trial was COMPLETE.
@@ -49,9 +62,12 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
     check_data(config)
     search.start_ray(address)
     try:
-        concurrency = search.check_resources(config)
+        concurrency = find_room(config, wait, console)
+        nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri)
         console.print(
-            f"[bold]{name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True
+            f"[bold]{name}[/]: {config.trials} trials, {concurrency} actors at once, {nodes} node(s) "
+            f"checked, MLflow at {redacted(uri)}",
+            soft_wrap=True,
         )
         victims = prepare_victims(config, outputs / "victims", device, console)
         cases = [Case.of(name, victim, config) for name, victim in victims.items()]
@@ -65,7 +81,9 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
             at_once = min(config.trials, concurrency * config.trials_per_actor)
             with trial_progress(console, config.trials, at_once) as on_change:
                 recorder = records.Recorder(config, folder, tracker, digests, on_change)
-                search.run_search(config, cases, recorder, folder=folder, concurrency=concurrency)
+                search.run_search(
+                    config, cases, recorder, folder=folder, concurrency=concurrency, storage=storage
+                )
             wall = time.perf_counter() - searching
             summary = summarise(config, folder, recorder.records, victims)
             in_trials = sum(record.get("seconds", 0.0) for record in recorder.records)
@@ -80,6 +98,8 @@ def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: 
             tracker.abort("the study was stopped")
             raise
     finally:
+        if wait:
+            search.release_workers()
         search.stop_ray()
     show(console, config, summary, tracker, outputs / "victims", folder)
     return bool(summary["n_complete"])
@@ -121,6 +141,18 @@ def require_writable(outputs: Path) -> None:
         raise StudyError(
             f"Cannot write to the folder {outputs} ({error.strerror}); give another with --outputs."
         ) from error
+
+
+def find_room(config: StudyConfig, wait: float, console: Console) -> int:
+    """How many actors run at once; the wait for the first worker is shown."""
+    with console.status("asking for workers", spinner="dots") as status:
+        began = time.monotonic()
+
+        def on_wait() -> None:
+            waited = (time.monotonic() - began) / 60
+            status.update(f"waiting for the first worker, {waited:.0f} of {wait:g} minutes")
+
+        return search.check_resources(config, wait=wait, on_wait=on_wait)
 
 
 def check_data(config: StudyConfig) -> None:

@@ -27,14 +27,17 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
 os.environ.setdefault("MALLOC_TOP_PAD_", str(2**26))
 
 from study.search.actor import trainable
-from study.search.cluster import check_resources, start_ray, stop_ray
+from study.search.cluster import check_resources, release_workers, start_ray, stop_ray
 from study.search.driver import run_search
 from study.search.pareto_search import PAPER, ParetoSearch
+from study.search.preflight import check_nodes
 
 __all__ = [
     "PAPER",
     "ParetoSearch",
+    "check_nodes",
     "check_resources",
+    "release_workers",
     "run_search",
     "start_ray",
     "stop_ray",

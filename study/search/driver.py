@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from ray import tune
 from study.config import StudyConfig
 from study.pareto import OBJECTIVES
 from study.records import Recorder
+from study.search import storage as storages
 from study.search.actor import trainable
 from study.search.pareto_search import ParetoSearch, final_reports, objectives_of
 from study.trial import Case
@@ -49,7 +50,7 @@ class _Recording(tune.Callback):
             if objectives_of(report) is None:
                 shown = {name: report.get(name) for name in OBJECTIVES}
                 reason = report.get("reason") or f"ended without finite objectives: {shown}"
-                self.recorder.failed(number, reason)
+                self.recorder.failed(number, reason, details=report.get("traceback"))
                 continue
             with trial.checkpoint.as_directory() as folder:
                 self.recorder.completed(number, report, Path(folder) / str(number))
@@ -73,6 +74,27 @@ def _reason(trial: Any) -> str:
     return lines[-1] if lines else "the trial's process ended without a word"
 
 
+def contained(function: Callable[..., None]) -> Callable[..., None]:
+    """The same function, but an exception in it is its final report.
+
+    A trial is decided by its settings and its seed, so what it raises it would raise again. What Ray
+    still sees fail is a process or a node that died, and only that is worth another try.
+    """
+
+    def run(config: dict[str, Any], **parameters: Any) -> None:
+        try:
+            function(config, **parameters)
+        except Exception as error:
+            failure = {
+                "reason": traceback.format_exception_only(error)[-1].strip(),
+                "traceback": traceback.format_exc(),
+            }
+            members = [{"number": member["number"], **failure} for member in config["members"]]
+            tune.report({"final": True, "members": members})
+
+    return run
+
+
 def run_search(
     config: StudyConfig,
     cases: list[Case],
@@ -80,20 +102,27 @@ def run_search(
     *,
     folder: Path,
     concurrency: int,
+    storage: str | None = None,
     function: Callable[..., None] = trainable,
 ) -> None:
     """Run all trials of a study; each ends in `recorder` as COMPLETE or FAILED.
 
+    A group whose process or node died is run again, `config.retries` times at most; to Optuna, MLflow
+    and the records its trials are still the same ones.
+
     Args:
-        folder: the study's folder; Optuna's database and Ray's files go there.
+        folder: the study's folder; Optuna's database goes there.
         concurrency: actors at once.
+        storage: a folder or URI that all nodes reach, for Ray's files; None is `folder`.
         function: what an actor runs; takes `config`, `study` and `cases` as `trainable` does.
 
     Ray's files are removed where no actor failed: nothing reads them later, and the masks are in the
     records' folders. Else they stay, for the tracebacks in them.
     """
     searcher = ParetoSearch(config, f"sqlite:///{(folder / 'optuna.db').resolve()}")
-    function = tune.with_parameters(function, study=config, cases=cases)
+    files = f"{storage}/{config.name}" if storage else str(folder.resolve())
+    # Each parameter is put into the object store once, and fetched once a node.
+    function = tune.with_parameters(contained(function), study=config, cases=cases)
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     tuner = tune.Tuner(
         tune.with_resources(function, resources),
@@ -105,7 +134,8 @@ def run_search(
         ),
         run_config=tune.RunConfig(
             name=RAY,
-            storage_path=str(folder.resolve()),
+            storage_path=files,
+            failure_config=tune.FailureConfig(max_failures=config.retries),
             callbacks=[_Recording(recorder)],
             verbose=0,
         ),
@@ -116,4 +146,4 @@ def run_search(
         for number in searcher.close():
             recorder.failed(number, "the study ended before the trial did")
     if not failed:
-        shutil.rmtree(folder / RAY, ignore_errors=True)
+        storages.remove(files if storage else f"{files}/{RAY}")

@@ -13,7 +13,10 @@ HEAVY = ("ray", "optuna", "mlflow", "study", "sklearn", "torchvision", "matplotl
 PACKAGES = ("bimask", "study")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 DOORS = {
-    "ray": [f"study/search/{name}.py" for name in ("actor", "cluster", "driver", "pareto_search")],
+    "ray": [
+        f"study/search/{name}.py"
+        for name in ("actor", "cluster", "driver", "jobs", "pareto_search", "preflight")
+    ],
     "optuna": ["study/search/pareto_search.py"],
     "mlflow": ["study/tracking.py"],
 }

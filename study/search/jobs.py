@@ -14,9 +14,10 @@ from rich.console import Console
 from study.config import StudyError
 from study.provenance import commit
 
-# As in .gitignore, which Ray heeds too: hidden files (.git, .venv, .env, .ssh), data, results, keys. (`.*`
-# would be the folder itself, too, and leave everything here.)
-LEFT_HERE = [".?*", "data", "outputs", "*.pem", "*.key", "*.db", "*.egg-info", "__pycache__"]
+# Patterns as in .gitignore, which Ray heeds too: .git, .venv, .env and the like, data, results, keys.
+# (`.*` would be the folder itself, too, and leave everything here.)
+HIDDEN = ".?*"
+LEFT_HERE = [HIDDEN, "data", "outputs", "*.pem", "*.key", "*.db", "*.egg-info", "__pycache__"]
 
 
 def submit(address: str, command: Sequence[str], *, folder: Path, console: Console) -> int:

@@ -40,10 +40,10 @@ TUNED: dict[str, dict[str, PurifyConfig]] = {
         ),
         "fast": PurifyConfig.profile(
             "fast",
-            budget=0.2,
+            budget=0.17,
             warm_start=1.0,
             universal=0.5,
-            clean_weight=1.0,
+            clean_weight=1.2,
             selection_weight=1.2,
             mask_lr=0.1,
             sharpness=10.0,

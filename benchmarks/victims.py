@@ -75,6 +75,13 @@ def spec_of(row: str, changes: dict[str, Any], common: dict[str, Any], seed: int
     return VictimSpec(**{**common, **changes, "attack": attack, "seed": seed, **UNBOUNDED})
 
 
+def recipe_of(spec: VictimSpec) -> str:
+    """Net and training as text: attacks that share them share the training on clean labels."""
+    training = spec.recipe() | {"net": spec.net, "width": spec.width}
+    del training["fresh_net"]
+    return json.dumps(training, sort_keys=True)
+
+
 def measured(spec: VictimSpec, device: torch.device) -> dict[str, Any]:
     """Scores of one victim, and of its trigger; no file is written."""
     begun = time.process_time()
@@ -191,7 +198,7 @@ def main(arguments: list[str]) -> None:
             spec = spec_of(row, rows[row], common, seed)
             seeds = kept["victims"].setdefault(row, {})
             if options.again or seeds.get(str(seed), {}).get("digest") != spec.digest:
-                recipe = json.dumps(spec.recipe(), sort_keys=True)
+                recipe = recipe_of(spec)
                 if options.again or recipe not in kept["clean"]:
                     kept["clean"][recipe] = clean_accuracy(spec, device)
                 result = measured(spec, device)

@@ -20,6 +20,10 @@ from study.space import Parameter, Scalar
 
 Unit = Field(ge=0, le=1)
 
+# How a study runs, not what it finds.
+RUNNING = {"concurrency", "trials_per_actor", "retries"}
+RUNNING |= {"checkpoint_every", "trial_timeout", "memory_per_trial"}
+
 
 class StudyError(BimaskError):
     """A study cannot be run as asked: one sentence or one line a problem."""
@@ -59,6 +63,13 @@ class StudyConfig(BaseModel):
     selection: Literal["oracle"] = Field("oracle", description="scores on val use the true trigger")
     clean_images_per_class: int = Field(10, ge=1, description="what the defender has")
     report_every: int = Field(10, ge=1, description="rounds between two intermediate reports")
+    checkpoint_every: float = Field(60, gt=0, description="seconds of work that a kill may cost")
+    trial_timeout: float | None = Field(
+        None, gt=0, description="seconds; a trial that takes more fails"
+    )
+    memory_per_trial: float | None = Field(
+        None, gt=0, description="GiB that an actor may take beyond what it holds as a trial begins"
+    )
     victims: list[VictimSpec] = Field(min_length=1)
     reference_point: ReferencePoint
     choose: Choice = Choice()
@@ -70,9 +81,9 @@ class StudyConfig(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits of everything that decides results; how it is run does not."""
-        running = {"concurrency", "trials_per_actor", "retries"}
-        deciding = self.model_dump(mode="json", exclude={"name", *running})
+        """Sixteen hex digits of everything that decides results; how much runs at once, how often it is
+        kept and what it may take does not."""
+        deciding = self.model_dump(mode="json", exclude={"name", *RUNNING})
         text = json.dumps(deciding, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -13,14 +13,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from bimask.errors import BimaskError
+from study.interrupts import InterruptedStudyError
 
 DEFAULT = Path(__file__).parent.parent / "search_spaces" / "ims_digits.yaml"
 
 
 def main(
     study: Annotated[
-        Path, typer.Argument(metavar="[STUDY.yaml]", show_default="search_spaces/ims_digits.yaml")
-    ] = DEFAULT,
+        Path | None,
+        typer.Argument(metavar="[STUDY.yaml]", show_default="search_spaces/ims_digits.yaml"),
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="Trials, instead of the file's.")] = None,
     concurrency: Annotated[
         int | None, typer.Option(help="Actors at once; each runs `trials_per_actor` trials.")
@@ -35,6 +37,9 @@ def main(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the study and its folder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, instead of the file's.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Go on with a study that was cut short.")
+    ] = None,
     outputs: Annotated[
         Path | None,
         typer.Option(envvar="BIMASK_OUTPUTS", help="Where the study's folder goes, `outputs` here."),
@@ -58,14 +63,15 @@ def main(
     overrides = {key: value for key, value in given.items() if value is not None}
     try:
         if address is not None and address.startswith(("http://", "https://")):
-            sys.exit(send(address, study, overrides, outputs))
+            sys.exit(send(address, study, overrides, outputs, resume))
         from study.run import run_study  # heavy: after --help and usage errors
 
         complete = run_study(
-            study,
+            study or (DEFAULT if resume is None else None),
             overrides,
             outputs=outputs or Path("outputs"),
             address=address,
+            resume=resume,
             storage=storage,
             wait=wait,
         )
@@ -73,10 +79,21 @@ def main(
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except InterruptedStudyError as error:
+        Console(stderr=True).print(f"The study was {error}; go on with --resume.", soft_wrap=True)
+        sys.exit(128 + error.signal)
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(0 if complete else 1)
 
 
-def send(address: str, study: Path, overrides: dict[str, Any], outputs: Path | None) -> int:
+def send(
+    address: str,
+    study: Path | None,
+    overrides: dict[str, Any],
+    outputs: Path | None,
+    resume: str | None,
+) -> int:
     """Send the study and the folder that we are in to a cluster; storage and MLflow are the head's.
 
     Raises:
@@ -87,16 +104,17 @@ def send(address: str, study: Path, overrides: dict[str, Any], outputs: Path | N
     from study.config import StudyError, load_config
     from study.search.jobs import submit
 
-    load_config(study, overrides)
     here = Path.cwd()
-    if study != DEFAULT and not study.resolve().is_relative_to(here):
+    if study is not None or resume is None:
+        load_config(study or DEFAULT, overrides)
+    if study is not None and not study.resolve().is_relative_to(here):
         raise StudyError(
             f"The study {study} is not in {here}, the folder that is sent; start where it is."
         )
     words = ["python", "-m", "study.launch"]
-    if study != DEFAULT:
+    if study is not None:
         words.append(shlex.quote(str(study.resolve().relative_to(here))))
-    for key, value in overrides.items():
+    for key, value in (overrides | ({"resume": resume} if resume else {})).items():
         words += [f"--{key}", shlex.quote(str(value))]
     # What a job writes where it starts is removed some time after it.
     at_head = '"${BIMASK_OUTPUTS:-$HOME/outputs}"' if outputs is None else shlex.quote(str(outputs))

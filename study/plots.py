@@ -90,7 +90,7 @@ def draw_front(
 
 def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
     """A gallery of every victim as NAME.png: what its trigger does, on images of `val`."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for case in cases:
         gallery(case.victim, case.val).savefig(folder / f"{case.name}.png")
 

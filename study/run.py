@@ -4,41 +4,53 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from bimask.devices import resolve_device
 from bimask.victim import EpochLog, Victim, obtain_victim
 from study import records, search
 from study.config import StudyConfig, StudyError, load_config
 from study.console import progress_bar, show, trial_progress
+from study.files import locked, read_lines, write_text
+from study.interrupts import InterruptedStudyError, Interrupts
+from study.mirror import Mirror
 from study.pareto import OBJECTIVES
 from study.plots import draw_victims
 from study.provenance import commit, versions
+from study.session import Identity, begin, reopen
 from study.summary import FRONT_PICTURE, summarise
-from study.tracking import Tracker, redacted, require_server, tracking_uri
+from study.tracking import Status, Tracker, redacted, require_server, tracking_uri
 from study.trial import Case
 
 VICTIM_PICTURES = "victims"
+PATIENCE, SHORT_PATIENCE = 60.0, 5.0  # seconds that the end waits for an MLflow that takes nothing
 
 
 def run_study(
-    path: Path,
+    path: Path | None,
     overrides: dict[str, Any],
     *,
     outputs: Path,
     address: str | None,
+    resume: str | None = None,
     storage: str | None = None,
     wait: float = 0,
 ) -> bool:
-    """Run the study in a YAML file; everything it leaves is under `outputs`.
+    """Run the study in a YAML file, or go on with one; everything it leaves is under `outputs`.
 
     Args:
+        path: the YAML; None with `resume` means the study as it was begun.
+        resume: name of a study that was begun and cut short, at whatever moment.
         storage: where trials leave their checkpoints, a folder or URI that all nodes reach; None is the
             study's folder.
         wait: minutes for an autoscaler to bring up the first worker; 0 takes the nodes that are up.
@@ -48,86 +60,184 @@ def run_study(
 
     Raises:
         BimaskError: before the first trial, for anything that would make the study fail.
+        InterruptedStudyError: a signal ended it, in good order.
     """
     started = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 140)  # tables whole in a log
-    config = load_config(path, overrides)
+    if resume is not None:
+        config, folder = reopen(outputs, resume, path, overrides)
+    else:
+        config, folder = _new_study(path, overrides, outputs)
     device = resolve_device(config.device)
-    require_writable(outputs)
-    name, folder = records.new_folder(outputs, config.name, chosen_by_user="name" in overrides)
-    config = config.model_copy(update={"name": name})
-
     uri = tracking_uri(outputs)
     require_server(uri)
     check_data(config)
-    search.start_ray(address)
-    try:
-        concurrency = find_room(config, wait, console)
-        nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri)
+    with ExitStack() as stack:
+        if resume is not None:
+            stack.enter_context(locked(folder))
+            if _is_whole(config, folder, tracker := Tracker(uri, outputs / "mlartifacts")):
+                console.print(f"The study {config.name} is finished, all {config.trials} trials.")
+                return True
+        concurrency = 0
+        if config.trials > len(read_lines(folder / records.TRIALS)):
+            stack.callback(search.stop_ray)
+            search.start_ray(address)
+            if wait:
+                stack.callback(search.release_workers)
+            concurrency = find_room(config, wait, console)
+            nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri)
+            console.print(f"{nodes} node(s) checked, {concurrency} actors at once")
         console.print(
-            f"[bold]{name}[/]: {config.trials} trials, {concurrency} actors at once, {nodes} node(s) "
-            f"checked, MLflow at {redacted(uri)}",
-            soft_wrap=True,
+            f"[bold]{config.name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True
         )
         victims = prepare_victims(config, outputs / "victims", device, console)
         cases = [Case.of(name, victim, config) for name, victim in victims.items()]
-        tracker = Tracker(uri, outputs / "mlartifacts")
-        _begin(config, folder, tracker, victims)
-        try:
-            draw_victims(folder / VICTIM_PICTURES, cases)
-            tracker.log_folder(folder / VICTIM_PICTURES)
-            searching = time.perf_counter()
-            digests = {name: victim.spec.digest for name, victim in victims.items()}
-            at_once = min(config.trials, concurrency * config.trials_per_actor)
-            with trial_progress(console, config.trials, at_once) as on_change:
-                recorder = records.Recorder(config, folder, tracker, digests, on_change)
-                search.run_search(
-                    config, cases, recorder, folder=folder, concurrency=concurrency, storage=storage
-                )
-            wall = time.perf_counter() - searching
-            summary = summarise(config, folder, recorder.records, victims)
-            in_trials = sum(record.get("seconds", 0.0) for record in recorder.records)
-            summary["seconds"] = {
-                "total": time.perf_counter() - started,
-                "in_trials": in_trials,
-                "harness": max(0.0, wall * concurrency - in_trials),
-            }
-            (folder / records.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-            close(tracker, folder, summary)
-        except BaseException:
-            tracker.abort("the study was stopped")
-            raise
-    finally:
-        if wait:
-            search.release_workers()
-        search.stop_ray()
+        identity = Identity.of(config, victims, outputs / "victims")
+        if resume is not None:
+            begun = Identity.load(folder)
+            begun.require_same(identity)
+            _start_in_mlflow(config, begun, tracker, victims)
+        else:
+            tracker = Tracker(uri, outputs / "mlartifacts")
+            _begin(config, folder, identity, tracker, victims)
+            stack.enter_context(locked(folder))
+        study = _Study(config, folder, victims, cases, tracker, console, concurrency, storage)
+        summary, signal = study.run(started)
     show(console, config, summary, tracker, outputs / "victims", folder)
+    if signal is not None:
+        raise InterruptedStudyError(signal)
     return bool(summary["n_complete"])
 
 
-def _begin(config: StudyConfig, folder: Path, tracker: Tracker, victims: dict[str, Victim]) -> None:
-    """Open the parent run, then the study's folder with its resolved study.yaml."""
+def _new_study(path: Path | None, overrides: dict[str, Any], outputs: Path) -> tuple[StudyConfig, Path]:
+    """The study in a YAML file under a name that is free; nothing is made but `outputs`."""
+    if path is None:
+        raise StudyError("There is no study to run; give a YAML file, or --resume NAME.")
+    config = load_config(path, overrides)
+    require_writable(outputs)
+    name, folder = records.new_folder(outputs, config.name, chosen_by_user="name" in overrides)
+    return config.model_copy(update={"name": name}), folder
+
+
+def _is_whole(config: StudyConfig, folder: Path, tracker: Tracker) -> bool:
+    """Whether nothing is left to do: no trial, no summary, nothing that MLflow lacks."""
     try:
-        folder.mkdir()
-    except FileExistsError as error:
-        raise StudyError(
-            f"{folder} was made by another study in the meantime; choose another --name."
-        ) from error
+        summary = json.loads((folder / records.SUMMARY).read_text())
+    except (OSError, ValueError):
+        return False
+    finished: bool = summary["n_trials"] == config.trials
+    return finished and tracker.has_whole(Identity.load(folder).study_id, config.trials)
+
+
+def _begin(
+    config: StudyConfig,
+    folder: Path,
+    identity: Identity,
+    tracker: Tracker,
+    victims: dict[str, Victim],
+) -> None:
+    """Make the study's folder and open the parent run: both, or nothing stays."""
+    begin(folder, config, identity)
     try:
-        tracker.start_study(
-            config.name,
-            {"trials": config.trials, "seed": config.seed, "sampler": config.sampler}
-            | {"selection": config.selection, "victims": ", ".join(victims)},
-            {"study": config.name, "study_digest": config.digest, "commit": commit()}
-            | {"objectives": json.dumps(OBJECTIVES)}
-            | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}
-            | {f"version.{package}": number for package, number in versions().items()},
-        )
+        _start_in_mlflow(config, identity, tracker, victims)
     except BaseException:
-        folder.rmdir()
+        shutil.rmtree(folder)
         raise
-    header = f"study {config.name}, resolved"
-    records.write_yaml(folder / records.STUDY, config.model_dump(), header)
+
+
+def _start_in_mlflow(
+    config: StudyConfig, identity: Identity, tracker: Tracker, victims: dict[str, Victim]
+) -> None:
+    tracker.start_study(
+        config.name,
+        {"trials": config.trials, "seed": config.seed, "sampler": config.sampler}
+        | {"selection": config.selection, "victims": ", ".join(victims)},
+        {"study": config.name, "study_id": identity.study_id, "study_digest": config.digest}
+        | {"objectives": json.dumps(OBJECTIVES), "commit": commit()}
+        | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}
+        | {f"version.{package}": number for package, number in versions().items()},
+    )
+
+
+@dataclass
+class _Study:
+    """A study whose folder and parent run are open."""
+
+    config: StudyConfig
+    folder: Path
+    victims: dict[str, Victim]
+    cases: list[Case]
+    tracker: Tracker
+    console: Console
+    concurrency: int
+    storage: str | None
+
+    def run(self, started: float) -> tuple[dict[str, Any], int | None]:
+        """Search, choose, report: the summary, and the signal that ended the search, if one did."""
+        mirror = Mirror(self.tracker, self._say_what_happens)
+        interrupts, patience = Interrupts(), SHORT_PATIENCE
+        try:
+            draw_victims(self.folder / VICTIM_PICTURES, self.cases)
+            mirror.log_folder(self.folder / VICTIM_PICTURES)
+            searching = time.perf_counter()
+            in_trials = self._search(mirror, interrupts)
+            wall = time.perf_counter() - searching
+            summary = summarise(
+                self.config, self.folder, read_lines(self.folder / records.TRIALS), self.victims
+            )
+            summary["seconds"] = {
+                "total": time.perf_counter() - started,
+                "in_trials": in_trials,
+                "harness": max(0.0, wall * self.concurrency - in_trials),
+            }
+            write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
+            status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
+            close(mirror, self.folder, summary, "KILLED" if interrupts.signal else status)
+            patience = PATIENCE
+            return summary, interrupts.signal
+        except BaseException:
+            mirror.abort("the study was stopped")
+            raise
+        finally:
+            if missing := mirror.close(patience if interrupts.signal is None else SHORT_PATIENCE):
+                self.console.print(
+                    f"[bold yellow]MLflow lacks {missing} entries[/]; nothing is lost: tell it later "
+                    f"with `python -m study.launch --resume {self.config.name}`.",
+                    soft_wrap=True,
+                )
+
+    def _search(self, mirror: Mirror, interrupts: Interrupts) -> float:
+        """Run what has no record yet; seconds that went into trials."""
+        digests = {name: victim.spec.digest for name, victim in self.victims.items()}
+        at_once = min(self.config.trials, self.concurrency * self.config.trials_per_actor)
+        with trial_progress(self.console, self.config.trials, at_once) as on_change:
+            recorder = records.Recorder(self.config, self.folder, mirror, digests, on_change)
+            before = len(recorder.records)
+            recorder.show_again(self.tracker.ended)
+            on_change(recorder.records)
+            search.run_search(
+                self.config,
+                self.cases,
+                recorder,
+                folder=self.folder,
+                concurrency=self.concurrency,
+                storage=self.storage,
+                interrupts=interrupts,
+            )
+        if recorder.unwritten:
+            raise StudyError(
+                f"The records of {len(recorder.unwritten)} trial(s) cannot be written to "
+                f"{self.folder}; make room on the disk, then resume: these trials are run again."
+            )
+        return sum(record.get("seconds", 0.0) for record in recorder.records[before:])
+
+    def _say_what_happens(self, error: Exception) -> None:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self.console.print(
+            f"[yellow]MLflow does not take what it is told[/] ({escape(reason[:200])}); the study goes "
+            "on, and tells it again until it does.",
+            soft_wrap=True,
+        )
 
 
 def require_writable(outputs: Path) -> None:
@@ -160,7 +270,9 @@ def check_data(config: StudyConfig) -> None:
     for spec in config.victims:
         splits = spec.load_data()
         splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
-        spec.build_attack().triggered(splits.val)
+        attack = spec.build_attack()
+        if not attack.has_state:  # else the trigger is made with the victim, and refused there
+            attack.triggered(splits.val)
         spec.fresh_net(splits.train)
 
 
@@ -197,15 +309,15 @@ def prepare_victims(
     return victims
 
 
-def close(tracker: Tracker, folder: Path, summary: dict[str, Any]) -> None:
+def close(mirror: Tracker | Mirror, folder: Path, summary: dict[str, Any], status: Status) -> None:
     """The summary in MLflow's parent run."""
     metrics = {"hypervolume": summary["hypervolume"], "n_failed": summary["n_failed"]}
     if summary["chosen"]:
         metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
         metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
     names = (FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST)
-    tracker.end_study(
+    mirror.end_study(
         metrics=metrics,
         artifacts=[folder / name for name in names if (folder / name).is_file()],
-        failed=not summary["n_complete"],
+        status=status,
     )

@@ -10,13 +10,17 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# A server that is away is asked again by `Mirror`, for as long as it takes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
@@ -25,6 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from study.config import StudyError
 
 EXPERIMENT = "bimask"
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 BATCH = 1000  # metrics in one request, MLflow's own limit
 
 
@@ -60,35 +65,84 @@ class Tracker:
             ) from error
         self.parent_id = ""
         self.runs: dict[int, str] = {}
+        self.ended: set[int] = set()
 
     def start_study(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Open the parent run."""
-        run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
-        self.parent_id = run.info.run_id
+        """Open the parent run: the one with this tag `study_id` again, if there is one."""
+        found = self._search(f"tags.study_id = '{tags['study_id']}'") if "study_id" in tags else []
+        if found:
+            self.parent_id = found[0].info.run_id
+            self.client.update_run(self.parent_id, status="RUNNING")
+            self.look()
+        else:
+            run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
+            self.parent_id = run.info.run_id
         self._log(self.parent_id, params=params)
+
+    def has_whole(self, study_id: str, trials: int) -> bool:
+        """Whether a study and all its trials have ended here."""
+        found = self._search(f"tags.study_id = '{study_id}'")
+        if not found or found[0].info.status not in ("FINISHED", "FAILED"):
+            return False
+        self.parent_id = found[0].info.run_id
+        self.look()
+        return len(self.ended) == trials
+
+    def _search(self, query: str) -> list[Run]:
+        """All runs that a query finds, the earliest first."""
+        found: list[Run] = []
+        token: str | None = None
+        while token != "":
+            page = self.client.search_runs(
+                [self.experiment_id], query, order_by=["attributes.start_time"], page_token=token
+            )
+            found += page
+            token = page.token or ""
+        return found
+
+    def look(self) -> None:
+        """See which trials have runs: a call may have arrived though its answer did not.
+
+        Of two runs of a trial the later is deleted.
+        """
+        self.runs, self.ended = {}, set()
+        for run in self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'"):
+            number = int(run.data.tags.get("trial", -1))
+            if number in self.runs:
+                self.client.delete_run(run.info.run_id)
+                continue
+            self.runs[number] = run.info.run_id
+            if run.info.status in ("FINISHED", "FAILED"):
+                self.ended.add(number)
 
     def log_folder(self, folder: Path) -> None:
         """Log a folder's files to the parent run, in a folder of the same name."""
         self.client.log_artifacts(self.parent_id, str(folder), folder.name)
 
     def start_trial(self, number: int, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Open the nested run of a trial."""
-        run = self.client.create_run(
-            self.experiment_id,
-            tags={
-                MLFLOW_PARENT_RUN_ID: self.parent_id,
-                MLFLOW_RUN_NAME: f"trial-{number:03d}",
-                "trial": str(number),
-                **tags,
-            },
-        )
-        self.runs[number] = run.info.run_id
-        self._log(run.info.run_id, params=params)
+        """Open the nested run of a trial, or open it again."""
+        if number in self.runs:
+            self.client.update_run(self.runs[number], status="RUNNING")
+            with suppress(MlflowException):  # it has no such tag, as a rule
+                self.client.delete_tag(self.runs[number], "reason")
+        else:
+            run = self.client.create_run(
+                self.experiment_id,
+                tags={
+                    MLFLOW_PARENT_RUN_ID: self.parent_id,
+                    MLFLOW_RUN_NAME: f"trial-{number:03d}",
+                    "trial": str(number),
+                    **tags,
+                },
+            )
+            self.runs[number] = run.info.run_id
+        self._log(self.runs[number], params=params)
 
     def end_trial(
         self,
         number: int,
         *,
+        at: float | None = None,
         metrics: Mapping[str, float] | None = None,
         histories: Mapping[str, list[tuple[int, float]]] | None = None,
         artifacts: Path | None = None,
@@ -96,45 +150,56 @@ class Tracker:
     ) -> None:
         """Write what a trial ended with and close its run: FAILED where there is a reason.
 
+        The run is closed last, so one that is closed holds everything; all of it may be written again.
+
         Args:
+            at: when it ended, in seconds since 1970.
             metrics: final values.
             histories: metric -> (step, value) pairs.
             artifacts: a folder whose files are all logged.
         """
         run_id = self.runs[number]
-        try:
-            self._log(run_id, metrics=metrics, histories=histories)
-            if artifacts is not None:
-                self.client.log_artifacts(run_id, str(artifacts))
-            if reason is not None:
-                self.client.set_tag(run_id, "reason", reason[:5000])
-        finally:
-            self.client.set_terminated(run_id, "FAILED" if reason is not None else "FINISHED")
+        self._log(run_id, metrics=metrics, histories=histories, at=at)
+        if artifacts is not None:
+            self.client.log_artifacts(run_id, str(artifacts))
+        if reason is not None:
+            self.client.set_tag(run_id, "reason", reason[:5000])
+        self.client.set_terminated(
+            run_id, "FAILED" if reason is not None else "FINISHED", None if at is None else _ms(at)
+        )
 
     def end_study(
-        self, *, metrics: Mapping[str, float], artifacts: list[Path], failed: bool = False
+        self,
+        *,
+        metrics: Mapping[str, float],
+        artifacts: list[Path],
+        status: Status = "FINISHED",
     ) -> None:
-        """Write the study's summary to the parent run and close it."""
-        try:
-            self._log(self.parent_id, metrics=metrics)
-            for path in artifacts:
-                self.client.log_artifact(self.parent_id, str(path))
-        finally:
-            self.close_open_trials("the study ended before the trial did")
-            self.client.set_terminated(self.parent_id, "FAILED" if failed else "FINISHED")
+        """Write the study's summary to the parent run and close it, and what is open of its trials.
+
+        Args:
+            status: KILLED for a study that is to be gone on with, as are then its open trials.
+        """
+        self._log(self.parent_id, metrics=metrics)
+        for path in artifacts:
+            self.client.log_artifact(self.parent_id, str(path))
+        self.close_open_trials(
+            "the study ended before the trial did", "KILLED" if status == "KILLED" else "FAILED"
+        )
+        self.client.set_terminated(self.parent_id, status)
 
     def abort(self, reason: str) -> None:
-        """End the study and every open trial as FAILED, also when the end came unexpected."""
-        self.close_open_trials(reason)
+        """End the study as FAILED, when the end came unexpected, and its open trials as KILLED."""
+        self.close_open_trials(reason, "KILLED")
         self.client.set_tag(self.parent_id, "reason", reason)
         self.client.set_terminated(self.parent_id, "FAILED")
 
-    def close_open_trials(self, reason: str) -> None:
+    def close_open_trials(self, reason: str, status: Status = "FAILED") -> None:
         """End every nested run that is still RUNNING, so that none stays so for ever."""
         for run_id in self.runs.values():
             if self.client.get_run(run_id).info.status == "RUNNING":
                 self.client.set_tag(run_id, "reason", reason)
-                self.client.set_terminated(run_id, "FAILED")
+                self.client.set_terminated(run_id, status)
 
     def _log(
         self,
@@ -143,8 +208,9 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
         histories: Mapping[str, list[tuple[int, float]]] | None = None,
+        at: float | None = None,
     ) -> None:
-        now = int(time.time() * 1000)
+        now = _ms(time.time() if at is None else at)  # the same again is the same point for MLflow
         rows = [Metric(name, value, now, 0) for name, value in (metrics or {}).items()]
         for name, pairs in (histories or {}).items():
             rows += [Metric(name, value, now, step) for step, value in pairs]
@@ -190,6 +256,10 @@ def require_server(uri: str) -> None:
             f"The MLflow server {redacted(uri)} does not answer ({error}); start it "
             "or unset MLFLOW_TRACKING_URI to use a SQLite file beside the outputs."
         ) from error
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)
 
 
 def _text(value: Any) -> str:

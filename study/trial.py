@@ -23,6 +23,7 @@ from bimask.metrics import EvalSets, Scores, evaluate
 from bimask.population import PopulationPurifier
 from bimask.result import Passes, RoundLog
 from bimask.victim import Victim
+from study.checkpoint import Checkpoints
 from study.config import StudyConfig
 
 SCORES = ("clean_accuracy", "attack_success", "recovery")
@@ -101,6 +102,7 @@ def run_trials(
     device: torch.device | str = "cpu",
     report_every: int = 10,
     on_report: Report | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[TrialResult | NonFiniteError]:
     """Purify each case with every configuration, all configurations at once.
 
@@ -111,6 +113,7 @@ def run_trials(
             same hardware, whatever else is in the group.
         on_report: called with the trial's position, the victim's name, the round and its scores on
             `val`, every `report_every` rounds.
+        checkpoints: where the trials' states are kept, and gone on from if they are there.
 
     Returns:
         One result a configuration, or the error that ended this one alone: a loss or an objective is
@@ -139,7 +142,11 @@ def run_trials(
                 generators=[torch.Generator().manual_seed(seed) for _ in running],
                 on_round=on_round,
             )
-            for trial, result in zip(running, population.run(), strict=True):
+            if checkpoints is None:
+                ended = population.run()
+            else:
+                ended = checkpoints.run(population, f"{case.name}.{group[0]}")
+            for trial, result in zip(running, ended, strict=True):
                 if isinstance(result, NonFiniteError):
                     failures[trial] = result
                 else:
@@ -147,7 +154,8 @@ def run_trials(
                     results[trial][case.name] = CaseResult(
                         scores, result.masks.cpu(), result.rounds, result.passes
                     )
-    seconds = (time.perf_counter() - started) / len(configs)
+    before = 0.0 if checkpoints is None else checkpoints.seconds
+    seconds = (before + time.perf_counter() - started) / len(configs)
     return [failures.get(i) or _result(mine, seconds) for i, mine in enumerate(results)]
 
 

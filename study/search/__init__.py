@@ -9,6 +9,8 @@ The only package that imports ray or optuna. Facts of the stack that shape it:
   a metric, and leaves a trial RUNNING for ever when a metric is NaN or missing. `ParetoSearch` speaks
   to Optuna through its public ask-and-tell interface: two directions, or it does not start, and
   every trial is told COMPLETE with finite values or FAIL.
+- A resume is a new run of Tune on the same storage: `Tuner.restore` takes its state from pickles, loses
+  up to ten seconds of it, and leaves trials RUNNING that Tune does not know.
 - A trial that ends early never reaches the front: only a final report carries objectives.
 - Trials of a group are asked for before the first of them is told, so TPE must keep its distance from
   those still running: `constant_liar`, the default since Optuna 5, for several objectives since 3.5.
@@ -18,6 +20,8 @@ The only package that imports ray or optuna. Facts of the stack that shape it:
 import os
 
 # Ray reads its environment at import, and hands it on to its actors.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours: study/interrupts.py
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")  # a resume reads no file of Ray's
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # records are ours
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU trial leaves GPUs visible
 # Actors started from here keep the memory they free: glibc hands every large tensor back to the kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from pyarrow import fs
@@ -45,3 +46,25 @@ def remove(storage: str) -> None:
     if exists(storage):
         system, path = opened(storage)
         system.delete_dir(path)
+
+
+def folder(storage: str) -> Path:
+    """Where a process writes what it may lose: the storage, or for a bucket a local folder."""
+    if "://" not in storage:
+        return Path(storage)
+    return Path(tempfile.gettempdir()) / storage.partition("://")[2]
+
+
+def folders(storage: str, prefix: str) -> list[str]:
+    """The folders in it whose names begin so."""
+    system, path = opened(storage)
+    found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    names = [f.base_name for f in found if f.type == fs.FileType.Directory]
+    return [f"{storage}/{name}" for name in sorted(names) if name.startswith(prefix)]
+
+
+def holds(storage: str, name: str) -> bool:
+    """Whether a file of that name is anywhere in it."""
+    system, path = opened(storage)
+    found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    return any(f.base_name == name for f in found)

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from bimask.attacks import ATTACKS
 from bimask.errors import DataError, VictimError, VictimRefusedError
 from bimask.metrics import evaluate
+from bimask.training import fit
 from bimask.victim import (
     VictimSpec,
     load_victim,
@@ -40,7 +41,11 @@ def folder(victim, tmp_path):
 
 
 def weights_of(victim):
-    return torch.cat([value.flatten().double() for value in victim.model.state_dict().values()])
+    return weights_of_net(victim.model)
+
+
+def weights_of_net(net):
+    return torch.cat([value.flatten().double() for value in net.state_dict().values()])
 
 
 # --- training ---
@@ -102,6 +107,43 @@ def test_the_seed_decides_more_than_who_is_poisoned():
 def test_the_spec_decides_the_weights(changes):
     usual, other = train_victim(VictimSpec(**HASTY)), train_victim(VictimSpec(**HASTY | changes))
     assert not torch.equal(weights_of(usual), weights_of(other))
+
+
+@pytest.fixture(scope="module")
+def control():
+    """A victim without a backdoor, under the bounds that others have."""
+    return train_victim(VictimSpec(**GOOD, poisoning_rate=0))
+
+
+def test_a_clean_control_is_trained_on_clean_images_and_keeps_its_scores(control, victim):
+    spec = control.spec
+    assert spec.is_control
+    assert not victim.spec.is_control
+    assert torch.equal(
+        weights_of(control), weights_of_net(fit(spec.load_data().train, **spec.recipe()))
+    )
+    for split, scores in control.scores.items():
+        assert scores.clean_accuracy > 0.9
+        assert scores.attack_success < 0.2  # the rate at which a patch passes for a zero
+        assert scores.recovery > 0.7
+        assert scores.n_triggered == victim.scores[split].n_triggered
+
+
+def test_a_clean_control_comes_back_from_its_files(control, tmp_path):
+    assert control.spec.digest != VictimSpec(**GOOD).digest
+    same_victims(control, load_victim(save_victim(control, tmp_path)))
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_a_clean_control_is_the_same_net_whatever_the_trigger(name, hasty):
+    usual = train_victim(VictimSpec(**HASTY, poisoning_rate=0))
+    other = train_victim(hasty(name, poisoning_rate=0))
+    assert torch.equal(weights_of(usual), weights_of(other))
+
+
+def test_a_control_must_be_accurate_all_the_same():
+    with pytest.raises(VictimRefusedError, match="clean accuracy of digits-clean is poor"):
+        train_victim(VictimSpec(**HASTY | {"min_clean_accuracy": 1}, poisoning_rate=0))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +329,7 @@ def test_a_trigger_of_another_attack_is_refused(hasty, tmp_path):
 
 
 def test_a_rate_that_cannot_be_is_refused_before_anything_is_trained(hasty, monkeypatch):
-    monkeypatch.setattr("bimask.victim.fit", None)  # whoever trains, fails otherwise
+    monkeypatch.setattr("bimask.victim.train.fit", None)  # whoever trains, fails otherwise
     with pytest.raises(DataError, match="LabelConsistent can poison 1 to"):
         train_victim(hasty("label_consistent", poisoning_rate=0.5))
 
@@ -353,7 +395,7 @@ def test_a_manifest_cut_short_is_refused(folder):
         {"attack": {"name": "wanet", "strength": 0}},
         {"attack": {"name": "badnets", "alpha": 1}},
         {"attack": {"name": "badnets", "size": 0}},
-        {"poisoning_rate": 0},
+        {"poisoning_rate": -0.1},
         {"poisoning_rate_of": "classes"},
         {"epochs": 0},
         {"width": 0},
@@ -392,3 +434,4 @@ def test_the_name_is_for_people():
     assert VictimSpec().name == "digits-badnets"
     spec = VictimSpec(dataset="imagefolder:/some/where/pets", attack={"name": "sig"})
     assert spec.name == "pets-sig"
+    assert VictimSpec(poisoning_rate=0).name == "digits-clean"

@@ -2,8 +2,10 @@ import optuna
 import pytest
 import yaml
 
+from bimask.attacks import ATTACKS
 from bimask.purify import PurifyConfig
 from study.config import StudyError, load_config
+from study.run import check_data
 from study.space import suggest
 
 GOOD = """\
@@ -147,3 +149,8 @@ def test_every_shipped_study_is_valid(shipped_studies):
         config = load_config(path)
         assert yaml.safe_load(path.read_text())["name"] == config.name
         assert path.read_text().startswith("#"), "a study begins with a comment on what it is"
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_every_attack_passes_the_check_of_a_studys_data(name, study):
+    check_data(load_config(study(GOOD.replace("badnets", name))))

@@ -231,7 +231,7 @@ def test_bad_trials_end_failed_everywhere_and_the_study_goes_on(finished):
     finally:
         search.stop_ray()
     summary = summarise(config, folder, recorder.records, {"digits-badnets": victim})
-    run.close(tracker, folder, summary)
+    run.close(tracker, folder, summary, "FINISHED")
 
     trials = study_package.load(name, finished.outputs).set_index("number")
     assert trials["status"].tolist() == ["COMPLETE", *["FAILED"] * 4, "COMPLETE"]
@@ -252,7 +252,7 @@ def test_bad_trials_end_failed_everywhere_and_the_study_goes_on(finished):
 
 def test_a_study_that_went_well_leaves_no_file_of_rays(finished):
     assert {path.name for path in finished.folder.iterdir()} == {
-        *("study.yaml", "trials.jsonl", "trials", "summary.json"),
+        *("study.yaml", "identity.json", "trials.jsonl", "reports.jsonl", "trials", "summary.json"),
         *("best.yaml", "front.png", "optuna.db", "victims"),
     }
 

@@ -1,0 +1,185 @@
+"""A victim and its folder: weights and trigger (safetensors), manifest (JSON), checked by digest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bimask.attacks import Attack
+from bimask.data import Splits
+from bimask.errors import SettingError, VictimError, VictimRefusedError
+from bimask.metrics import EvalSets, Scores, Split
+from bimask.nets import is_own
+from bimask.suspect import file_sha256
+from bimask.victim.spec import VictimSpec
+
+WEIGHTS, TRIGGER, MANIFEST = "victim.safetensors", "trigger.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A trained model with a known backdoor, or none (`VictimSpec.is_control`).
+
+    Attributes:
+        spec: what it was made of.
+        model: images in [0, 1] -> logits, in eval mode.
+        attack: ready to put the victim's own trigger on new images.
+        classes: names.
+        scores: of the victim itself, on "val" and "test".
+        image_size: height and width of its images; None where nobody wrote it down.
+    """
+
+    spec: VictimSpec
+    model: nn.Module
+    attack: Attack
+    classes: tuple[str, ...]
+    scores: dict[Split, Scores]
+    image_size: int | None = None
+
+    def eval_sets(self, splits: Splits, split: Split) -> EvalSets:
+        """Clean and triggered images of one split, for the victim and for what is made of it."""
+        data = splits.val if split == "val" else splits.test
+        return EvalSets.of(self.attack, data, split)
+
+
+def refuse_if_useless(victim: Victim) -> None:
+    """Hold the scores on `val` against the bounds of the spec.
+
+    Raises:
+        VictimRefusedError: one is broken, with the numbers.
+    """
+    spec, scores = victim.spec, victim.scores["val"]
+    numbers = f"ACC {scores.clean_accuracy:.3f}, ASR {scores.attack_success:.3f} on val"
+    given = spec.weights is not None
+    if not spec.is_control and scores.attack_success < spec.min_attack_success:
+        raise VictimRefusedError(
+            f"The attack of {spec.name} was not learned ({numbers}; `min_attack_success` is "
+            f"{spec.min_attack_success:g}); "
+            + ("give the trigger of these weights." if given else "poison more or train longer.")
+        )
+    if scores.clean_accuracy < spec.min_clean_accuracy:
+        raise VictimRefusedError(
+            f"The clean accuracy of {spec.name} is poor ({numbers}; `min_clean_accuracy` is "
+            f"{spec.min_clean_accuracy:g}); "
+            + (
+                "are `normalise` and the order of the classes those of its training?"
+                if given
+                else "train longer or widen the net."
+            )
+        )
+
+
+def save_victim(victim: Victim, root: Path) -> Path:
+    """Write `root/DIGEST/` with weights and trigger state (safetensors) and manifest (JSON), whole or
+    not at all. An attack without state has no file for it."""
+    folder = root / victim.spec.digest
+    root.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".victim-", dir=root))
+    try:
+        # copies: tied weights would share memory, which safetensors refuses
+        state = victim.model.state_dict()
+        copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+        save_file(copies, part / WEIGHTS)
+        manifest = {
+            "spec": victim.spec.model_dump(),
+            "spec_digest": victim.spec.digest,
+            "weights_sha256": file_sha256(part / WEIGHTS),
+            "in_channels": victim.model.get_buffer("mean").shape[1],
+            "image_size": victim.image_size,
+            "classes": list(victim.classes),
+            "scores": {split: asdict(scores) for split, scores in victim.scores.items()},
+            "torch": torch.__version__,
+        }
+        if victim.attack.has_state:
+            save_file(victim.attack.state(), part / TRIGGER)
+            manifest["trigger_sha256"] = file_sha256(part / TRIGGER)
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        part.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
+    """Read a victim back.
+
+    Args:
+        own_code: whether the code that the manifest names for an own net may be imported and run. A
+            manifest from someone else could name any.
+
+    Raises:
+        VictimError: a file is missing, damaged, or not the one the manifest names; own code is not
+            allowed, or changed.
+        VictimRefusedError: its scores are below its bounds.
+    """
+    again = f"remove {folder} to train it anew"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if is_own(net_name := manifest["spec"]["net"]) and not own_code:
+            raise VictimError(
+                f"The victim {folder} is built by the code {net_name!r}, which may do anything; if you "
+                "trust it, allow it with `own_code=True` or --trust-code."
+            )
+        spec = VictimSpec.model_validate(manifest["spec"])
+        scores: dict[Split, Scores] = {
+            "val": Scores(**manifest["scores"]["val"]),
+            "test": Scores(**manifest["scores"]["test"]),
+        }
+        classes, in_channels = tuple(manifest["classes"]), manifest["in_channels"]
+        image_size = manifest.get("image_size", spec.image_size)
+        promised, promised_spec = manifest["weights_sha256"], manifest["spec_digest"]
+        attack = spec.build_attack()
+        promised_trigger = manifest["trigger_sha256"] if attack.has_state else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise VictimError(
+            f"The manifest {folder / MANIFEST} cannot be read ({type(error).__name__}: {error}); "
+            f"{again}."
+        ) from error
+    if promised_spec != spec.digest:
+        raise VictimError(
+            f"The spec in {folder / MANIFEST} has the digest {spec.digest}, but the manifest says "
+            f"{promised_spec}: it was edited; {again}."
+        )
+    weights = _promised(folder / WEIGHTS, promised, "victim's file of weights", again)
+    ones = [1.0] * in_channels
+    net = spec.net_of(ones, ones, in_channels, len(classes), image_size)
+    try:
+        net.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise VictimError(f"The weights {weights} do not fit {spec.net}: {error}; {again}.") from error
+    if promised_trigger is not None:
+        trigger = _promised(folder / TRIGGER, promised_trigger, "file of the trigger's state", again)
+        try:
+            attack.load_state(load_file(trigger))
+        except (SafetensorError, SettingError) as error:
+            raise VictimError(
+                f"The trigger's state {trigger} is of no use: {error} {again}."
+            ) from error
+    victim = Victim(spec, net.eval(), attack, classes, scores, image_size=image_size)
+    refuse_if_useless(victim)
+    return victim
+
+
+def _promised(path: Path, sha256: str, what: str, again: str) -> Path:
+    """The path, if the file there is the one that the manifest names."""
+    if not path.is_file():
+        raise VictimError(f"The {what} {path} is missing; {again}.")
+    if (found := file_sha256(path)) != sha256:
+        raise VictimError(
+            f"The digest of {path} is {found[:16]}, but its manifest says {sha256[:16]}: the file is "
+            f"damaged or another one; {again}."
+        )
+    return path

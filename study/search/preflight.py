@@ -110,7 +110,7 @@ def check_nodes(config: StudyConfig, storage: str, tracking: str) -> int:
 
 def _ask(node: str, probe: str, server: tuple[str, int] | None) -> Any:
     here = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    task = ray.remote(examine).options(num_cpus=0, scheduling_strategy=here, max_retries=0)
+    task = ray.remote(examine).options(num_cpus=0, scheduling_strategy=here, max_retries=2)
     return task.remote(probe, server, node)
 
 
@@ -130,7 +130,8 @@ def _answer(
     except ray.exceptions.GetTimeoutError:
         return [f"{name} did not answer within {PATIENCE:.0f} s; look at `ray status`, or remove it."]
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1]
+        lines = str(error).strip().splitlines()  # of a task's error the last is the reason
+        reason = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0][:200]
         return [f"{name} cannot run the project ({reason}); set it up with cluster/node.sh."]
     try:
         storages.read(probe, node["NodeID"])

@@ -18,9 +18,10 @@ if [ -z "${BIMASK_VENV:-}" ]; then
 fi
 
 # Ray runs each command in a login shell of its own, which reads ~/.bashrc. Its exporters of metrics answer
-# without a token and on all interfaces, so none is started; the dashboard does without them.
+# without a token and on all interfaces, so none is started; the dashboard does without them. Its memory
+# monitor is off since its kills end a study, and the kernel's do not (study/search/__init__.py).
 grep -qs bimask-node ~/.bashrc || cat >> ~/.bashrc <<RC
 export PATH="$venv/bin:\$PATH" RAY_AUTH_MODE=token  # bimask-node
-export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=-1 DASHBOARD_METRIC_PORT=-1
+export RAY_memory_monitor_refresh_ms=0 RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=-1 DASHBOARD_METRIC_PORT=-1
 RC
 chmod 600 ~/.ray/auth_token

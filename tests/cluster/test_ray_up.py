@@ -67,8 +67,7 @@ def in_shell(cluster, host, script, *, timeout=600):
 
 
 def filled_in(addresses):
-    """cluster/local.yaml for these hosts: one CPU each, for the worker hosts alone, no memory monitor,
-    since the memory that it would watch is the whole machine's."""
+    """cluster/local.yaml for these hosts: one CPU for each of the workers."""
     text = (ROOT / "cluster/local.yaml").read_text()
     venv = f"BIMASK_VENV={sys.prefix} bash ~/bimask/cluster/node.sh"
     for old, new in (
@@ -78,8 +77,8 @@ def filled_in(addresses):
         ("ssh_user: bimask", "ssh_user: root"),
         ("/mnt/FILL-IN/bimask", "/mnt/shared"),
         ("bash ~/bimask/cluster/node.sh", venv),
-        ("ray start --head", "RAY_memory_monitor_refresh_ms=0 ray start --head --num-cpus=0"),
-        ("ray start --address", "RAY_memory_monitor_refresh_ms=0 ray start --num-cpus=1 --address"),
+        ("ray start --head", "ray start --head --num-cpus=0"),
+        ("ray start --address", "ray start --num-cpus=1 --address"),
     ):
         assert old in text
         text = text.replace(old, new)

@@ -99,9 +99,6 @@ def struck(tmp_path_factory):
     tracker = Tracker(tracking_uri(outputs), outputs / "mlartifacts")
     tracker.start_study(config.name, {}, {})
     recorder = records.Recorder(config, folder, tracker, {}, lambda *_: None)
-    # What it would watch is the machine's memory, which other programs fill.
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_memory_monitor_refresh_ms", "0")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         for _ in range(3):
@@ -116,7 +113,6 @@ def struck(tmp_path_factory):
     finally:
         ray.shutdown()
         cluster.shutdown()
-        patch.undo()
     return SimpleNamespace(config=config, outputs=outputs, folder=folder, case=case)
 
 

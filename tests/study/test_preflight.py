@@ -73,8 +73,7 @@ def test_nodes_are_asked_for_servers_that_are_not_the_drivers_own(uri, server):
 
 
 @pytest.mark.ray
-def test_real_nodes_pass_and_a_storage_that_is_none_does_not(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # other programs fill the memory
+def test_real_nodes_pass_and_a_storage_that_is_none_does_not(tmp_path):
     config = CONFIG.model_copy(update={"gpus_per_trial": 0})
     search.start_ray("local")
     try:

@@ -160,10 +160,18 @@ class Recorder:
         trial = self.open.pop(number)
         self._end(trial, "PRUNED", result["stopped"], {key: result[key] for key in keys})
 
-    def failed(self, number: int, reason: str) -> None:
-        """A trial has ended without a result; one that has ended before stays as it is."""
+    def failed(self, number: int, reason: str, *, details: str | None = None) -> None:
+        """A trial has ended without a result; one that has ended before stays as it is.
+
+        Args:
+            details: goes into its folder as error.txt.
+        """
         if number not in self.open:
             return
+        if details is not None:
+            with suppress(OSError):  # a full disk is said elsewhere
+                self._kept(number).mkdir(parents=True, exist_ok=True)
+                (self._kept(number) / "error.txt").write_text(details)
         trial = self.open.pop(number)
         seconds = (time.time() - trial["started"]) / trial["group"]
         self._end(trial, "FAILED", reason, {"seconds": seconds})

@@ -48,12 +48,17 @@ def run_study(
     outputs: Path,
     address: str | None,
     resume: str | None = None,
+    storage: str | None = None,
+    wait: float = 0,
 ) -> bool:
     """Run the study in a YAML file, or go on with one; everything it leaves is under `outputs`.
 
     Args:
         path: the YAML; None with `resume` means the study as it was begun.
         resume: name of a study that was begun and cut short, at whatever moment.
+        storage: where trials leave their checkpoints, a folder or URI that all nodes reach; None is the
+            study's folder.
+        wait: minutes for an autoscaler to bring up the first worker; 0 takes the nodes that are up.
 
     Returns:
         Whether any trial was COMPLETE.
@@ -70,14 +75,25 @@ def run_study(
         )
     else:
         raise StudyError("There is no study to run; give a YAML file, or --resume NAME.")
-    summary = run_in(config, folder, address=address, resume=resume is not None)
+    summary = run_in(
+        config, folder, address=address, storage=storage, wait=wait, resume=resume is not None
+    )
     return bool(summary["n_complete"])
 
 
 def run_in(
-    config: StudyConfig, folder: Path, *, address: str | None = None, resume: bool = False
+    config: StudyConfig,
+    folder: Path,
+    *,
+    address: str | None = None,
+    storage: str | None = None,
+    wait: float = 0,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Run a study, or go on with it, in its folder among the outputs; its summary."""
+    """Run a study, or go on with it, in its folder among the outputs; its summary.
+
+    `address`, `storage` and `wait` are those of `run_study`.
+    """
     started, outputs = time.perf_counter(), folder.parent
     console = wide_console()
     device = resolve_device(config.device)
@@ -96,7 +112,11 @@ def run_in(
         if config.confirmation or config.trials > len(read_lines(folder / records.TRIALS)):
             stack.callback(search.stop_ray)
             search.start_ray(address)
-            concurrency = search.check_resources(config)
+            if wait:
+                stack.callback(search.release_workers)
+            concurrency = find_room(config, wait, console)
+            nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri)
+            console.print(f"{nodes} node(s) checked, {concurrency} actors at once")
         console.print(
             f"[bold]{config.name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True
         )
@@ -110,7 +130,7 @@ def run_in(
             tracker = Tracker(uri, outputs / "mlartifacts")
             _begin(config, folder, identity, tracker, suite)
             stack.enter_context(locked(folder))
-        study = _Study(config, folder, suite, earlier, tracker, console, concurrency)
+        study = _Study(config, folder, suite, earlier, tracker, console, concurrency, storage)
         summary, signal = study.run(started)
     show(console, config, summary, tracker, outputs / "victims", folder)
     if signal is not None:
@@ -179,6 +199,7 @@ class _Study:
     tracker: Tracker
     console: Console
     concurrency: int
+    storage: str | None
 
     @property
     def victims(self) -> dict[str, Victim]:
@@ -241,6 +262,7 @@ class _Study:
                 folder=self.folder,
                 concurrency=self.concurrency,
                 earlier=self.earlier,
+                storage=self.storage,
                 interrupts=interrupts,
             )
         if recorder.unwritten:
@@ -270,6 +292,18 @@ def require_writable(outputs: Path) -> None:
         raise StudyError(
             f"Cannot write to the folder {outputs} ({error.strerror}); give another with --outputs."
         ) from error
+
+
+def find_room(config: StudyConfig, wait: float, console: Console) -> int:
+    """How many actors run at once; the wait for the first worker is shown."""
+    with console.status("asking for workers", spinner="dots") as status:
+        began = time.monotonic()
+
+        def on_wait() -> None:
+            waited = (time.monotonic() - began) / 60
+            status.update(f"waiting for the first worker, {waited:.0f} of {wait:g} minutes")
+
+        return search.check_resources(config, wait=wait, on_wait=on_wait)
 
 
 def check_data(config: StudyConfig) -> None:

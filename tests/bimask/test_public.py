@@ -15,7 +15,9 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 DOORS = {
     "ray": [
         f"study/search/{name}.py"
-        for name in ("actor", "cluster", "confirm", "driver", "pareto_search", "victims")
+        for name in (
+            *("actor", "cluster", "confirm", "driver", "jobs", "pareto_search", "preflight", "victims"),
+        )
     ],
     "optuna": ["study/importance.py", "study/search/pareto_search.py"],
     "mlflow": [f"study/{name}.py" for name in ("registry", "serve", "served_model", "tracking")],

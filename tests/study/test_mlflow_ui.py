@@ -1,14 +1,7 @@
 """What a user types into MLflow's search box finds what the README says, in the store and in the UI."""
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +21,7 @@ GOOD, FRONT, LOST = next(
 )
 
 
-def recorded(large_study, outputs, count):
+def recorded(large_study, outputs, count, uri):
     """The first trials of the study, as the recorder hands them to a real store."""
     summary = json.loads((large_study / "summary.json").read_text())
     rows = [json.loads(line) for line in (large_study / "trials.jsonl").read_text().splitlines()][
@@ -36,7 +29,7 @@ def recorded(large_study, outputs, count):
     ]
     study = StudyConfig.model_validate(yaml_of(large_study) | {"name": "ims-digits"})
     digests = rows[0]["provenance"]["victims"]
-    tracker = Tracker(tracking_uri(outputs), outputs / "mlartifacts")
+    tracker = Tracker(uri, outputs / "mlartifacts")
     tracker.start_study("ims-digits", {"trials": count}, {"study": "ims-digits"})
     (outputs / "ims-digits").mkdir()
     recorder = Recorder(study, outputs / "ims-digits", tracker, digests, lambda records: None)
@@ -73,7 +66,7 @@ def lost(row):
 
 
 def test_the_three_queries_of_the_readme_find_what_they_say(large_study, tmp_path):
-    store = recorded(large_study, tmp_path, 40)
+    store = recorded(large_study, tmp_path, 40, tracking_uri(tmp_path))
     (experiment,) = mlflow.MlflowClient(store.uri).search_experiments(filter_string="name = 'bimask'")
 
     def found(query):
@@ -91,41 +84,12 @@ def test_the_three_queries_of_the_readme_find_what_they_say(large_study, tmp_pat
     assert numbers(store.rows, lost), "a study without failures proves nothing"
 
 
-@pytest.fixture
-def server(large_study, tmp_path):
-    """A real `mlflow server` over the store of 100 trials."""
-    store = recorded(large_study, tmp_path, 100)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri]
-    process = subprocess.Popen(
-        [*command, "--workers", "1", "--port", str(port)],
-        env=os.environ
-        | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        store.address = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{store.address}/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield store
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
 @pytest.mark.slow
-def test_the_ui_searches_lists_and_compares_100_trials(server, browser, large_study):
+def test_the_ui_searches_lists_and_compares_100_trials(server, browser, large_study, tmp_path):
+    store = recorded(large_study, tmp_path, 100, server.uri)
     page = browser.new_page(viewport={"width": 1500, "height": 1400})
     page.set_default_timeout(60_000)
-    page.goto(f"{server.address}/#/experiments/1/runs")
+    page.goto(f"{server.uri}/#/experiments/1/runs")
     page.wait_for_selector("text=ims-digits")
 
     def listed(query, count):
@@ -141,15 +105,15 @@ def test_the_ui_searches_lists_and_compares_100_trials(server, browser, large_st
     page.keyboard.press("Escape")
     assert len(listed("", 100)) > 20  # as many as the window has room for
     for query, expected in (
-        (LOST, numbers(server.rows, lost)),
-        (GOOD, numbers(server.rows, good)),
-        (FRONT, set(server.front)),
+        (LOST, numbers(store.rows, lost)),
+        (GOOD, numbers(store.rows, good)),
+        (FRONT, set(store.front)),
     ):
         assert listed(query, len(expected)) == expected
 
     page.locator("input[aria-label='Select all runs']").check(force=True)
     page.locator("button", has_text="Compare").first.click()
-    page.wait_for_selector(f"text=Comparing {len(server.front)} Runs from 1 Experiment")
+    page.wait_for_selector(f"text=Comparing {len(store.front)} Runs from 1 Experiment")
     page.wait_for_selector(".parcoords")
     axes = page.locator(".parcoords .axis-title").all_text_contents()
     # the first three settings by name and the first score that all have; the reader adds others

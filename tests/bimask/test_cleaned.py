@@ -194,6 +194,28 @@ def test_a_changed_file_is_refused(cleaned, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("net"),
+        lambda m: m["net"].update(net="nothing"),
+        lambda m: m["net"].update(net_sha256="0" * 64),
+        lambda m: m.update(classes=["a"]),
+        lambda m: m.update(gates=["features.0"]),
+        lambda m: m.update(image=[3, "x"]),
+        lambda m: m["files"].update({"../../etc/passwd": "0"}),
+    ],
+)
+def test_an_edited_manifest_is_refused(cleaned, tmp_path, change):
+    folder = tmp_path / "copy"
+    shutil.copytree(cleaned[0], folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BimaskError):
+        load_cleaned(folder, own_code=True)
+
+
+@pytest.mark.parametrize(
     ("options", "error", "says"),
     [
         ({"--model": "no.safetensors"}, BimaskError, "no.safetensors"),

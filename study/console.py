@@ -15,8 +15,8 @@ from rich.table import Table
 from bimask.nets import is_own
 from study import records
 from study.config import StudyConfig
+from study.objectives import SCORES
 from study.tracking import Tracker
-from study.trial import SCORES
 
 
 def wide_console() -> Console:

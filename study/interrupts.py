@@ -17,8 +17,9 @@ class InterruptedStudyError(Exception):
         signal: its number; a command ends with the code 128 + signal.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
+    def __init__(self, number: int, study: str) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"{study} was ended by {name}; go on with --resume {study}.")
         self.signal = number
 
 
@@ -42,13 +43,14 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():  # signals are not ours to take
             yield
             return
-        before = {number: signal.signal(number, self._heard) for number in SIGNALS}
+        before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGUSR1)}
+        for number in SIGNALS:
+            signal.signal(number, self._heard)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

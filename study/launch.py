@@ -62,7 +62,7 @@ def main(
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
     except InterruptedStudyError as error:
-        Console(stderr=True).print(f"The study was {error}; go on with --resume.", soft_wrap=True)
+        Console(stderr=True).print(str(error), soft_wrap=True)
         sys.exit(128 + error.signal)
     except KeyboardInterrupt:
         sys.exit(130)

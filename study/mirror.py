@@ -56,9 +56,9 @@ class Mirror:
         """See `Tracker.end_study`."""
         self._ask(lambda: self.tracker.end_study(*args, **kwargs))
 
-    def abort(self, reason: str) -> None:
+    def abort(self, *args: Any, **kwargs: Any) -> None:
         """See `Tracker.abort`."""
-        self._ask(lambda: self.tracker.abort(reason))
+        self._ask(lambda: self.tracker.abort(*args, **kwargs))
 
     def _ask(self, call: Call) -> None:
         self._asked += 1

@@ -25,9 +25,9 @@ import yaml
 from bimask.config import PurifyConfig
 from study.config import StudyConfig, StudyError
 from study.files import append_lines, copy_folder, read_lines, write_text
+from study.objectives import SCORES
 from study.pareto import DIRECTIONS
 from study.provenance import commit, versions
-from study.trial import SCORES
 
 if TYPE_CHECKING:
     from study.mirror import Mirror

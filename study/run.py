@@ -110,7 +110,7 @@ def run_in(
         summary, signal = study.run(started)
     show(console, config, summary, tracker, outputs / "victims", folder)
     if signal is not None:
-        raise InterruptedStudyError(signal)
+        raise InterruptedStudyError(signal, config.name)
     return summary
 
 
@@ -208,8 +208,9 @@ class _Study:
             close(mirror, self.folder, summary, "KILLED" if interrupts.signal else status)
             patience = PATIENCE
             return summary, interrupts.signal
-        except BaseException:
-            mirror.abort("the study was stopped")
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            mirror.abort("the study was stopped", "KILLED" if stopped else "FAILED")
             raise
         finally:
             if missing := mirror.close(patience if interrupts.signal is None else SHORT_PATIENCE):

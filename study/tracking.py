@@ -10,7 +10,6 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -73,7 +72,7 @@ class Tracker:
         found = self._search(f"tags.study_id = '{tags['study_id']}'") if "study_id" in tags else []
         if found:
             self.parent_id = found[0].info.run_id
-            self.client.update_run(self.parent_id, status="RUNNING")
+            self._open_again(self.parent_id)
             self.look()
         else:
             run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
@@ -124,9 +123,7 @@ class Tracker:
     def start_trial(self, number: int, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Open the nested run of a trial, or open it again."""
         if number in self.runs:
-            self.client.update_run(self.runs[number], status="RUNNING")
-            with suppress(MlflowException):  # it has no such tag, as a rule
-                self.client.delete_tag(self.runs[number], "reason")
+            self._open_again(self.runs[number])
         else:
             run = self.client.create_run(
                 self.experiment_id,
@@ -139,6 +136,11 @@ class Tracker:
             )
             self.runs[number] = run.info.run_id
         self._log(self.runs[number], params=params)
+
+    def _open_again(self, run_id: str) -> None:
+        self.client.update_run(run_id, status="RUNNING")
+        if "reason" in self.client.get_run(run_id).data.tags:
+            self.client.delete_tag(run_id, "reason")
 
     def end_trial(
         self,
@@ -194,11 +196,11 @@ class Tracker:
         )
         self.client.set_terminated(self.parent_id, status)
 
-    def abort(self, reason: str) -> None:
-        """End the study as FAILED, when the end came unexpected, and its open trials as KILLED."""
+    def abort(self, reason: str, status: Status = "FAILED") -> None:
+        """End the study when the end came unexpected, and its open trials as KILLED."""
         self.close_open_trials(reason, "KILLED")
         self.client.set_tag(self.parent_id, "reason", reason)
-        self.client.set_terminated(self.parent_id, "FAILED")
+        self.client.set_terminated(self.parent_id, status)
 
     def close_open_trials(self, reason: str, status: Status = "FAILED") -> None:
         """End every nested run that is still RUNNING, so that none stays so for ever."""

@@ -9,6 +9,8 @@ import ray
 
 from study.config import StudyConfig, StudyError
 
+ATTEMPTS = 3  # at starting a Ray here
+
 
 def start_ray(address: str | None) -> None:
     """Join the cluster at `address` (or RAY_ADDRESS, or one running here), else start a local one.
@@ -19,13 +21,27 @@ def start_ray(address: str | None) -> None:
     where = address or os.environ.get("RAY_ADDRESS") or "this machine"
     try:
         _require_listener(where)
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        _init(address)
+    except Exception as error:  # Ray raises just that, as well
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
             f"Cannot join Ray at {where} ({reason}); start it with `ray start --head`, or leave the "
             "address out to run here."
         ) from error
+
+
+def _init(address: str | None) -> None:
+    """ray.init; again where a busy machine was too slow for the half minute that Ray gives itself."""
+    # no dashboard, a dozen processes, for a Ray of this process alone
+    quiet = {"include_dashboard": False} if address == "local" else {}
+    for attempt in range(ATTEMPTS):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **quiet)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt + 1 == ATTEMPTS:
+                raise
+            ray.shutdown()
 
 
 def _require_listener(address: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from study.search.pareto_search import (
 from study.trial import Case
 from study.warm_start import Earlier
 
+ERROR = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")
 RAY = "ray"  # Tune's folder in the study's
 
 
@@ -99,7 +101,8 @@ class _Recording(tune.Callback):
         path = trial.error_file
         text = Path(path).read_text() if path and Path(path).is_file() else ""
         lines = [line for line in text.splitlines() if line and not line.startswith(" ")]
-        return lines[-1] if lines else "the trial's process ended without a word"
+        errors = [line for line in lines if ERROR.match(line)]  # Ray writes advice below some
+        return (errors or lines or ["the trial's process ended without a word"])[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         # what Tune pickles holds no client, no path, no secret

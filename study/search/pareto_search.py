@@ -74,6 +74,11 @@ class ParetoSearch(Searcher):
         for one in self.earlier.observed:
             violations = self.judge.constraints.violations(one.values)
             self.standings.finished(self.judge.losses(one.values), violations)
+        if records and max(r["number"] for r in records) >= len(self.study.trials):
+            raise StudyError(
+                f"{storage} lacks trials that have records; put it back as it was, or start "
+                "a new study under another --name."
+            )
         for record in records:
             self.tell(record)
         self.doubtful = bool(self._trials(TrialState.RUNNING))

@@ -63,15 +63,17 @@ STUDY = {
     },
 }
 
-# Ray would put its workers behind every other process of the machine.
-QUICK = {"RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
+# Ray would put its workers behind all processes of the machine, and end them for what others take.
+QUICK = {"RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1"}
 
 
 class Study:
     """A study as a user runs it, in a process of its own that can be killed."""
 
-    def __init__(self, home, name, **changes):
+    def __init__(self, home, name, *, uri=None, **changes):
         self.home, self.name, self.outputs = home, name, home / "outputs"
+        self.uri = uri or f"sqlite:///{self.outputs / 'mlflow.db'}"
+        self.environment = {"MLFLOW_TRACKING_URI": uri} if uri else {}
         self.folder = self.outputs / name
         self.config = {**STUDY, "name": name, **changes}
         (home / f"{name}.yaml").write_text(yaml.safe_dump(self.config))
@@ -84,7 +86,7 @@ class Study:
             cwd=self.home,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **QUICK, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **QUICK, **self.environment, "PYTHONPATH": str(ROOT)},
         )
 
     def resume(self):
@@ -98,13 +100,17 @@ class Study:
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         return {record["number"]: record for record in map(json.loads, lines)}
 
+    def progress(self):
+        paths = (self.folder / "trials.jsonl", self.folder / "reports.jsonl")
+        return [path.stat().st_size for path in paths if path.is_file()]
+
     def optuna_trials(self):
         storage = f"sqlite:///{self.folder / 'optuna.db'}"
         return optuna.load_study(study_name=self.name, storage=storage).get_trials()
 
     def mlflow_runs(self):
         """The parent runs, and the runs of trials."""
-        client = mlflow.MlflowClient(f"sqlite:///{self.outputs / 'mlflow.db'}")
+        client = mlflow.MlflowClient(self.uri)
         (experiment,) = client.search_experiments(filter_string="name = 'bimask'")
         runs = [
             run
@@ -230,7 +236,7 @@ def test_a_name_that_nobody_knows_is_refused(endured):
 def test_ctrl_c_ends_with_the_front_so_far_and_can_be_gone_on_with(home):
     study = Study(home, "interrupted", trials=4)
     process = study.start()
-    until(process, lambda: study.records())
+    until(process, study.records)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130, study.said()
     assert "Pareto front of interrupted" in study.said()
@@ -251,13 +257,31 @@ def test_ten_kills_at_random_moments(home):
     """Bar 3 of the endurance: 24 trials, SIGKILL at ten random moments, --resume after each."""
     draw = random.Random(0)
     study = Study(home, "ten", trials=24)
-    process, kills = study.start(), 0
+    process = study.start()
     until(process, lambda: (study.folder / "study.yaml").is_file())
-    while kills < 10:
-        time.sleep(draw.uniform(0, 25))
+    for number in range(10):
+        if number % 2:  # anywhere in the coming up of a driver, of Ray, of the actors
+            time.sleep(draw.uniform(0, 20))
+        else:  # among trials that run, end and are written down
+            seen = study.progress()
+            until(process, lambda: study.progress() != seen)  # noqa: B023
+            time.sleep(draw.uniform(0, 4))
         assert process.poll() is None, "make the trials longer: it was over before the tenth kill"
         kill(process)
-        kills += 1
         process = study.resume()
     assert process.wait() == 0, study.said()
+    study.check()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_dead_for_a_minute_in_mid_study(home, server):
+    """Bar 4: MLflow's server is killed for 60 s while trials run and end."""
+    study = Study(home, "served", uri=server.uri, trials=12)
+    process = study.start()
+    until(process, study.records)
+    server.kill()
+    time.sleep(60)
+    server.start()
+    assert process.wait() == 0, study.said()
+    assert "MLflow does not take what it is told" in " ".join(study.said().split())
     study.check()

@@ -126,6 +126,11 @@ def test_failed_trials_are_told_and_not_asked_for_again(tmp_path):
     assert not any(0 in group for group in numbers(later.rest()))
 
 
+def test_a_storage_that_was_lost_is_refused(tmp_path):
+    with pytest.raises(StudyError, match="lacks trials that have records"):
+        Life(tmp_path, [complete(5)])
+
+
 def test_a_locked_storage_delays_and_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("study.search.pareto_search.LOCK_SECONDS", 0.1)
     life = Life(tmp_path)

@@ -25,7 +25,7 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")  # a resume reads no fi
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # records are ours
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU trial leaves GPUs visible
 # Tune ends the whole study at the error of an actor that Ray's memory monitor killed. One that the
-# kernel kills (Ray's workers first: their oom_score_adj is 1000) is a process that died, and tried again.
+# kernel kills (Ray's workers first, by their oom_score_adj) is a process that died, and tried again.
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 # Actors started from here keep the memory they free: glibc hands every large tensor back to the kernel
 # otherwise, and faulting its pages in again costs a trial on a CPU a tenth of its time.

@@ -20,7 +20,7 @@ from bimask.devices import resolve_device
 from bimask.errors import SettingError
 from bimask.metrics import evaluate
 from bimask.purify import purify
-from bimask.victim import load_victim
+from bimask.victim import open_victim
 
 
 def purify_command(
@@ -41,7 +41,7 @@ def purify_command(
     if out.exists():
         raise SettingError(f"The folder {out} exists; give a new one with --out.")
     where = resolve_device(device)
-    found = load_victim(victim, own_code=trust_code)
+    found = open_victim(victim, own_code=trust_code, device=where)
     splits = found.spec.load_data()
     images = splits.train.clean_subset(clean_images_per_class, seed=seed).floats().to(where)
     rounds = settings.initialise_rounds + settings.minimise_rounds + settings.select_rounds

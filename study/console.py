@@ -102,10 +102,11 @@ def show(
             "the space."
         )
         return
-    digest = next(iter(summary["victims"].values()))["digest"]
-    trust = " --trust-code" if is_own(config.victims[0].net) else ""
+    first = config.victims[0]
+    victim = victims / first.digest if first.imported is None else first.imported
+    trust = " --trust-code" if is_own(first.net) else ""
     console.print(
-        f"reuse: python -m bimask purify --victim {victims / digest} --config "
+        f"reuse: python -m bimask purify --victim {victim} --config "
         f"{folder / records.BEST} --out {folder / 'cleaned'}{trust}",
         soft_wrap=True,
     )

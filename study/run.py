@@ -337,7 +337,8 @@ def prepare_victims(
                 on_epoch=partial(bars.epoch, bar),
                 on_prepare=partial(bars.preparing, bar),
             )
-            origin = "cached" if cached else "trained" if spec.weights is None else "given"
+            given = spec.weights is not None or spec.imported is not None
+            origin = "cached" if cached else "given" if given else "trained"
             bars.ended(bar, f"victim {name} ({origin}), {described(victims[name])}")
     return victims
 

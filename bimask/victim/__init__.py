@@ -3,7 +3,7 @@
 from bimask.victim.files import Victim, load_victim, save_victim
 from bimask.victim.spec import VictimSpec
 from bimask.victim.suite import VictimSuite, load_suite
-from bimask.victim.train import EpochLog, obtain_victim, train_victim
+from bimask.victim.train import EpochLog, obtain_victim, open_victim, train_victim
 
 __all__ = [
     "EpochLog",
@@ -13,6 +13,7 @@ __all__ = [
     "load_suite",
     "load_victim",
     "obtain_victim",
+    "open_victim",
     "save_victim",
     "train_victim",
 ]

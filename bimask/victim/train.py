@@ -9,17 +9,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from bimask.attacks import Attack
+from bimask.config import describe
 from bimask.data import ImageData
 from bimask.errors import NonFiniteError, SettingError, VictimError, VictimRefusedError
+from bimask.interop.imported import is_imported
 from bimask.metrics import EvalSets, Scores, Split, evaluate
 from bimask.suspect import load_weights
 from bimask.training import fit
 from bimask.training_state import Checkpoint
 from bimask.victim.files import Victim, load_victim, refuse_if_useless, save_victim
 from bimask.victim.spec import VictimSpec
+from bimask.victim.stored import shared_out
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def train_victim(
 ) -> Victim:
     """Train a backdoored model; the same spec gives the same weights on the same hardware.
 
-    With `weights` in the spec the model is loaded, not trained.
+    With `weights` or `imported` in the spec the model is loaded, not trained.
 
     Args:
         on_prepare: called while what the attack needs is made: with "clean net" and its epochs, with
@@ -59,6 +63,8 @@ def train_victim(
         NonFiniteError: the training diverged.
         DataError, SettingError: from the data, the attack or the net.
     """
+    if spec.imported is not None:
+        return _imported(spec, device)
     if spec.weights is not None:
         return _adopt(spec, Path(spec.weights), device)
     splits, attack = spec.load_data(), spec.build_attack()
@@ -155,6 +161,43 @@ def _adopt(spec: VictimSpec, weights: Path, device: torch.device | str) -> Victi
     return victim
 
 
+def _imported(spec: VictimSpec, device: torch.device | str) -> Victim:
+    """A model of another framework, with its scores on the parts of its stored images."""
+    found = spec.load_imported()
+    splits, stored = shared_out(found)
+    victim = Victim(
+        spec,
+        found.model.eval(),
+        spec.build_attack(),
+        found.classes,
+        {},
+        image_size=found.sets.clean.images.shape[-1],
+        stored=stored,
+    )
+    sets: list[Split] = ["val", "test"]
+    found.model.to(device)
+    scores = {s: evaluate(found.model, victim.eval_sets(splits, s).to(device)) for s in sets}
+    found.model.cpu()
+    victim = replace(victim, scores=scores)
+    refuse_if_useless(victim)
+    return victim
+
+
+def open_victim(folder: Path, *, own_code: bool = False, device: torch.device | str = "cpu") -> Victim:
+    """The victim in a folder, whether it was trained here or imported; errors as of `load_victim`.
+
+    Args:
+        device: what an imported one is scored on; it was accepted as it is when it was imported.
+    """
+    if not is_imported(folder):
+        return load_victim(folder, own_code=own_code)
+    try:
+        spec = VictimSpec(imported=str(folder), min_clean_accuracy=0, min_attack_success=0)
+    except ValidationError as error:
+        raise VictimError(f"{folder}: {describe(error)}") from error
+    return _imported(spec, device)
+
+
 def obtain_victim(
     spec: VictimSpec,
     root: Path,
@@ -166,8 +209,11 @@ def obtain_victim(
     """The victim of this spec: loaded from `root/DIGEST/` if it is there, else trained and saved.
 
     While it is trained, its state after every epoch is in `root/.training-DIGEST/`: the next call goes
-    on from there if this one is killed. Arguments and errors as of `train_victim`.
+    on from there if this one is killed. An imported victim stays where it is and is scored anew.
+    Arguments and errors as of `train_victim`.
     """
+    if spec.imported is not None:
+        return train_victim(spec, device=device)
     if (root / spec.digest).is_dir():
         victim = load_victim(root / spec.digest, own_code=True)
         if victim.spec.digest != spec.digest:

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bimask.before_after import BeforeAfter, logits_of
+from bimask.config import describe
 from bimask.errors import VictimError
 from bimask.export import FOLDED, require_equal
 from bimask.folders import whole_folder
@@ -170,7 +172,10 @@ def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
         )
     if own and NET in files:
         net["net"] = f"{folder / NET}:{net['net'].rpartition(':')[2]}"
-    spec = NetSpec.model_validate(net)
+    try:
+        spec = NetSpec.model_validate(net)
+    except ValidationError as error:
+        raise VictimError(f"The net in {folder / MANIFEST} is of no use: {describe(error)}.") from error
     model = spec.net_of(mean, std, channels, len(classes), height)
     inner = _inner(model, wrapped)
     try:

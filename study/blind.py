@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
+from bimask.data import ImageData
 from bimask.evidence import Probe
 from bimask.victim import Victim
 from study.trial import Case
@@ -28,10 +29,20 @@ PROMISE = (
 
 def make_probe(victim: Victim, *, seed: int, on_step: Callable[[], None] | None = None) -> Probe:
     """The probe of a victim; the same seed makes the same one."""
+    return Probe(victim.model, probe_images(victim, seed=seed).floats(), on_step=on_step)
+
+
+def steps_of_probe(victim: Victim) -> int:
+    """How often `make_probe` calls `on_step`."""
+    images = probe_images(victim, seed=0)
+    return Probe.steps(images.num_classes, len(images))
+
+
+def probe_images(victim: Victim, *, seed: int) -> ImageData:
+    """The clean images of `val` that a probe is made of; fewer where a class has fewer."""
     val = victim.spec.load_data().val
     smallest = int(torch.bincount(val.labels, minlength=val.num_classes).min())
-    images = val.clean_subset(min(PER_CLASS, max(1, smallest)), seed=seed).floats()
-    return Probe(victim.model, images, on_step=on_step)
+    return val.clean_subset(min(PER_CLASS, max(1, smallest)), seed=seed)
 
 
 def with_probes(cases: Sequence[Case], probes: Mapping[str, Probe]) -> list[Case]:
@@ -75,3 +86,13 @@ def rank_correlation(trials: Sequence[Mapping[str, Any]]) -> dict[str, float] | 
         return None
     found = spearmanr(pairs)
     return {"rho": float(found.statistic), "p": float(found.pvalue), "n": len(pairs)}
+
+
+def blind_metrics(selection: Mapping[str, Any]) -> dict[str, float]:
+    """What MLflow's parent run is told of `compare`'s result."""
+    metrics = {}
+    if selection["spearman"] is not None:
+        metrics["blind/spearman"] = selection["spearman"]["rho"]
+    for split, value in (selection["regret"] or {}).items():
+        metrics[f"blind/regret_{split}"] = value
+    return metrics

@@ -28,7 +28,7 @@ class Candidate:
         folder: of the study.
         number: of the trial.
         settings: of the defence.
-        commits: of the sources that the trial ran on, and of those here.
+        commits: of the sources that measured the evidence, and of those here.
         evidence: scores on `test`; None where there are only those on `val`.
     """
 
@@ -70,8 +70,9 @@ def read_candidate(name: str, outputs: Path, trial: int | None) -> Candidate:
     rows = map(json.loads, (folder / records.TRIALS).read_text().splitlines())
     record = next(row for row in rows if row["number"] == trial)
     settings = PurifyConfig() if record["preset"] else config.purify_config(record["parameters"])
-    commits = (record["provenance"]["commit"], commit())
     evidence = evidence_of(folder, summary, trial)
+    measured = evidence.commit if evidence is not None else None
+    commits = (measured or record["provenance"]["commit"], commit())
     return Candidate(config, folder, trial, settings, commits, evidence)
 
 
@@ -88,10 +89,10 @@ def verdicts_of(candidate: Candidate) -> list[Verdict]:
         )
     study = candidate.folder.name
     command = f"run `python -m study.promote {study} --trial {candidate.number} --confirm`"
-    dirty = [where for where, c in zip(("study", "here"), candidate.commits, strict=True) if _dirty(c)]
-    remark = (
-        f"uncommitted changes ({', '.join(dirty)}): commit, and run the study again" if dirty else ""
-    )
+    dirty = [
+        where for where, c in zip(("evidence", "here"), candidate.commits, strict=True) if _dirty(c)
+    ]
+    remark = f"uncommitted changes ({', '.join(dirty)}): commit, and measure again" if dirty else ""
     tree = Verdict("sources", " / ".join(candidate.commits), "committed", not dirty, remark)
     return [*judge(candidate.config.gates, candidate.evidence, command), tree]
 

@@ -33,6 +33,9 @@ from study.stopping import EarlyStopping
 
 Unit = Field(ge=0, le=1)
 
+# How a study runs, not what it finds.
+RUNNING = {"concurrency", "trials_per_actor", "retries"}
+RUNNING |= {"checkpoint_every", "trial_timeout", "memory_per_trial"}
 # Keys that came later: a study without them keeps the digest that it had.
 LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constraints", "repeats"} | {
     "early_stopping",
@@ -88,6 +91,7 @@ class StudyConfig(BaseModel):
     trials_per_actor: int = Field(1, ge=1, description="trials that one actor runs at once, as a group")
     cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of an actor")
     gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four actors")
+    retries: int = Field(3, ge=0, description="times a group is run again whose process or node died")
     device: str = Field("auto", description="auto: cuda where a trial has a GPU share, else cpu")
     sampler: Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"] = "tpe"
     selection: Literal["oracle", "blind"] = Field(
@@ -95,6 +99,13 @@ class StudyConfig(BaseModel):
     )
     clean_images_per_class: int = Field(10, ge=1, description="what the defender has")
     report_every: int = Field(10, ge=1, description="rounds between two intermediate reports")
+    checkpoint_every: float = Field(60, gt=0, description="seconds of work that a kill may cost")
+    trial_timeout: float | None = Field(
+        None, gt=0, description="seconds; a trial that takes more fails"
+    )
+    memory_per_trial: float | None = Field(
+        None, gt=0, description="GiB that an actor may take beyond what it holds as a trial begins"
+    )
     victims: list[VictimSpec] = Field(min_length=1, description="that trials are scored on, on val")
     held_out: list[VictimSpec] = Field(
         default_factory=list, description="other attacks and seeds, met after the choice alone"
@@ -159,10 +170,9 @@ class StudyConfig(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits of everything that decides results; how much runs at once does not,
-        and neither do the gates."""
-        without = {"name", "gates", "concurrency", "trials_per_actor"}
-        deciding = self.model_dump(mode="json", exclude=without)
+        """Sixteen hex digits of everything that decides results; how much runs at once, how often it is
+        kept, what it may take and the gates do not."""
+        deciding = self.model_dump(mode="json", exclude={"name", "gates", *RUNNING})
         for name in LATER:
             default = StudyConfig.model_fields[name].get_default(call_default_factory=True)
             if getattr(self, name) == default:

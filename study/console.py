@@ -16,8 +16,9 @@ from bimask.nets import is_own
 from study import records
 from study.blind import PROMISE
 from study.config import StudyConfig
+from study.objectives import SCORES
+from study.report import REPORT
 from study.tracking import Tracker
-from study.trial import SCORES
 
 
 def wide_console() -> Console:
@@ -93,6 +94,8 @@ def show(
             console.print(f"on test, {label} (trial {trial['number']}): {scores}")
     _show_selection(console, summary["selection"])
     show_suite(console, summary.get("suite") or {})
+    if (folder / REPORT).is_file():
+        console.print(f"page:  {folder / REPORT}", soft_wrap=True, highlight=False)
     console.print("look:  " + tracker.ui_command(), soft_wrap=True)
     if chosen is None:
         console.print(
@@ -101,10 +104,11 @@ def show(
             "the space."
         )
         return
-    digest = next(iter(summary["victims"].values()))["digest"]
-    trust = " --trust-code" if is_own(config.victims[0].net) else ""
+    first = config.victims[0]
+    victim = victims / first.digest if first.imported is None else first.imported
+    trust = " --trust-code" if is_own(first.net) else ""
     console.print(
-        f"reuse: python -m bimask purify --victim {victims / digest} --config "
+        f"reuse: python -m bimask purify --victim {victim} --config "
         f"{folder / records.BEST} --out {folder / 'cleaned'}{trust}",
         soft_wrap=True,
     )
@@ -164,8 +168,8 @@ def show_leave_out(console: Console, found: dict[str, Any]) -> None:
             table.add_row(attack, *["nothing chosen"] * 5)
             continue
         seen, unseen, loss = row["with"], row["without"], row["loss"]
-        values = (unseen["attack_success"], seen["attack_success"], loss["attack_success"])
-        values += (unseen["clean_accuracy"], loss["clean_accuracy"])
+        values = [unseen["attack_success"], seen["attack_success"], loss["attack_success"]]
+        values += [unseen["clean_accuracy"], loss["clean_accuracy"]]
         table.add_row(attack, *(f"{100 * value:.1f}" for value in values))
     console.print(table)
 

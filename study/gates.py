@@ -40,10 +40,12 @@ class Evidence:
     Attributes:
         victims: name -> `role`, `digest`, `n_failed`, and `attack_success` and `accuracy_drop`, each
             with `mean`, `std` and `n`.
+        commit: of the sources that measured it; None where the study itself did.
     """
 
     trial: int
     victims: dict[str, Any]
+    commit: str | None = None
 
     def role(self, role: str) -> list[Any]:
         """The victims of a role that have scores."""
@@ -87,7 +89,8 @@ def evidence_of(folder: Path, summary: Mapping[str, Any], trial: int) -> Evidenc
         chosen = None
     confirmed = folder / CONFIRMED / f"{trial:03d}.json"
     if confirmed.is_file():
-        return Evidence(trial, json.loads(confirmed.read_text())["victims"])
+        content = json.loads(confirmed.read_text())
+        return Evidence(trial, content["victims"], content["commit"])
     if chosen is not None and "chosen" in summary.get("suite", {}):
         return Evidence(trial, summary["suite"]["chosen"]["victims"])
     if chosen is not None:

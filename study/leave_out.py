@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from study.config import StudyConfig, StudyError
-from study.objectives import over_victims, total_violation
+from study.objectives import SCORES, over_victims, total_violation
 from study.pareto import choose
 
 BLIND_SAMPLERS = ("random", "qmc")
-SCORES = ("clean_accuracy", "attack_success", "recovery")
 NUMBERS = (*SCORES, "pruned_share", "accuracy_drop")
 
 

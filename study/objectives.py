@@ -8,8 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bimask.masks import MaskSet
+from bimask.metrics import Scores
 from study.pareto import DIRECTIONS
 
+SCORES = ("clean_accuracy", "attack_success", "recovery")
 ObjectiveName = Literal[
     "clean_accuracy", "attack_success", "recovery", "pruned_share", "seconds", "risk"
 ]
@@ -23,6 +26,23 @@ BEST = {
     "pruned_share": 0.0,
     "risk": 0.0,
 }
+
+
+def numbers_of(
+    scores: Scores, masks: MaskSet, *, before: float, said: Numbers | None = None
+) -> dict[str, float]:
+    """What objectives and constraints are made of, of one purified model.
+
+    `pruned_share` is the share of channels that keep less than half of their output; `accuracy_drop`
+    is against the victim's own clean accuracy `before`, negative where the purified model is better;
+    `risk` is among what a probe said, where there is one.
+    """
+    return {
+        **{name: getattr(scores, name) for name in SCORES},
+        "pruned_share": (masks.keep() < 0.5).float().mean().item(),
+        "accuracy_drop": before - scores.clean_accuracy,
+        **{name: value for name, value in (said or {}).items() if name == "risk"},
+    }
 
 
 class Aggregate(BaseModel):

@@ -22,8 +22,8 @@ from bimask.metrics import evaluate
 from bimask.purify import purify
 from bimask.victim import Victim
 from study.config import StudyConfig
-from study.objectives import spread
-from study.trial import SCORES, Case
+from study.objectives import SCORES, spread
+from study.trial import Case
 
 Role = Literal["tuning", "held_out", "control"]
 

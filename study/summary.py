@@ -13,10 +13,10 @@ from bimask.metrics import evaluate
 from bimask.victim import Victim
 from study import blind, leave_out, records, search
 from study.config import StudyConfig
-from study.objectives import mean_of, total_violation
+from study.objectives import SCORES, mean_of, total_violation
 from study.pareto import ParetoFront, choose, feasible_first
 from study.plots import draw_front
-from study.trial import SCORES, purified
+from study.trial import purified
 
 FRONT_PICTURE = "front.png"
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -24,12 +23,11 @@ from bimask.metrics import EvalSets, Scores, evaluate
 from bimask.population import PopulationPurifier
 from bimask.result import Passes, RoundLog
 from bimask.victim import Victim
+from study.checkpoint import Checkpoints, Place
 from study.config import StudyConfig
 from study.judge import Judge
-from study.objectives import mean_of
-from study.stopping import rung
-
-SCORES = ("clean_accuracy", "attack_success", "recovery")
+from study.objectives import SCORES, mean_of, numbers_of
+from study.standing import Report, Standing, Watch
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,12 @@ class Case:
         """The same with its images on another device; the victim stays."""
         probe = None if self.probe is None else self.probe.to(device)
         return replace(self, clean=self.clean.to(device), val=self.val.to(device), probe=probe)
+
+    def ask(self, model: nn.Module, masks: MaskSet) -> dict[str, float]:
+        """What the probe says of the model under its masks, by name; nothing where there is none."""
+        if self.probe is None:
+            return {}
+        return self.probe(fold(model, masks), fold(model, masks, inverse=True)).numbers()
 
     @property
     def before(self) -> float:
@@ -154,33 +158,6 @@ class TrialResult:
         return {name: mean_of(mine) for name, mine in runs.items()}
 
 
-Report = Callable[[int, str, RoundLog, Scores], None]
-
-
-def asked(case: Case, model: nn.Module, masks: MaskSet) -> dict[str, float]:
-    """What the case's probe says of the model under its masks; nothing where there is none."""
-    if case.probe is None:
-        return {}
-    return case.probe(fold(model, masks), fold(model, masks, inverse=True)).numbers()
-
-
-def numbers_of(
-    case: Case, scores: Scores, masks: MaskSet, said: Mapping[str, float]
-) -> dict[str, float]:
-    """What objectives and constraints are made of, of one purified model.
-
-    `pruned_share` is the share of channels that keep less than half of their output; `accuracy_drop`
-    is against the victim's own clean accuracy, negative where the purified model is better; `risk` is
-    what a probe says, where there is one.
-    """
-    return {
-        **{name: getattr(scores, name) for name in SCORES},
-        "pruned_share": (masks.keep() < 0.5).float().mean().item(),
-        "accuracy_drop": case.before - scores.clean_accuracy,
-        **{name: said[name] for name in ("risk",) if name in said},
-    }
-
-
 def run_trials(
     configs: Sequence[PurifyConfig],
     cases: Sequence[Case],
@@ -190,6 +167,7 @@ def run_trials(
     report_every: int = 10,
     on_report: Report | None = None,
     judge: Judge | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[TrialResult | NonFiniteError]:
     """Purify each case with every configuration, all configurations at once.
 
@@ -201,64 +179,46 @@ def run_trials(
         on_report: called with the trial's position, the run, the round and its scores on `val`, every
             `report_every` rounds.
         judge: what the numbers come to and when a trial is stopped; by default the mean, and never.
+        checkpoints: where the trials' states are kept, and gone on from if they are there.
 
     Returns:
         One result a configuration, or the error that ended this one alone: a loss or an objective is
         NaN or infinite. No number is ever made up for it.
     """
     judge = judge or Judge()
-    trials = [_Trial(position, config, judge) for position, config in enumerate(configs)]
+    trials = [Standing(position, config) for position, config in enumerate(configs)]
     for case in cases:
         model = copy.deepcopy(case.victim.model).to(device)
         there = case.to(device)
         for group in _populations(trials):
             if running := [trial for trial in group if trial.running]:
-                watch = _Watch(there, model, running, report_every, on_report)
-                _purify(there, model, running, seed=seed, watch=watch)
+                watch = Watch(there, model, running, judge, report_every, on_report)
+                key = f"{case.key}.{group[0].position}"
+                kept = None if checkpoints is None else checkpoints.place(key)
+                _purify(there, model, running, seed=seed, watch=watch, kept=kept)
         for trial in trials:
             if trial.running:
                 trial.stopped = judge.between(cases, trial.numbers, trial.seconds)
-    return [trial.result(cases) for trial in trials]
+    return [_result(trial, cases, judge) for trial in trials]
 
 
-@dataclass
-class _Trial:
-    """Where one trial stands."""
-
-    position: int
-    config: PurifyConfig
-    judge: Judge
-    cases: dict[str, CaseResult] = field(default_factory=dict)
-    rungs: dict[str, list[float]] = field(default_factory=dict)
-    seconds: float = 0.0
-    failure: NonFiniteError | None = None
-    stopped: str | None = None
-
-    @property
-    def running(self) -> bool:
-        return self.failure is None and self.stopped is None
-
-    @property
-    def numbers(self) -> dict[str, dict[str, float]]:
-        return {key: case.numbers for key, case in self.cases.items()}
-
-    def result(self, cases: Sequence[Case]) -> TrialResult | NonFiniteError:
-        """What the trial ended with; the error where an objective is not finite."""
-        if self.failure is not None:
-            return self.failure
-        if self.stopped is not None:
-            return TrialResult(self.cases, {}, {}, self.rungs, self.seconds, self.stopped)
-        values = self.judge.values(cases, self.numbers, self.seconds)
-        for name, value in values.items():
-            if not math.isfinite(value):
-                return NonFiniteError(f"The objective {name} is {value}.")
-        spreads = self.judge.spreads(cases, self.numbers)
-        return TrialResult(self.cases, values, spreads, self.rungs, self.seconds)
+def _result(trial: Standing, cases: Sequence[Case], judge: Judge) -> TrialResult | NonFiniteError:
+    """What a trial ended with; the error where an objective is not finite."""
+    if trial.failure is not None:
+        return trial.failure
+    if trial.stopped is not None:
+        return TrialResult(trial.cases, {}, {}, trial.rungs, trial.seconds, trial.stopped)
+    values = judge.values(cases, trial.numbers, trial.seconds)
+    for name, value in values.items():
+        if not math.isfinite(value):
+            return NonFiniteError(f"The objective {name} is {value}.")
+    spreads = judge.spreads(cases, trial.numbers)
+    return TrialResult(trial.cases, values, spreads, trial.rungs, trial.seconds)
 
 
-def _populations(trials: Sequence[_Trial]) -> list[list[_Trial]]:
+def _populations(trials: Sequence[Standing]) -> list[list[Standing]]:
     """The trials that can share one prepared net, as `ENGINE` says."""
-    groups: dict[tuple[object, ...], list[_Trial]] = {}
+    groups: dict[tuple[object, ...], list[Standing]] = {}
     for trial in trials:
         groups.setdefault(tuple(getattr(trial.config, name) for name in ENGINE), []).append(trial)
     return list(groups.values())
@@ -267,10 +227,11 @@ def _populations(trials: Sequence[_Trial]) -> list[list[_Trial]]:
 def _purify(
     case: Case,
     model: nn.Module,
-    running: list[_Trial],
+    running: list[Standing],
     *,
     seed: int,
-    watch: _Watch,
+    watch: Watch,
+    kept: Place | None,
 ) -> None:
     """One run of trials that share a net; every one of them gets its result, or its error."""
     population = PopulationPurifier(
@@ -280,12 +241,14 @@ def _purify(
         generators=[torch.Generator().manual_seed(seed + case.repeat) for _ in running],
         on_round=watch,
     )
-    for trial, result in zip(running, population.run(), strict=True):
+    if kept is not None:
+        watch.go_on(kept)
+    ended = population.run() if kept is None else kept.run(population)
+    for trial, result in zip(running, ended, strict=True):
         if isinstance(result, NonFiniteError):
             trial.failure = result
         elif trial.running:
-            scores = evaluate(result.model(), case.val)
-            said = asked(case, model, result.masks)
+            scores, said = evaluate(result.model(), case.val), case.ask(model, result.masks)
             masks = result.masks.cpu()
             trial.cases[case.key] = CaseResult(
                 case.name,
@@ -293,52 +256,12 @@ def _purify(
                 masks,
                 result.rounds,
                 result.passes,
-                numbers_of(case, scores, masks, said),
+                numbers_of(scores, masks, before=case.before, said=said),
                 said,
             )
-    seconds = watch.seconds_each
+    seconds = watch.seconds_each + (kept.seconds / len(running) if kept is not None else 0.0)
     for trial in running:
         trial.seconds += seconds
-
-
-class _Watch:
-    """Looks at a member's masks now and then: to report its scores, and to stop it at a rung."""
-
-    def __init__(
-        self,
-        case: Case,
-        model: nn.Module,
-        running: list[_Trial],
-        report_every: int,
-        on_report: Report | None,
-    ) -> None:
-        self.case, self.model, self.running = case, model, running
-        self.report_every, self.on_report = report_every, on_report
-        self.rungs = [trial.judge.rungs(trial.config) for trial in running]
-        self.begun = time.perf_counter()
-
-    @property
-    def seconds_each(self) -> float:
-        """An even share of the time since the run began."""
-        return (time.perf_counter() - self.begun) / len(self.running)
-
-    def __call__(self, member: int, log: RoundLog, masks: MaskSet) -> bool:
-        """Whether the member ends here."""
-        trial, done = self.running[member], log.step + 1
-        due = self.on_report is not None and done % self.report_every == 0
-        share = self.rungs[member].get(done)
-        if not due and share is None:
-            return False
-        scores = evaluate(fold(self.model, masks), self.case.val, precision="bfloat16")
-        if due and self.on_report is not None:
-            self.on_report(trial.position, self.case.key, log, scores)
-        if share is not None:
-            spent = trial.seconds + self.seconds_each
-            said = asked(self.case, self.model, masks)
-            numbers = numbers_of(self.case, scores, masks, said) | {"seconds": spent}
-            trial.rungs[rung(self.case.key, share)] = trial.judge.losses(numbers)
-            trial.stopped = trial.judge.at_rung(self.case, share, numbers)
-        return trial.stopped is not None
 
 
 def purified(

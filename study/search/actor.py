@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,28 @@ from bimask.config import PurifyConfig
 from bimask.errors import NonFiniteError
 from bimask.metrics import Scores
 from bimask.purify import RoundLog
+from study.checkpoint import Checkpoints
 from study.config import StudyConfig
 from study.judge import Judge
+from study.limits import memory_limit, time_limit
 from study.plots import draw_masks
 from study.search.pareto_search import PAPER
 from study.stopping import Rivals
 from study.trial import Case, TrialResult, run_trials
+
+
+def within_limits(function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, ended where it takes more than the study allows a group of trials."""
+
+    def run(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
+        limit, members = study.trial_timeout, len(config["members"])
+        with (
+            time_limit(None if limit is None else limit * members, Path(config["checkpoint"])),
+            memory_limit(study.memory_per_trial),
+        ):
+            function(config, study=study, cases=cases)
+
+    return run
 
 
 def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
@@ -49,6 +66,9 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
         report_every=study.report_every,
         on_report=report,
         judge=Judge.of(study, Rivals(**config.get("rivals", {}))),
+        checkpoints=Checkpoints(Path(config["checkpoint"]), study.checkpoint_every)
+        if "checkpoint" in config
+        else None,
     )
     reports: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -194,6 +194,28 @@ def test_a_changed_file_is_refused(cleaned, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("net"),
+        lambda m: m["net"].update(net="nothing"),
+        lambda m: m["net"].update(net_sha256="0" * 64),
+        lambda m: m.update(classes=["a"]),
+        lambda m: m.update(gates=["features.0"]),
+        lambda m: m.update(image=[3, "x"]),
+        lambda m: m["files"].update({"../../etc/passwd": "0"}),
+    ],
+)
+def test_an_edited_manifest_is_refused(cleaned, tmp_path, change):
+    folder = tmp_path / "copy"
+    shutil.copytree(cleaned[0], folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BimaskError):
+        load_cleaned(folder, own_code=True)
+
+
+@pytest.mark.parametrize(
     ("options", "error", "says"),
     [
         ({"--model": "no.safetensors"}, BimaskError, "no.safetensors"),
@@ -310,3 +332,21 @@ def test_a_fold_that_answers_otherwise_is_refused_and_leaves_nothing(
     with pytest.raises(ExportError, match="nothing was written"):
         save_cleaned(tmp_path / "out", suspect, result, looked, seed=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cleaned_model_is_exported_by_command(own, cleaned, tmp_path):
+    out = tmp_path / "model.pt2"
+    clean = str(own[0] / "clean")
+    done = CliRunner().invoke(
+        app, ["export", str(cleaned[0]), str(out), "--images", clean, "--compact", "--trust-code"]
+    )
+    assert done.exit_code == 0, done.exception
+    assert "100 images" in done.output
+    assert "0 of 208 channels removed; 0 are exactly zero" in done.output  # the masks are soft
+    images = read_clean(own[0] / "clean")[0].floats()
+    torch.testing.assert_close(
+        torch.export.load(out).module()(images),
+        load_cleaned(cleaned[0], own_code=True).model(images),
+        atol=1e-4,
+        rtol=1e-4,
+    )

@@ -93,8 +93,12 @@ def test_evidence_is_the_suites_or_the_confirmed_trials(tmp_path):
     summary = {"chosen": {"number": 3}, "suite": {"chosen": {"victims": SUITE}}}
     assert evidence_of(tmp_path, summary, 3).victims == SUITE
     (tmp_path / "confirmed").mkdir()
-    (tmp_path / "confirmed" / "004.json").write_text(json.dumps({"victims": {"a": SUITE["a"]}}))
-    assert set(evidence_of(tmp_path, summary, 4).victims) == {"a"}
+    (tmp_path / "confirmed" / "004.json").write_text(
+        json.dumps({"victims": {"a": SUITE["a"]}, "commit": "abc"})
+    )
+    found = evidence_of(tmp_path, summary, 4)
+    assert set(found.victims) == {"a"}
+    assert found.commit == "abc"
 
 
 def test_a_study_without_a_suite_has_one_seed(tmp_path):

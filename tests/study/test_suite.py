@@ -7,12 +7,19 @@ import mlflow
 import optuna
 import pytest
 import yaml
+from rich.console import Console
 
 from bimask.victim import VictimSpec
 from study import leave_out, run, search, suite
-from study.config import StudyConfig
+from study.checkpoint import Checkpoints
+from study.config import StudyConfig, StudyError
+from study.dry_run import dry_run
+from study.judge import Judge
 from study.pareto import ParetoFront, losses
+from study.protocol import run_leave_out
 from study.search.pareto_search import SAMPLERS, ParetoSearch
+from study.stopping import Rivals
+from study.trial import run_trials
 from study.warm_start import read_earlier
 
 VICTIM = {
@@ -196,6 +203,30 @@ def test_an_earlier_study_counts_as_measured_or_as_points_to_try(finished):
     assert all(one.parameters["inner_steps"] >= 2 for one in inside.observed)
 
 
+@pytest.mark.ray
+def test_a_trial_that_was_stopped_stays_so_when_its_study_is_gone_on_with(finished, tmp_path):
+    config = config_of()
+    specs = zip(config.victim_names(), config.victims, strict=True)
+    root = finished.folder.parent / "victims"
+    victims = {name: run.obtain_victim(spec, root) for name, spec in specs}
+    hopeless = Rivals(lines={"digits-blended@0.5": [[-1.0, 0.0, -1.0]]})
+    settings = [config.purify_config(point) for point in SUITE["start"][:2]]
+
+    def ended(rivals):
+        return run_trials(
+            settings,
+            suite.cases_of(config, victims),
+            seed=0,
+            judge=Judge.of(config, rivals),
+            checkpoints=Checkpoints(tmp_path, 1e9),
+        )
+
+    first, again = ended(hopeless), ended(Rivals())
+    for before, after in zip(first, again, strict=True):
+        assert before.stopped == "behind at 0.5 of the rounds on digits-blended"
+        assert (after.stopped, after.rungs, after.cases) == (before.stopped, before.rungs, {})
+
+
 def record(number, badnets, blended, accuracy=0.95):
     scores = {
         name: {
@@ -238,14 +269,12 @@ def test_every_sampler_learns_in_the_whole_space_also_beside_the_papers_trial(sa
         (member,) = searcher.suggest(str(number))["members"]
         assert member["preset"] == ("paper" if number == 0 else None)
         rate = member["parameters"]["mask_lr"]
-        report = {"number": number, "clean_accuracy": rate, "attack_success": 1 - rate} | {
-            "pruned_share": 0.5
-        }
-        searcher.on_trial_complete(str(number), {"final": True, "members": [report]})
+        record = {"clean_accuracy": rate, "attack_success": 1 - rate, "pruned_share": 0.5}
+        searcher.tell(member | record | {"status": "COMPLETE"})
     relative = searcher.study.sampler.infer_relative_search_space(searcher.study, None)
     if sampler not in ("random", "tpe"):  # these two propose each parameter by itself
         assert set(relative) == set(config.space)
-    assert searcher.close() == []
+    searcher.close()
     assert {trial.state.name for trial in searcher.study.trials} == {"COMPLETE"}
 
 
@@ -253,6 +282,55 @@ def test_the_first_points_are_those_of_the_search_itself():
     members = search.first_points(config_of(), 5)
     assert [member["parameters"] for member in members] == SUITE["start"]
     assert len(search.first_points(config_of(trials=3), 5)) == 3
+
+
+def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, capsys):
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump(SUITE))
+    before = sorted(tmp_path.rglob("*"))
+    dry_run(path, {}, outputs=tmp_path / "outputs", console=Console(width=200))
+    shown = capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    for text in ("mask_lr", "low_frequency", "held out", "to be trained", "0: {'mask_lr': 0.02"):
+        assert text in shown
+    assert "estimate: a trial" in shown
+    assert shown.count("inner_steps': 1") == 5
+
+
+def test_an_attack_that_is_not_there_cannot_be_left_out():
+    with pytest.raises(StudyError, match="got 'wanet'; the tuning victims' attacks are badnets"):
+        leave_out.select(config_of(), "wanet")
+    with pytest.raises(StudyError, match="of two attacks or more, got badnets"):
+        leave_out.select(config_of(victims=[SUITE["victims"][0]]), "all")
+    assert leave_out.select(config_of(), "all") == ["badnets", "blended"]
+
+
+def test_a_warm_start_from_nowhere_is_refused(tmp_path):
+    with pytest.raises(StudyError, match="`warm_start_from` names .*nowhere, which holds no study"):
+        read_earlier(config_of(warm_start_from=[str(tmp_path / "nowhere")]))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_leaving_out_each_attack_in_turn(sampler, outputs, capsys):
+    """A sampler that learns needs a study without each attack; one that does not, none."""
+    path = outputs / "leave-out.yaml"
+    raw = {**SUITE, "name": f"left-{sampler}", "sampler": sampler, "trials": 3, "early_stopping": None}
+    path.write_text(yaml.safe_dump(raw))
+    assert run_leave_out(path, {}, "all", outputs=outputs, address="local")
+    found = json.loads((outputs / f"left-{sampler}" / "leave_one_out.json").read_text())
+    assert found["exact"]
+    assert set(found["attacks"]) == {"badnets", "blended"}
+    assert "Leave one attack out" in capsys.readouterr().out
+    for attack in found["attacks"]:
+        folder = outputs / f"left-{sampler}-without-{attack}"
+        assert folder.exists() == (sampler == "tpe")
+        if sampler == "tpe":
+            confirmed = json.loads((folder / "summary.json").read_text())["suite"]["chosen"]["victims"]
+            assert confirmed[f"digits-{attack}"]["role"] == "held_out"
+            unseen = confirmed[f"digits-{attack}"]["attack_success"]["mean"]
+            assert found["attacks"][attack]["without"]["attack_success"] == pytest.approx(unseen)
 
 
 def test_controls_must_be_clean():

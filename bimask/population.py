@@ -155,15 +155,24 @@ class PopulationPurifier:
         for member in self.members:  # what each would need alone
             member.passes.add(forward=-(-len(images) // member.config.batch_size), backward=0)
 
-    def run(self) -> list[PurifyResult | NonFiniteError]:
-        """Run all members to their ends: one result each, or the error that ended it alone."""
+    def run(
+        self, *, between_rounds: Callable[[], object] | None = None
+    ) -> list[PurifyResult | NonFiniteError]:
+        """Run all members to their ends: one result each, or the error that ended it alone.
+
+        Args:
+            between_rounds: called whenever every running member has one more round behind it, which is
+                when a `bimask.checkpoint.PopulationState` can be taken.
+        """
         for member in self.members:
-            if not member.stages:
-                self._finish(member)
+            if not member.stages and member.result is None:
+                self.finish(member)
         with self.blocks.shared_out():
             while running := [member for member in self.members if member.result is None]:
                 for group in _alike(running, len(self.images)):
                     self._round(group)
+                if between_rounds is not None:
+                    between_rounds()
         return [member.result for member in self.members if member.result is not None]
 
     def _round(self, group: list[Member]) -> None:
@@ -428,7 +437,7 @@ class PopulationPurifier:
         else:
             member.round += 1
         if stop or not member.stages:
-            self._finish(member)
+            self.finish(member)
 
     def _end_stage(self, member: Member) -> None:
         row = member.row
@@ -439,9 +448,10 @@ class PopulationPurifier:
         member.stages.pop(0)
         member.begin_stage()
 
-    def _finish(self, member: Member) -> None:
+    def finish(self, member: Member, *, seconds: float | None = None) -> None:
+        """End a member with the masks that it has now; `seconds` where they are known from before."""
         masks = self._masks(member).requires_grad_(False)
-        seconds = time.perf_counter() - self.started
+        seconds = time.perf_counter() - self.started if seconds is None else seconds
         member.result = PurifyResult(
             masks, member.rounds, member.passes, seconds, member.config, self.model
         )

@@ -10,15 +10,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from bimask.config import PurifyConfig
 from bimask.errors import BimaskError
 from bimask.victim import VictimSpec
 from study import space as spaces
+from study.gates import Gates
+from study.objectives import Aggregate, Constraints, ObjectiveName
+from study.pareto import DIRECTIONS, Direction
 from study.space import Parameter, Scalar
+from study.stopping import EarlyStopping
 
 Unit = Field(ge=0, le=1)
+
+# How a study runs, not what it finds.
+RUNNING = {"concurrency", "trials_per_actor", "retries"}
+RUNNING |= {"checkpoint_every", "trial_timeout", "memory_per_trial"}
+# Keys that came later: a study without them keeps the digest that it had.
+LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constraints", "repeats"} | {
+    "early_stopping",
+    "paper_defaults",
+    "warm_start_from",
+}
 
 
 class StudyError(BimaskError):
@@ -31,6 +53,9 @@ class ReferencePoint(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     clean_accuracy: float = Unit
     attack_success: float = Unit
+    recovery: float | None = Field(None, ge=0, le=1)
+    pruned_share: float | None = Field(None, ge=0, le=1)
+    seconds: float | None = Field(None, gt=0)
 
 
 class Choice(BaseModel):
@@ -39,6 +64,14 @@ class Choice(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     rule: Literal["least_attack_success"] = "least_attack_success"
     max_accuracy_drop: float = Field(0.02, ge=0, le=1, description="against the victims themselves")
+
+
+class Confirm(BaseModel):
+    """How the chosen configuration is confirmed: every victim of the suite purified anew, on `test`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    seeds: int = Field(5, ge=1, description="runs a victim, each with its own seed and clean images")
+    paper_seeds: int | None = Field(None, ge=0, description="of the paper's defaults; null: as many")
 
 
 class StudyConfig(BaseModel):
@@ -53,40 +86,116 @@ class StudyConfig(BaseModel):
     trials_per_actor: int = Field(1, ge=1, description="trials that one actor runs at once, as a group")
     cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of an actor")
     gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four actors")
+    retries: int = Field(3, ge=0, description="times a group is run again whose process or node died")
     device: str = Field("auto", description="auto: cuda where a trial has a GPU share, else cpu")
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"] = "tpe"
     selection: Literal["oracle"] = Field("oracle", description="scores on val use the true trigger")
     clean_images_per_class: int = Field(10, ge=1, description="what the defender has")
     report_every: int = Field(10, ge=1, description="rounds between two intermediate reports")
-    victims: list[VictimSpec] = Field(min_length=1)
+    checkpoint_every: float = Field(60, gt=0, description="seconds of work that a kill may cost")
+    trial_timeout: float | None = Field(
+        None, gt=0, description="seconds; a trial that takes more fails"
+    )
+    memory_per_trial: float | None = Field(
+        None, gt=0, description="GiB that an actor may take beyond what it holds as a trial begins"
+    )
+    victims: list[VictimSpec] = Field(min_length=1, description="that trials are scored on, on val")
+    held_out: list[VictimSpec] = Field(
+        default_factory=list, description="other attacks and seeds, met after the choice alone"
+    )
+    controls: list[VictimSpec] = Field(
+        default_factory=list, description="without a backdoor, to see what the defence costs them"
+    )
+    confirm: Confirm | None = Field(None, description="null: five seeds where there is a suite")
+    objectives: list[ObjectiveName] = Field(["clean_accuracy", "attack_success"], min_length=2)
+    aggregate: Aggregate = Field(Aggregate(), description="one number from those of all victims")
+    constraints: Constraints = Constraints()
+    repeats: int = Field(1, ge=1, description="runs a victim in a trial, over seeds and clean images")
+    early_stopping: EarlyStopping | None = Field(None, description="null: every trial runs to its end")
+    paper_defaults: bool = Field(True, description="whether trial 0 is the paper's defaults")
+    warm_start_from: list[str] = Field(
+        default_factory=list, description="folders of earlier studies to begin with"
+    )
     reference_point: ReferencePoint
     choose: Choice = Choice()
+    gates: Gates | None = Field(None, description="what `study.promote` asks for")
     fixed: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Parameter] = Field(min_length=1)
     start: list[dict[str, Scalar]] = Field(
         default_factory=list, description="points of the space to try first, say of earlier studies"
     )
 
+    @field_validator("objectives")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"objectives must differ, got {', '.join(names)}")
+        return names
+
+    @field_validator("reference_point")
+    @classmethod
+    def _one_for_each(cls, point: ReferencePoint, info: ValidationInfo) -> ReferencePoint:
+        for name in info.data.get("objectives", []):
+            if getattr(point, name) is None:
+                raise ValueError(f"a value for the objective {name} is missing")
+        return point
+
     @property
     def digest(self) -> str:
-        """Sixteen hex digits of everything that decides results; how much runs at once does not."""
-        at_once = {"concurrency", "trials_per_actor"}
-        deciding = self.model_dump(mode="json", exclude={"name", *at_once})
+        """Sixteen hex digits of everything that decides results; how much runs at once, how often it is
+        kept, what it may take and the gates do not."""
+        deciding = self.model_dump(mode="json", exclude={"name", "gates", *RUNNING})
+        for name in LATER:
+            default = StudyConfig.model_fields[name].get_default(call_default_factory=True)
+            if getattr(self, name) == default:
+                del deciding[name]
+        deciding["reference_point"] = self.reference
         text = json.dumps(deciding, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """The objectives in order, with the direction of each."""
+        return {name: DIRECTIONS[name] for name in self.objectives}
+
+    @property
+    def reference(self) -> dict[str, float]:
+        """The reference point of these objectives."""
+        return {name: getattr(self.reference_point, name) for name in self.objectives}
+
+    @property
+    def confirmation(self) -> Confirm | None:
+        """What is asked for, or goes without saying where there is a suite."""
+        return self.confirm or (Confirm() if self.held_out or self.controls else None)
+
+    @property
+    def device_of_a_trial(self) -> str:
+        """The device's name where a trial runs."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.gpus_per_trial else "cpu"
 
     @property
     def groups(self) -> int:
         """How many groups of `trials_per_actor` trials there are; the last may be smaller."""
         return math.ceil(self.trials / self.trials_per_actor)
 
-    def victim_names(self) -> list[str]:
-        """One distinct name a victim: dataset and attack, with its digest where that is not enough."""
-        names = [spec.name for spec in self.victims]
+    @property
+    def suite(self) -> list[VictimSpec]:
+        """All victims: those that trials see, then held-out ones, then controls."""
+        return [*self.victims, *self.held_out, *self.controls]
+
+    def suite_names(self) -> list[str]:
+        """One distinct name a victim of `suite`: its own, with its digest where that is not enough."""
+        names = [spec.name for spec in self.suite]
         return [
             name if names.count(name) == 1 else f"{name}-{spec.digest[:6]}"
-            for name, spec in zip(names, self.victims, strict=True)
+            for name, spec in zip(names, self.suite, strict=True)
         ]
+
+    def victim_names(self) -> list[str]:
+        """The names of those that trials see."""
+        return self.suite_names()[: len(self.victims)]
 
     def purify_config(self, parameters: dict[str, Any]) -> PurifyConfig:
         """The defence's settings in a trial: fixed ones, then the searched ones."""
@@ -131,7 +240,13 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> StudyCon
     if config is not None:
         found += spaces.start_problems(space, config.start)
     if config is not None and not found:
-        if len(set(config.victim_names())) == len(config.victims):
+        found += [
+            (f"controls.{row}.poisoning_rate", f"a control is clean: 0, got {spec.poisoning_rate:g}")
+            for row, spec in enumerate(config.controls)
+            if not spec.is_control
+        ]
+    if config is not None and not found:
+        if len(set(config.suite_names())) == len(config.suite):
             return config
         found.append(("victims", "the same victim is listed twice"))
     rows = [f"{_where(path, place, lines)}: {place}: {text}" for place, text in dict.fromkeys(found)]

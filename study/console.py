@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,14 @@ from rich.table import Table
 from bimask.nets import is_own
 from study import records
 from study.config import StudyConfig
+from study.objectives import SCORES
+from study.report import REPORT
 from study.tracking import Tracker
-from study.trial import SCORES
+
+
+def wide_console() -> Console:
+    """Standard output, with tables whole in a log."""
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def progress_bar(console: Console) -> Progress:
@@ -42,8 +49,9 @@ def trial_progress(
             if complete:
                 best = min(complete, key=lambda r: r["attack_success"])
                 text += f"; least ASR {best['attack_success']:.3f} at ACC {best['clean_accuracy']:.3f}"
-            if failed := len(done) - len(complete):
-                text += f"; {failed} failed"
+            for status in ("PRUNED", "FAILED"):
+                if count := sum(r["status"] == status for r in done):
+                    text += f"; {count} {status.lower()}"
             progress.update(task, completed=len(done), description=text)
 
         yield on_change
@@ -74,7 +82,7 @@ def show(
     console.print(table)
     console.print(
         f"hypervolume {summary['hypervolume']:.4f} against {summary['reference_point']}; "
-        f"{summary['n_complete']} COMPLETE, {summary['n_failed']} FAILED"
+        f"{summary['n_complete']} COMPLETE, {summary['n_pruned']} PRUNED, {summary['n_failed']} FAILED"
     )
     for trial, label in ((summary["paper_defaults"], "paper's defaults"), (chosen, "chosen")):
         if trial:
@@ -83,11 +91,15 @@ def show(
                 for short, name in zip(("ACC", "ASR", "RA"), SCORES, strict=True)
             )
             console.print(f"on test, {label} (trial {trial['number']}): {scores}")
+    show_suite(console, summary.get("suite") or {})
+    if (folder / REPORT).is_file():
+        console.print(f"page:  {folder / REPORT}", soft_wrap=True, highlight=False)
     console.print("look:  " + tracker.ui_command(), soft_wrap=True)
     if chosen is None:
         console.print(
             "[bold yellow]Nothing chosen[/]: no trial keeps a clean accuracy of "
-            f"{summary['min_clean_accuracy']:.3f} on val; run more trials or widen the space."
+            f"{summary['min_clean_accuracy']:.3f} on val and the constraints; run more trials or widen "
+            "the space."
         )
         return
     first = config.victims[0]
@@ -98,6 +110,49 @@ def show(
         f"{folder / records.BEST} --out {folder / 'cleaned'}{trust}",
         soft_wrap=True,
     )
+
+
+def show_suite(console: Console, suite: dict[str, Any]) -> None:
+    """What the choice is worth on every victim of the suite, on test, over the seeds."""
+    for configuration, found in suite.items():
+        title = f"{configuration.replace('_', ' ')}, purified anew, on test: mean (least to most)"
+        table = Table(title=title, title_justify="left")
+        for column in ("victim", "role", "runs", "ACC drop, points", "ASR %", "RA %"):
+            table.add_column(column, justify="left" if column in ("victim", "role") else "right")
+        rows = [(name, one["role"], one) for name, one in found["victims"].items()]
+        rows += [("all", role, one) for role, one in found["roles"].items()]
+        for name, role, one in rows:
+            if "attack_success" not in one:
+                table.add_row(name, role, "0", *["-"] * 3)
+                continue
+            spreads = [one[n] for n in ("accuracy_drop", "attack_success", "recovery")]
+            table.add_row(
+                name,
+                role.replace("_", " "),
+                str(one["attack_success"]["n"]),
+                *(
+                    f"{100 * s['mean']:.1f} ({100 * s['min']:.1f} to {100 * s['max']:.1f})"
+                    for s in spreads
+                ),
+                style="bold" if name == "all" else None,
+            )
+        console.print(table)
+
+
+def show_leave_out(console: Console, found: dict[str, Any]) -> None:
+    """What each choice loses on the attack that it never saw."""
+    table = Table(title=f"Leave one attack out ({found['scored_on']})", title_justify="left")
+    for column in ("attack", "ASR % unseen", "ASR % seen", "ASR lost", "ACC % unseen", "ACC lost"):
+        table.add_column(column, justify="left" if column == "attack" else "right")
+    for attack, row in found["attacks"].items():
+        if row["loss"] is None:
+            table.add_row(attack, *["nothing chosen"] * 5)
+            continue
+        seen, unseen, loss = row["with"], row["without"], row["loss"]
+        values = [unseen["attack_success"], seen["attack_success"], loss["attack_success"]]
+        values += [unseen["clean_accuracy"], loss["clean_accuracy"]]
+        table.add_row(attack, *(f"{100 * value:.1f}" for value in values))
+    console.print(table)
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 Direction = Literal["maximize", "minimize"]
 Floats = NDArray[np.float64]
 
-OBJECTIVES: dict[str, Direction] = {"clean_accuracy": "maximize", "attack_success": "minimize"}
+DIRECTIONS: dict[str, Direction] = {
+    "clean_accuracy": "maximize",
+    "attack_success": "minimize",
+    "recovery": "maximize",
+    "pruned_share": "minimize",
+    "seconds": "minimize",
+    "accuracy_drop": "minimize",
+}
+OBJECTIVES = {name: DIRECTIONS[name] for name in ("clean_accuracy", "attack_success")}  # the default
 
 
 def losses(points: Sequence[Mapping[str, float]], objectives: Mapping[str, Direction]) -> Floats:
@@ -39,6 +47,31 @@ def non_dominated(values: Floats) -> NDArray[np.bool_]:
     no_worse = (values[:, None] <= values[None]).all(2)
     better = (values[:, None] < values[None]).any(2)
     return np.logical_not(np.any(no_worse & better, axis=0))
+
+
+def ranks(values: Floats) -> NDArray[np.int64]:
+    """Non-domination rank of every row of losses (N, M): 0 on the front, 1 on that of the rest, ..."""
+    found = np.full(len(values), -1, dtype=np.int64)
+    rank = 0
+    while (left := np.flatnonzero(found < 0)).size:
+        found[left[non_dominated(values[left])]] = rank
+        rank += 1
+    return found
+
+
+def dominated(point: Floats, values: Floats) -> bool:
+    """Whether any row of losses (N, M) dominates `point` (M,)."""
+    return bool(((values <= point).all(1) & (values < point).any(1)).any()) if len(values) else False
+
+
+def feasible_first(violations: Sequence[float]) -> list[int]:
+    """Positions that compete: the feasible ones, or where there are none, the nearest to feasible.
+
+    Args:
+        violations: 0 for a feasible point, else how far it is from feasible (Deb 2000).
+    """
+    least = min(violations, default=0.0)
+    return [i for i, violation in enumerate(violations) if violation <= max(least, 0.0)]
 
 
 def hypervolume(values: Floats, reference: Floats) -> float:
@@ -96,15 +129,23 @@ class ParetoFront:
         )
 
 
-def choose(points: Sequence[Mapping[str, float]], *, min_clean_accuracy: float) -> int | None:
-    """Position of the point with least attack success among those accurate enough.
+def choose(
+    points: Sequence[Mapping[str, float]],
+    *,
+    min_clean_accuracy: float,
+    violations: Sequence[float] | None = None,
+) -> int | None:
+    """Position of the point with least attack success among the feasible that are accurate enough.
 
-    Ties go to the higher clean accuracy, then to the earlier point; None if no point is accurate
-    enough. The choice is always on the front of (clean accuracy, attack success).
+    Ties go to the higher clean accuracy, then to the earlier point; None if there is no such point. The
+    choice is always on the front of (clean accuracy, attack success) of the feasible points.
+
+    Args:
+        violations: 0 for a feasible point, see `feasible_first`; None where nothing is bounded.
     """
-    accurate = [i for i, p in enumerate(points) if p["clean_accuracy"] >= min_clean_accuracy - 1e-12]
+    left = [i for i, p in enumerate(points) if p["clean_accuracy"] >= min_clean_accuracy - 1e-12]
     return min(
-        accurate,
+        [i for i in left if violations is None or violations[i] <= 0],
         key=lambda i: (points[i]["attack_success"], -points[i]["clean_accuracy"], i),
         default=None,
     )

@@ -25,15 +25,17 @@ def draw_front(
     trials: Sequence[Mapping[str, Any]],
     front: Sequence[int],
     chosen: int | None,
+    paper: int | None,
     victim: Mapping[str, float],
     min_clean_accuracy: float,
 ) -> None:
     """Clean accuracy against attack success on `val` for every finished trial.
 
     Args:
-        trials: records with `number`, `clean_accuracy`, `attack_success`; number 0 is the paper's.
+        trials: records with `number`, `clean_accuracy`, `attack_success`.
         front: numbers of the trials on the front.
         chosen: number of the chosen trial.
+        paper: number of the trial with the paper's defaults.
         victim: `clean_accuracy` and `attack_success` of the victims themselves (mean).
         min_clean_accuracy: the bound of the choice.
     """
@@ -49,14 +51,14 @@ def draw_front(
         x, y = zip(*line, strict=True)
         axes.step(x, y, where="post", color=BLUE, linewidth=1.2)
         axes.scatter(x, y, color=BLUE, s=46, zorder=3, label="Pareto front")
-    if 0 in points:
+    if paper is not None:
         axes.scatter(
-            *points[0],
+            *points[paper],
             color=ORANGE,
             marker="s",
             s=70,
             zorder=4,
-            label="paper's defaults (trial 0)",
+            label=f"paper's defaults (trial {paper})",
         )
     axes.scatter(
         100 * victim["attack_success"],
@@ -91,7 +93,7 @@ def draw_front(
 
 def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
     """A gallery of every victim as NAME.png: what its trigger does, on images of `val`."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for case in cases:
         try:
             picture = gallery(case.victim, case.val)

@@ -2,8 +2,10 @@
 
 outputs/NAME/study.yaml      the study, resolved
 outputs/NAME/trials.jsonl    one record a trial, written as it ends
-outputs/NAME/trials/007/     masks, pictures and rounds of trial 7
+outputs/NAME/trials/007/     masks, pictures, rounds and settings of trial 7
+outputs/NAME/reports.jsonl   scores on val while trials run, some rounds a line
 outputs/NAME/summary.json    front, chosen trial, scores, seconds
+outputs/NAME/confirm.jsonl   one record a run of the confirmation, where there is one
 outputs/NAME/best.yaml       the chosen configuration, as `bimask purify` takes it
 """
 
@@ -12,7 +14,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,41 +24,59 @@ import yaml
 
 from bimask.config import PurifyConfig
 from study.config import StudyConfig, StudyError
+from study.files import append_lines, copy_folder, read_lines, write_text
+from study.objectives import SCORES
+from study.pareto import DIRECTIONS
 from study.provenance import commit, versions
-from study.trial import SCORES
 
 if TYPE_CHECKING:
+    from study.mirror import Mirror
     from study.tracking import Tracker
 
 OUTPUTS = Path("outputs")
 RESERVED = ("victims", "mlartifacts", "mlflow.db")
 STUDY, TRIALS, SUMMARY, BEST = "study.yaml", "trials.jsonl", "summary.json", "best.yaml"
+REPORTS, CONFIRM = "reports.jsonl", "confirm.jsonl"
+# What a trial leaves beside its objectives, as far as there is any.
+RESULTS = ("scores", "runs", "spread", "rungs", "seconds", "rounds", "passes", "device")
+SETTINGS = "purify.yaml"  # in a trial's folder: every setting, as `bimask purify` takes it
 
 
 class Recorder:
     """Turns the events of trials into records, files and MLflow runs.
 
+    Records that the folder holds already are read; their trials have ended.
+
     Args:
         config: the study.
         folder: its folder, which exists.
-        tracker: an open study in MLflow.
+        tracker: what tells MLflow: a `Mirror`, or an open `Tracker`.
         victims: victim name -> digest.
         on_change: called with all finished records whenever there is one more.
+
+    Attributes:
+        records: of all trials that have ended.
+        open: number -> what is known of a trial that runs.
+        unwritten: records that wait for `write`, or for room on the disk.
     """
 
     def __init__(
         self,
         config: StudyConfig,
         folder: Path,
-        tracker: Tracker,
+        tracker: Tracker | Mirror,
         victims: dict[str, str],
         on_change: Callable[[list[dict[str, Any]]], None],
     ) -> None:
         self.config, self.folder, self.tracker = config, folder, tracker
         self.victims = victims
         self.on_change = on_change
-        self.records: list[dict[str, Any]] = []
+        self.records = read_lines(folder / TRIALS, mend=True)
+        self.unwritten: list[dict[str, Any]] = []
         self.open: dict[int, dict[str, Any]] = {}
+        self.histories: dict[int, dict[str, dict[int, float]]] = {}
+        for report in read_lines(folder / REPORTS, mend=True):
+            self._remember(report)
         (folder / TRIALS).touch()
 
     def knows(self, number: int) -> bool:
@@ -65,88 +86,171 @@ class Recorder:
     def started(
         self, number: int, preset: str | None, parameters: dict[str, Any], *, group: int = 1
     ) -> None:
-        """A trial has begun: its run is opened in MLflow.
+        """A trial has begun, or goes on: its run is opened in MLflow.
 
         Args:
             group: how many trials share its actor, itself included.
         """
-        settings = PurifyConfig() if preset else self.config.purify_config(parameters)
         self.open[number] = {
             "number": number,
             "preset": preset,
             "parameters": parameters,
-            "purify": settings.model_dump(),
             "group": group,
             "started": time.time(),
-            "history": {},
         }
+        self._show_start(self.open[number])
+
+    def _show_start(self, trial: dict[str, Any]) -> None:
+        preset = trial["preset"]
+        settings = self._settings(trial)
         tags = {"preset": preset or "search", "study": self.config.name, "commit": commit()}
         tags |= {"study_digest": self.config.digest, "seed": str(self.config.seed)}
         tags |= {f"victim.{name}": digest for name, digest in self.victims.items()}
         if (warning := settings.unreachable_budget()) is not None:
             tags["warning"] = warning
-        self.tracker.start_trial(number, settings.model_dump(), tags)
+        # what differs between trials: with constants in, the UI's parallel coordinates drown in them
+        searched = [name for name in self.config.space if preset or name in trial["parameters"]]
+        params = {name: getattr(settings, name) for name in searched}
+        self.tracker.start_trial(trial["number"], params, tags)
 
     def reported(self, number: int, result: dict[str, Any]) -> None:
         """An intermediate report: scores of one victim on val after some rounds."""
-        history = self.open[number]["history"]
-        for name in SCORES:
-            key = f"{result['victim']}/{name}"
-            history.setdefault(key, []).append((result["step"], result[name]))
+        keys = ("victim", "step", *SCORES)
+        report = {"number": number, **{key: result[key] for key in keys}}
+        self._remember(report)
+        with suppress(OSError):  # a point of a curve is worth no trial
+            append_lines(self.folder / REPORTS, [report], durable=False)
+
+    def _remember(self, report: dict[str, Any]) -> None:
+        history = self.histories.setdefault(report["number"], {})
+        for name in SCORES:  # a trial that went on from a checkpoint reports some steps again
+            points = history.setdefault(f"{report['victim']}/{name}", {})
+            points[report["step"]] = report[name]
 
     def completed(self, number: int, result: dict[str, Any], artifacts: Path) -> None:
-        """A trial has ended with finite objectives."""
-        kept = self.folder / "trials" / f"{number:03d}"
-        shutil.copytree(artifacts, kept)
-        trial = self.open.pop(number)
-        metrics = {name: result[name] for name in (*SCORES, "seconds", "rounds")}
-        losses = _losses(kept)
-        rounds = {victim: len(losses[f"{victim}/loss/loss"]) for victim in result["scores"]}
-        for victim, scores in result["scores"].items():
-            for name in SCORES:  # the last point of the curve, and so what MLflow shows
-                point = (rounds[victim], scores[name])
-                trial["history"].setdefault(f"{victim}/{name}", []).append(point)
-        metrics |= {f"passes_{kind}": count for kind, count in result["passes"].items()}
-        keys = (*SCORES, "scores", "seconds", "rounds", "passes", "device")
-        self._append(trial, "COMPLETE", None, {key: result[key] for key in keys})
-        self.tracker.end_trial(
-            number,
-            metrics=metrics,
-            histories=trial["history"] | losses,
-            artifacts=kept,
-        )
-
-    def failed(self, number: int, reason: str) -> None:
-        """A trial has ended without a result; one that has ended before stays as it is."""
-        if number not in self.open:
+        """A trial has ended with finite objectives; FAILED nevertheless if its files cannot be kept."""
+        kept = self._kept(number)
+        try:
+            kept.parent.mkdir(exist_ok=True)
+            copy_folder(artifacts, kept)
+            self._write_settings(kept, number)
+        except (OSError, shutil.Error) as error:
+            shutil.rmtree(kept, ignore_errors=True)
+            self.failed(number, f"{type(error).__name__}: its files cannot be kept: {error}")
             return
         trial = self.open.pop(number)
-        seconds = (time.time() - trial["started"]) / trial["group"]
-        self._append(trial, "FAILED", reason, {"seconds": seconds})
-        self.tracker.end_trial(number, histories=trial["history"], reason=reason)
+        keys = [key for key in (*DIRECTIONS, *RESULTS) if key in result]
+        self._end(trial, "COMPLETE", None, {key: result[key] for key in keys})
 
-    def _append(
+    def _write_settings(self, kept: Path, number: int) -> None:
+        trial = self.open[number]
+        settings = self._settings(trial)
+        write_yaml(
+            kept / SETTINGS,
+            {"purify": settings.model_dump(), "seed": self.config.seed},
+            f"trial {number} of study {self.config.name}, every setting",
+        )
+
+    def _settings(self, trial: dict[str, Any]) -> PurifyConfig:
+        return PurifyConfig() if trial["preset"] else self.config.purify_config(trial["parameters"])
+
+    def pruned(self, number: int, result: dict[str, Any]) -> None:
+        """A trial was stopped early: it keeps the scores that it had, and has no objectives."""
+        keys = [key for key in RESULTS if key in result]
+        trial = self.open.pop(number)
+        self._end(trial, "PRUNED", result["stopped"], {key: result[key] for key in keys})
+
+    def failed(self, number: int, reason: str, *, details: str | None = None) -> None:
+        """A trial has ended without a result; one that has ended before stays as it is.
+
+        Args:
+            details: goes into its folder as error.txt.
+        """
+        if number not in self.open:
+            return
+        if details is not None:
+            with suppress(OSError):  # a full disk is said elsewhere
+                self._kept(number).mkdir(parents=True, exist_ok=True)
+                (self._kept(number) / "error.txt").write_text(details)
+        trial = self.open.pop(number)
+        seconds = (time.time() - trial["started"]) / trial["group"]
+        self._end(trial, "FAILED", reason, {"seconds": seconds})
+
+    def _end(
         self, trial: dict[str, Any], status: str, reason: str | None, result: dict[str, Any]
     ) -> None:
-        record = {
-            "number": trial["number"],
-            "status": status,
-            "reason": reason,
-            "preset": trial["preset"],
-            "parameters": trial["parameters"],
-            **result,
-            "provenance": {
-                "study": self.config.digest,
-                "victims": self.victims,
-                "seed": self.config.seed,
-                "commit": commit(),
-                "versions": versions(),
-            },
-        }
-        self.records.append(record)
-        with (self.folder / TRIALS).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.unwritten.append(
+            {
+                "number": trial["number"],
+                "status": status,
+                "reason": reason,
+                "preset": trial["preset"],
+                "parameters": trial["parameters"],
+                **result,
+                "ended": time.time(),
+                "provenance": {
+                    "study": self.config.digest,
+                    "victims": self.victims,
+                    "seed": self.config.seed,
+                    "commit": commit(),
+                    "versions": versions(),
+                },
+            }
+        )
+
+    def write(self) -> list[dict[str, Any]]:
+        """Put the records of trials that have ended on the disk, all at once, and show them in MLflow.
+
+        Returns:
+            Those records; none while the disk is full, and they are tried again the next time.
+        """
+        written, self.unwritten = self.unwritten, []
+        if not written:
+            return []
+        try:
+            append_lines(self.folder / TRIALS, written)
+        except OSError:
+            self.unwritten = written
+            return []
+        self.records += written
+        for record in written:
+            self._show_end(record)
         self.on_change(self.records)
+        return written
+
+    def show_again(self, shown: Collection[int]) -> None:
+        """Tell MLflow of all trials that have ended, but those it has whole (`shown`)."""
+        for record in self.records:
+            if record["number"] not in shown:
+                self._show_start(record)
+                self._show_end(record)
+
+    def _show_end(self, record: dict[str, Any]) -> None:
+        number, at = record["number"], record["ended"]
+        curves = {name: sorted(p.items()) for name, p in self.histories.get(number, {}).items()}
+        if record["status"] != "COMPLETE":
+            self.tracker.end_trial(
+                number,
+                at=at,
+                histories=curves,
+                reason=record["reason"],
+                pruned=record["status"] == "PRUNED",
+            )
+            return
+        losses = _losses(self._kept(number))
+        for victim, scores in record["scores"].items():
+            last = len(losses[f"{victim}/loss/loss"])
+            for name in SCORES:  # the last point of the curve, and so what MLflow shows
+                curves.setdefault(f"{victim}/{name}", []).append((last, scores[name]))
+        metrics = {name: record[name] for name in (*DIRECTIONS, "rounds") if name in record}
+        metrics |= {f"{name}_std": one["std"] for name, one in record.get("spread", {}).items()}
+        metrics |= {f"passes_{kind}": count for kind, count in record["passes"].items()}
+        self.tracker.end_trial(
+            number, at=at, metrics=metrics, histories=curves | losses, artifacts=self._kept(number)
+        )
+
+    def _kept(self, number: int) -> Path:
+        return self.folder / "trials" / f"{number:03d}"
 
 
 def _losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -185,7 +289,7 @@ def new_folder(outputs: Path, name: str, *, chosen_by_user: bool) -> tuple[str, 
 def write_yaml(path: Path, content: dict[str, Any], header: str) -> None:
     """YAML in the order of `content`, under a comment."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    path.write_text(comment + yaml.safe_dump(content, sort_keys=False))
+    write_text(path, comment + yaml.safe_dump(content, sort_keys=False))
 
 
 def load(name: str, outputs: Path | str = OUTPUTS) -> pd.DataFrame:
@@ -201,5 +305,4 @@ def load(name: str, outputs: Path | str = OUTPUTS) -> pd.DataFrame:
     path = Path(outputs) / name / TRIALS
     if not path.is_file():
         raise StudyError(f"There is no study {name!r} in {outputs}: {path} is missing.")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return pd.json_normalize(rows).sort_values("number", ignore_index=True)
+    return pd.json_normalize(read_lines(path)).sort_values("number", ignore_index=True)

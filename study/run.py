@@ -4,112 +4,281 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import shutil
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from bimask.commands.terminal import VictimBars, described
 from bimask.devices import resolve_device
 from bimask.victim import Victim, obtain_victim
 from study import records, search
 from study.config import StudyConfig, StudyError, load_config
-from study.console import show, trial_progress
-from study.pareto import OBJECTIVES
+from study.confirm import confirm_choice
+from study.console import show, trial_progress, wide_console
+from study.files import locked, read_lines, write_text
+from study.interrupts import InterruptedStudyError, Interrupts
+from study.mirror import Mirror
 from study.plots import draw_victims
 from study.provenance import commit, versions
+from study.report import REPORT, write_report
+from study.report.content import headline
+from study.session import Identity, begin, reopen
+from study.suite import cases_of, confirmation_metrics
 from study.summary import FRONT_PICTURE, summarise
-from study.tracking import Tracker, redacted, require_server, tracking_uri
+from study.tracking import Status, Tracker, redacted, require_server, tracking_uri
 from study.trial import Case
+from study.warm_start import Earlier, read_earlier
 
 VICTIM_PICTURES = "victims"
+PATIENCE, SHORT_PATIENCE = 60.0, 5.0  # seconds that the end waits for an MLflow that takes nothing
 
 
-def run_study(path: Path, overrides: dict[str, Any], *, outputs: Path, address: str | None) -> bool:
-    """Run the study in a YAML file; everything it leaves is under `outputs`.
+def run_study(
+    path: Path | None,
+    overrides: dict[str, Any],
+    *,
+    outputs: Path,
+    address: str | None,
+    resume: str | None = None,
+    storage: str | None = None,
+    wait: float = 0,
+) -> bool:
+    """Run the study in a YAML file, or go on with one; everything it leaves is under `outputs`.
+
+    Args:
+        path: the YAML; None with `resume` means the study as it was begun.
+        resume: name of a study that was begun and cut short, at whatever moment.
+        storage: where trials leave their checkpoints, a folder or URI that all nodes reach; None is the
+            study's folder.
+        wait: minutes for an autoscaler to bring up the first worker; 0 takes the nodes that are up.
 
     Returns:
         Whether any trial was COMPLETE.
 
     Raises:
         BimaskError: before the first trial, for anything that would make the study fail.
+        InterruptedStudyError: a signal ended it, in good order.
     """
-    started = time.perf_counter()
-    console = Console(width=None if sys.stdout.isatty() else 140)  # tables whole in a log
-    config = load_config(path, overrides)
-    device = resolve_device(config.device)
-    require_writable(outputs)
-    name, folder = records.new_folder(outputs, config.name, chosen_by_user="name" in overrides)
-    config = config.model_copy(update={"name": name})
-
-    uri = tracking_uri(outputs)
-    require_server(uri)
-    check_data(config)
-    search.start_ray(address)
-    try:
-        concurrency = search.check_resources(config)
-        console.print(
-            f"[bold]{name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True
+    if resume is not None:
+        config, folder = reopen(outputs, resume, path, overrides)
+    elif path is not None:
+        config, folder = named(
+            load_config(path, overrides), outputs, chosen_by_user="name" in overrides
         )
-        victims = prepare_victims(config, outputs / "victims", device, console)
-        cases = [Case.of(name, victim, config) for name, victim in victims.items()]
-        tracker = Tracker(uri, outputs / "mlartifacts")
-        _begin(config, folder, tracker, victims)
-        try:
-            draw_victims(folder / VICTIM_PICTURES, cases)
-            tracker.log_folder(folder / VICTIM_PICTURES)
-            searching = time.perf_counter()
-            digests = {name: victim.spec.digest for name, victim in victims.items()}
-            at_once = min(config.trials, concurrency * config.trials_per_actor)
-            with trial_progress(console, config.trials, at_once) as on_change:
-                recorder = records.Recorder(config, folder, tracker, digests, on_change)
-                search.run_search(config, cases, recorder, folder=folder, concurrency=concurrency)
-            wall = time.perf_counter() - searching
-            summary = summarise(config, folder, recorder.records, victims)
-            in_trials = sum(record.get("seconds", 0.0) for record in recorder.records)
-            summary["seconds"] = {
-                "total": time.perf_counter() - started,
-                "in_trials": in_trials,
-                "harness": max(0.0, wall * concurrency - in_trials),
-            }
-            (folder / records.SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-            close(tracker, folder, summary)
-        except BaseException:
-            tracker.abort("the study was stopped")
-            raise
-    finally:
-        search.stop_ray()
-    show(console, config, summary, tracker, outputs / "victims", folder)
+    else:
+        raise StudyError("There is no study to run; give a YAML file, or --resume NAME.")
+    summary = run_in(
+        config, folder, address=address, storage=storage, wait=wait, resume=resume is not None
+    )
     return bool(summary["n_complete"])
 
 
-def _begin(config: StudyConfig, folder: Path, tracker: Tracker, victims: dict[str, Victim]) -> None:
-    """Open the parent run, then the study's folder with its resolved study.yaml."""
-    try:
-        folder.mkdir()
-    except FileExistsError as error:
-        raise StudyError(
-            f"{folder} was made by another study in the meantime; choose another --name."
-        ) from error
-    try:
-        tracker.start_study(
-            config.name,
-            {"trials": config.trials, "seed": config.seed, "sampler": config.sampler}
-            | {"selection": config.selection, "victims": ", ".join(victims)},
-            {"study": config.name, "study_digest": config.digest, "commit": commit()}
-            | {"objectives": json.dumps(OBJECTIVES)}
-            | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}
-            | {f"version.{package}": number for package, number in versions().items()},
+def run_in(
+    config: StudyConfig,
+    folder: Path,
+    *,
+    address: str | None = None,
+    storage: str | None = None,
+    wait: float = 0,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Run a study, or go on with it, in its folder among the outputs; its summary.
+
+    `address`, `storage` and `wait` are those of `run_study`.
+    """
+    started, outputs = time.perf_counter(), folder.parent
+    console = wide_console()
+    device = resolve_device(config.device)
+    uri = tracking_uri(outputs)
+    require_server(uri)
+    check_data(config)
+    earlier = read_earlier(config)
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(locked(folder))
+            if _is_whole(config, folder, tracker := Tracker(uri, outputs / "mlartifacts")):
+                console.print(f"The study {config.name} is finished, all {config.trials} trials.")
+                found: dict[str, Any] = json.loads((folder / records.SUMMARY).read_text())
+                return found
+        concurrency = 0
+        if config.confirmation or config.trials > len(read_lines(folder / records.TRIALS)):
+            stack.callback(search.stop_ray)
+            search.start_ray(address)
+            if wait:
+                stack.callback(search.release_workers)
+            concurrency = find_room(config, wait, console)
+            nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri)
+            console.print(f"{nodes} node(s) checked, {concurrency} actors at once")
+        console.print(
+            f"[bold]{config.name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True
         )
+        suite = prepare_victims(config, outputs / "victims", device, console)
+        identity = Identity.of(config, suite, outputs / "victims")
+        if resume:
+            begun = Identity.load(folder)
+            begun.require_same(identity)
+            _start_in_mlflow(config, begun, tracker, suite)
+        else:
+            tracker = Tracker(uri, outputs / "mlartifacts")
+            _begin(config, folder, identity, tracker, suite)
+            stack.enter_context(locked(folder))
+        study = _Study(config, folder, suite, earlier, tracker, console, concurrency, storage)
+        summary, signal = study.run(started)
+    show(console, config, summary, tracker, outputs / "victims", folder)
+    if signal is not None:
+        raise InterruptedStudyError(signal, config.name)
+    return summary
+
+
+def named(
+    config: StudyConfig, outputs: Path, *, chosen_by_user: bool = False
+) -> tuple[StudyConfig, Path]:
+    """The study under a name that is free, and its folder; nothing is made but `outputs`."""
+    require_writable(outputs)
+    name, folder = records.new_folder(outputs, config.name, chosen_by_user=chosen_by_user)
+    return config.model_copy(update={"name": name}), folder
+
+
+def _is_whole(config: StudyConfig, folder: Path, tracker: Tracker) -> bool:
+    """Whether nothing is left to do: no trial, no summary, nothing that MLflow lacks."""
+    try:
+        summary = json.loads((folder / records.SUMMARY).read_text())
+    except (OSError, ValueError):
+        return False
+    confirmed = config.confirmation is None or not summary["n_complete"] or "suite" in summary
+    finished: bool = summary["n_trials"] == config.trials and confirmed
+    return finished and tracker.has_whole(Identity.load(folder).study_id, config.trials)
+
+
+def _begin(
+    config: StudyConfig,
+    folder: Path,
+    identity: Identity,
+    tracker: Tracker,
+    victims: dict[str, Victim],
+) -> None:
+    """Make the study's folder and open the parent run: both, or nothing stays."""
+    begin(folder, config, identity)
+    try:
+        _start_in_mlflow(config, identity, tracker, victims)
     except BaseException:
-        folder.rmdir()
+        shutil.rmtree(folder)
         raise
-    header = f"study {config.name}, resolved"
-    records.write_yaml(folder / records.STUDY, config.model_dump(), header)
+
+
+def _start_in_mlflow(
+    config: StudyConfig, identity: Identity, tracker: Tracker, victims: dict[str, Victim]
+) -> None:
+    tracker.start_study(
+        config.name,
+        {"trials": config.trials, "seed": config.seed, "sampler": config.sampler}
+        | {"selection": config.selection, "victims": ", ".join(victims)},
+        {"study": config.name, "study_id": identity.study_id, "study_digest": config.digest}
+        | {"objectives": json.dumps(config.directions), "commit": commit()}
+        | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}
+        | {f"version.{package}": number for package, number in versions().items()},
+    )
+
+
+@dataclass
+class _Study:
+    """A study whose folder and parent run are open."""
+
+    config: StudyConfig
+    folder: Path
+    suite: dict[str, Victim]
+    earlier: Earlier
+    tracker: Tracker
+    console: Console
+    concurrency: int
+    storage: str | None
+
+    @property
+    def victims(self) -> dict[str, Victim]:
+        """Those that trials see."""
+        return {name: self.suite[name] for name in self.config.victim_names()}
+
+    def run(self, started: float) -> tuple[dict[str, Any], int | None]:
+        """Search, choose, report: the summary, and the signal that ended the search, if one did."""
+        mirror = Mirror(self.tracker, self._say_what_happens)
+        interrupts, patience = Interrupts(), SHORT_PATIENCE
+        cases = cases_of(self.config, self.victims)
+        try:
+            draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
+            mirror.log_folder(self.folder / VICTIM_PICTURES)
+            searching = time.perf_counter()
+            in_trials = self._search(cases, mirror, interrupts)
+            wall = time.perf_counter() - searching
+            summary = summarise(
+                self.config, self.folder, read_lines(self.folder / records.TRIALS), self.victims
+            )
+            summary["seconds"] = {
+                "in_trials": in_trials,
+                "harness": max(0.0, wall * self.concurrency - in_trials),
+            }
+            if interrupts.signal is None:
+                suite = confirm_choice(self.config, self.folder, summary, self.suite, self.console)
+                summary |= {} if suite is None else {"suite": suite}
+            summary["seconds"]["total"] = time.perf_counter() - started
+            write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
+            status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
+            make_report(self.folder, self.folder.parent / "victims", self.console)
+            close(mirror, self.folder, summary, "KILLED" if interrupts.signal else status)
+            patience = PATIENCE
+            return summary, interrupts.signal
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            mirror.abort("the study was stopped", "KILLED" if stopped else "FAILED")
+            raise
+        finally:
+            if missing := mirror.close(patience if interrupts.signal is None else SHORT_PATIENCE):
+                self.console.print(
+                    f"[bold yellow]MLflow lacks {missing} entries[/]; nothing is lost: tell it later "
+                    f"with `python -m study.launch --resume {self.config.name}`.",
+                    soft_wrap=True,
+                )
+
+    def _search(self, cases: list[Case], mirror: Mirror, interrupts: Interrupts) -> float:
+        """Run what has no record yet; seconds that went into trials."""
+        digests = {name: victim.spec.digest for name, victim in self.victims.items()}
+        at_once = min(self.config.trials, self.concurrency * self.config.trials_per_actor)
+        with trial_progress(self.console, self.config.trials, at_once) as on_change:
+            recorder = records.Recorder(self.config, self.folder, mirror, digests, on_change)
+            before = len(recorder.records)
+            recorder.show_again(self.tracker.ended)
+            on_change(recorder.records)
+            search.run_search(
+                self.config,
+                cases,
+                recorder,
+                folder=self.folder,
+                concurrency=self.concurrency,
+                earlier=self.earlier,
+                storage=self.storage,
+                interrupts=interrupts,
+            )
+        if recorder.unwritten:
+            raise StudyError(
+                f"The records of {len(recorder.unwritten)} trial(s) cannot be written to "
+                f"{self.folder}; make room on the disk, then resume: these trials are run again."
+            )
+        return sum(record.get("seconds", 0.0) for record in recorder.records[before:])
+
+    def _say_what_happens(self, error: Exception) -> None:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self.console.print(
+            f"[yellow]MLflow does not take what it is told[/] ({escape(reason[:200])}); the study goes "
+            "on, and tells it again until it does.",
+            soft_wrap=True,
+        )
 
 
 def require_writable(outputs: Path) -> None:
@@ -125,9 +294,21 @@ def require_writable(outputs: Path) -> None:
         ) from error
 
 
+def find_room(config: StudyConfig, wait: float, console: Console) -> int:
+    """How many actors run at once; the wait for the first worker is shown."""
+    with console.status("asking for workers", spinner="dots") as status:
+        began = time.monotonic()
+
+        def on_wait() -> None:
+            waited = (time.monotonic() - began) / 60
+            status.update(f"waiting for the first worker, {waited:.0f} of {wait:g} minutes")
+
+        return search.check_resources(config, wait=wait, on_wait=on_wait)
+
+
 def check_data(config: StudyConfig) -> None:
     """Refuse data that are missing, too few or no match for attack or net, before any training."""
-    for spec in config.victims:
+    for spec in config.suite:
         splits = spec.load_data()
         splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
         attack = spec.build_attack()
@@ -146,7 +327,7 @@ def prepare_victims(
     torch.set_num_threads(config.cpus_per_trial)
     victims = {}
     with VictimBars(console) as bars:
-        for name, spec in zip(config.victim_names(), config.victims, strict=True):
+        for name, spec in zip(config.suite_names(), config.suite, strict=True):
             bar = f"victim {name}"
             cached = (root / spec.digest).is_dir()
             victims[name] = obtain_victim(
@@ -162,15 +343,29 @@ def prepare_victims(
     return victims
 
 
-def close(tracker: Tracker, folder: Path, summary: dict[str, Any]) -> None:
+def make_report(folder: Path, victims: Path, console: Console) -> None:
+    """The study's page; whatever keeps it from being drawn must not cost the study its end."""
+    try:
+        write_report(folder, victims)
+    except Exception as error:
+        console.print(f"no report ({error}); try: python -m study.report {folder.name}", soft_wrap=True)
+
+
+def close(mirror: Tracker | Mirror, folder: Path, summary: dict[str, Any], status: Status) -> None:
     """The summary in MLflow's parent run."""
     metrics = {"hypervolume": summary["hypervolume"], "n_failed": summary["n_failed"]}
     if summary["chosen"]:
         metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
         metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
-    names = (FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST)
-    tracker.end_study(
+    metrics |= confirmation_metrics(summary.get("suite") or {})
+    names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)
+    count = {state: summary[f"n_{state.lower()}"] for state in ("COMPLETE", "PRUNED", "FAILED")}
+    told = headline(summary, count)
+    mirror.end_study(
         metrics=metrics,
         artifacts=[folder / name for name in names if (folder / name).is_file()],
-        failed=not summary["n_complete"],
+        status=status,
+        note=f"**{told['title']}.** {told['text']} The page about it: `{REPORT}` below.",
+        front=[point["number"] for point in summary["front"]],
+        chosen=summary["chosen"] and summary["chosen"]["number"],
     )

@@ -9,13 +9,14 @@ from typing import Any
 from safetensors.torch import load_file
 
 from bimask.config import PurifyConfig
-from bimask.metrics import Scores, evaluate
+from bimask.metrics import evaluate
 from bimask.victim import Victim
-from study import records, search
+from study import leave_out, records, search
 from study.config import StudyConfig
-from study.pareto import ParetoFront, choose
+from study.objectives import SCORES, mean_of, total_violation
+from study.pareto import ParetoFront, choose, feasible_first
 from study.plots import draw_front
-from study.trial import SCORES, purified
+from study.trial import purified
 
 FRONT_PICTURE = "front.png"
 
@@ -23,35 +24,47 @@ FRONT_PICTURE = "front.png"
 def summarise(
     config: StudyConfig, folder: Path, trials: list[dict[str, Any]], victims: dict[str, Victim]
 ) -> dict[str, Any]:
-    """Front, hypervolume, chosen trial with its `test` scores; writes best.yaml and the picture."""
+    """Front, hypervolume, chosen trial with its `test` scores; writes best.yaml and the picture.
+
+    Args:
+        victims: the tuning victims by name.
+    """
     complete = sorted((t for t in trials if t["status"] == "COMPLETE"), key=lambda t: int(t["number"]))
-    front = ParetoFront.of(complete)
+    violations = [total_violation(config.constraints.violations(t)) for t in complete]
+    competing = [complete[i] for i in feasible_first(violations)]
+    front = ParetoFront.of(competing, config.directions)
     before = {
-        name: sum(getattr(victim.scores["val"], name) for victim in victims.values()) / len(victims)
+        name: config.aggregate(name, [getattr(v.scores["val"], name) for v in victims.values()])
         for name in SCORES
     }
     bound = before["clean_accuracy"] - config.choose.max_accuracy_drop
-    position = choose(complete, min_clean_accuracy=bound)
+    position = choose(complete, min_clean_accuracy=bound, violations=violations)
     chosen = None if position is None else complete[position]
     paper = next((t for t in complete if t["preset"] == search.PAPER), None)
-    on_front = [complete[i] for i in front.indices]
+    on_front = [competing[i] for i in front.indices]
     draw_front(
         folder / FRONT_PICTURE,
         title=f"{config.name}: {len(complete)} trials on {', '.join(victims)}",
         trials=complete,
         front=[t["number"] for t in on_front],
         chosen=None if chosen is None else chosen["number"],
+        paper=None if paper is None else paper["number"],
         victim=before,
         min_clean_accuracy=bound,
     )
+    accuracies = {name: victim.scores["val"].clean_accuracy for name, victim in victims.items()}
     summary: dict[str, Any] = {
         "name": config.name,
         "n_trials": len(trials),
         "n_complete": len(complete),
-        "n_failed": len(trials) - len(complete),
-        "hypervolume": front.hypervolume(config.reference_point.model_dump()),
-        "reference_point": config.reference_point.model_dump(),
-        "front": [_point(t) for t in on_front],
+        "n_pruned": sum(t["status"] == "PRUNED" for t in trials),
+        "n_failed": sum(t["status"] == "FAILED" for t in trials),
+        "n_feasible": sum(violation <= 0 for violation in violations),
+        "objectives": config.directions,
+        "aggregate": config.aggregate.model_dump(),
+        "hypervolume": front.hypervolume(config.reference),
+        "reference_point": config.reference,
+        "front": [_point(config, t) for t in on_front],
         "chosen": chosen and _measured(config, folder, chosen, victims),
         "paper_defaults": paper and _measured(config, folder, paper, victims),
         "victims": {
@@ -61,8 +74,10 @@ def summarise(
         },
         "min_clean_accuracy": bound,
     }
+    if len(leave_out.attacks_of(config)) > 1:
+        summary["leave_one_out"] = leave_out.table(config, complete, accuracies)
     if chosen is not None:
-        settings = _settings(config, chosen)
+        settings = settings_of(config, chosen)
         records.write_yaml(
             folder / records.BEST,
             {"purify": settings.model_dump(), "seed": config.seed}
@@ -73,16 +88,18 @@ def summarise(
     return summary
 
 
-def _point(trial: dict[str, Any]) -> dict[str, Any]:
-    """A trial as it stands in the summary: number, parameters and scores on val."""
+def _point(config: StudyConfig, trial: dict[str, Any]) -> dict[str, Any]:
+    """A trial as it stands in the summary: number, parameters, scores and objectives on val."""
     return {
         "number": trial["number"],
         "parameters": trial["parameters"],
         "val": {name: trial[name] for name in SCORES},
+        "objectives": {name: trial[name] for name in config.directions},
     }
 
 
-def _settings(config: StudyConfig, trial: dict[str, Any]) -> PurifyConfig:
+def settings_of(config: StudyConfig, trial: dict[str, Any]) -> PurifyConfig:
+    """The defence's settings in a trial, from its record or its point."""
     paper = trial["preset"] == search.PAPER
     return PurifyConfig() if paper else config.purify_config(trial["parameters"])
 
@@ -90,27 +107,32 @@ def _settings(config: StudyConfig, trial: dict[str, Any]) -> PurifyConfig:
 def _measured(
     config: StudyConfig, folder: Path, trial: dict[str, Any], victims: dict[str, Victim]
 ) -> dict[str, Any]:
-    """A trial with its scores on `test`, measured from its saved masks, mean over the victims."""
-    settings = _settings(config, trial)
-    per_victim: dict[str, Scores] = {}
-    for name, victim in victims.items():
-        masks = load_file(folder / "trials" / f"{trial['number']:03d}" / f"{name}.masks.safetensors")
-        sets = victim.eval_sets(victim.spec.load_data(), "test")
-        per_victim[name] = evaluate(purified(victim.model, masks, settings), sets)
-    mean = {
-        name: sum(getattr(scores, name) for scores in per_victim.values()) / len(per_victim)
+    """A trial with its scores on `test`, measured from its saved masks."""
+    settings = settings_of(config, trial)
+    per_victim = {
+        name: _on_test(folder / "trials" / f"{trial['number']:03d}", name, victim, settings)
+        for name, victim in victims.items()
+    }
+    overall = {
+        name: config.aggregate(name, [scores[name] for scores in per_victim.values()])
         for name in SCORES
     }
-    return _point(trial) | {
-        "test": mean,
-        "victims": {
-            name: asdict(scores)
+    return _point(config, trial) | {"test": overall, "victims": per_victim}
+
+
+def _on_test(folder: Path, name: str, victim: Victim, settings: PurifyConfig) -> dict[str, Any]:
+    """The scores on `test` that a trial's masks give, mean over the victim's runs."""
+    sets, before = victim.eval_sets(victim.spec.load_data(), "test"), victim.scores["test"]
+    runs = []
+    for path in (folder / f"{name}.masks.safetensors", *sorted(folder.glob(f"{name}.*.masks.*rs"))):
+        scores = evaluate(purified(victim.model, load_file(path), settings), sets)
+        runs.append(
+            asdict(scores)
             | {
-                "arr": scores.arr(victims[name].scores["test"]),
-                "rdr": scores.rdr(victims[name].scores["test"]),
-                "der": scores.der(victims[name].scores["test"]),
-                "rir": scores.rir(victims[name].scores["test"]),
+                "arr": scores.arr(before),
+                "rdr": scores.rdr(before),
+                "der": scores.der(before),
+                "rir": scores.rir(before),
             }
-            for name, scores in per_victim.items()
-        },
-    }
+        )
+    return mean_of(runs)

@@ -9,22 +9,27 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# A server that is away is asked again by `Mirror`, for as long as it takes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
 
 from study.config import StudyError
 
 EXPERIMENT = "bimask"
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+RUN_STATUS: dict[str, Status] = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAILED": "FAILED"}
 BATCH = 1000  # metrics in one request, MLflow's own limit
 
 
@@ -60,81 +65,167 @@ class Tracker:
             ) from error
         self.parent_id = ""
         self.runs: dict[int, str] = {}
+        self.ended: set[int] = set()
 
     def start_study(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Open the parent run."""
-        run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
-        self.parent_id = run.info.run_id
+        """Open the parent run: the one with this tag `study_id` again, if there is one."""
+        found = self._search(f"tags.study_id = '{tags['study_id']}'") if "study_id" in tags else []
+        if found:
+            self.parent_id = found[0].info.run_id
+            self._open_again(self.parent_id)
+            self.look()
+        else:
+            run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
+            self.parent_id = run.info.run_id
         self._log(self.parent_id, params=params)
+
+    def has_whole(self, study_id: str, trials: int) -> bool:
+        """Whether a study and all its trials have ended here."""
+        found = self._search(f"tags.study_id = '{study_id}'")
+        if not found or found[0].info.status not in ("FINISHED", "FAILED"):
+            return False
+        self.parent_id = found[0].info.run_id
+        self.look()
+        return len(self.ended) == trials
+
+    def _search(self, query: str) -> list[Run]:
+        """All runs that a query finds, the earliest first."""
+        found: list[Run] = []
+        token: str | None = None
+        while token != "":
+            page = self.client.search_runs(
+                [self.experiment_id], query, order_by=["attributes.start_time"], page_token=token
+            )
+            found += page
+            token = page.token or ""
+        return found
+
+    def look(self) -> None:
+        """See which trials have runs: a call may have arrived though its answer did not.
+
+        Of two runs of a trial the later is deleted.
+        """
+        self.runs, self.ended = {}, set()
+        for run in self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'"):
+            number = int(run.data.tags.get("trial", -1))
+            if number in self.runs:
+                self.client.delete_run(run.info.run_id)
+                continue
+            self.runs[number] = run.info.run_id
+            pruned = run.data.tags.get("status") == "PRUNED" and run.info.status == "KILLED"
+            if run.info.status in ("FINISHED", "FAILED") or pruned:
+                self.ended.add(number)
 
     def log_folder(self, folder: Path) -> None:
         """Log a folder's files to the parent run, in a folder of the same name."""
         self.client.log_artifacts(self.parent_id, str(folder), folder.name)
 
     def start_trial(self, number: int, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Open the nested run of a trial."""
-        run = self.client.create_run(
-            self.experiment_id,
-            tags={
-                MLFLOW_PARENT_RUN_ID: self.parent_id,
-                MLFLOW_RUN_NAME: f"trial-{number:03d}",
-                "trial": str(number),
-                **tags,
-            },
-        )
-        self.runs[number] = run.info.run_id
-        self._log(run.info.run_id, params=params)
+        """Open the nested run of a trial, or open it again."""
+        if number in self.runs:
+            self._open_again(self.runs[number])
+        else:
+            run = self.client.create_run(
+                self.experiment_id,
+                tags={
+                    MLFLOW_PARENT_RUN_ID: self.parent_id,
+                    MLFLOW_RUN_NAME: f"trial-{number:03d}",
+                    "trial": str(number),
+                    **tags,
+                },
+            )
+            self.runs[number] = run.info.run_id
+        self._log(self.runs[number], params=params)
+
+    def _open_again(self, run_id: str) -> None:
+        self.client.update_run(run_id, status="RUNNING")
+        if "reason" in self.client.get_run(run_id).data.tags:
+            self.client.delete_tag(run_id, "reason")
 
     def end_trial(
         self,
         number: int,
         *,
+        at: float | None = None,
         metrics: Mapping[str, float] | None = None,
         histories: Mapping[str, list[tuple[int, float]]] | None = None,
         artifacts: Path | None = None,
         reason: str | None = None,
+        pruned: bool = False,
     ) -> None:
         """Write what a trial ended with and close its run: FAILED where there is a reason.
 
+        MLflow knows no PRUNED: such a run is KILLED, and its tag `status` says PRUNED, as that of
+        others says COMPLETE or FAILED.
+
+        The run is closed last, so one that is closed holds everything; all of it may be written again.
+
         Args:
+            at: when it ended, in seconds since 1970.
             metrics: final values.
             histories: metric -> (step, value) pairs.
             artifacts: a folder whose files are all logged.
         """
         run_id = self.runs[number]
-        try:
-            self._log(run_id, metrics=metrics, histories=histories)
-            if artifacts is not None:
-                self.client.log_artifacts(run_id, str(artifacts))
-            if reason is not None:
-                self.client.set_tag(run_id, "reason", reason[:5000])
-        finally:
-            self.client.set_terminated(run_id, "FAILED" if reason is not None else "FINISHED")
+        self._log(run_id, metrics=metrics, histories=histories, at=at)
+        if artifacts is not None:
+            self.client.log_artifacts(run_id, str(artifacts))
+        if reason is not None:
+            self.client.set_tag(run_id, "reason", reason[:5000])
+        ended = "PRUNED" if pruned else "COMPLETE" if reason is None else "FAILED"
+        self.client.set_tag(run_id, "status", ended)
+        self.client.set_terminated(run_id, RUN_STATUS[ended], None if at is None else _ms(at))
 
     def end_study(
-        self, *, metrics: Mapping[str, float], artifacts: list[Path], failed: bool = False
+        self,
+        *,
+        metrics: Mapping[str, float],
+        artifacts: list[Path],
+        status: Status = "FINISHED",
+        note: str = "",
+        front: Collection[int] = (),
+        chosen: int | None = None,
     ) -> None:
-        """Write the study's summary to the parent run and close it."""
-        try:
-            self._log(self.parent_id, metrics=metrics)
-            for path in artifacts:
-                self.client.log_artifact(self.parent_id, str(path))
-        finally:
-            self.close_open_trials("the study ended before the trial did")
-            self.client.set_terminated(self.parent_id, "FAILED" if failed else "FINISHED")
+        """Write the study's summary to the parent run and close it, and what is open of its trials.
 
-    def abort(self, reason: str) -> None:
-        """End the study and every open trial as FAILED, also when the end came unexpected."""
-        self.close_open_trials(reason)
+        Args:
+            status: KILLED for a study that is to be gone on with, as are then its open trials.
+            note: what the UI shows at the top of the study's run, Markdown.
+            front: numbers of the trials on the front; tagged, so that the UI's search finds them.
+            chosen: the one that is tagged as chosen.
+        """
+        self._log(self.parent_id, metrics=metrics)
+        self.client.set_tag(self.parent_id, MLFLOW_RUN_NOTE, note)
+        self._mark("pareto", "front", front)
+        self._mark("chosen", "yes", [] if chosen is None else [chosen])
+        for path in artifacts:
+            self.client.log_artifact(self.parent_id, str(path))
+        self.close_open_trials(
+            "the study ended before the trial did", "KILLED" if status == "KILLED" else "FAILED"
+        )
+        self.client.set_terminated(self.parent_id, status)
+
+    def _mark(self, tag: str, value: str, numbers: Collection[int]) -> None:
+        """Tag these trials, and take the tag off others that had it before the study went on."""
+        query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}' and tags.{tag} = '{value}'"
+        for run in self._search(query):
+            if int(run.data.tags["trial"]) not in numbers:
+                self.client.delete_tag(run.info.run_id, tag)
+        for number in numbers:
+            self.client.set_tag(self.runs[number], tag, value)
+
+    def abort(self, reason: str, status: Status = "FAILED") -> None:
+        """End the study when the end came unexpected, and its open trials as KILLED."""
+        self.close_open_trials(reason, "KILLED")
         self.client.set_tag(self.parent_id, "reason", reason)
-        self.client.set_terminated(self.parent_id, "FAILED")
+        self.client.set_terminated(self.parent_id, status)
 
-    def close_open_trials(self, reason: str) -> None:
+    def close_open_trials(self, reason: str, status: Status = "FAILED") -> None:
         """End every nested run that is still RUNNING, so that none stays so for ever."""
         for run_id in self.runs.values():
             if self.client.get_run(run_id).info.status == "RUNNING":
                 self.client.set_tag(run_id, "reason", reason)
-                self.client.set_terminated(run_id, "FAILED")
+                self.client.set_terminated(run_id, status)
 
     def _log(
         self,
@@ -143,8 +234,9 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
         histories: Mapping[str, list[tuple[int, float]]] | None = None,
+        at: float | None = None,
     ) -> None:
-        now = int(time.time() * 1000)
+        now = _ms(time.time() if at is None else at)  # the same again is the same point for MLflow
         rows = [Metric(name, value, now, 0) for name, value in (metrics or {}).items()]
         for name, pairs in (histories or {}).items():
             rows += [Metric(name, value, now, step) for step, value in pairs]
@@ -158,6 +250,32 @@ class Tracker:
         if self.uri.startswith(("http://", "https://")):
             return f"open {redacted(self.uri)}"
         return f"mlflow ui --backend-store-uri {redacted(self.uri)}"
+
+
+def log_to_study(uri: str, name: str, digest: str, path: Path) -> bool:
+    """Log a file to the parent run of a study that has ended; False where the store has no such run.
+
+    Args:
+        digest: of the study, since a store may hold studies of one name from several places.
+
+    Raises:
+        StudyError: the store cannot be asked.
+    """
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        return False  # MLflow would make one
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
+        query = f"run_name = '{name}' and tags.study_digest = '{digest}'"
+        runs = client.search_runs([found.experiment_id], query) if found is not None else []
+        if not runs:
+            return False
+        client.log_artifact(runs[0].info.run_id, str(path))
+    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+        raise StudyError(
+            f"The MLflow store {redacted(uri)} does not take {path.name} ({_first_line(error)})."
+        ) from error
+    return True
 
 
 def tracking_uri(outputs: Path) -> str:
@@ -190,6 +308,10 @@ def require_server(uri: str) -> None:
             f"The MLflow server {redacted(uri)} does not answer ({error}); start it "
             "or unset MLFLOW_TRACKING_URI to use a SQLite file beside the outputs."
         ) from error
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)
 
 
 def _text(value: Any) -> str:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,9 +22,11 @@ from bimask.metrics import EvalSets, Scores, evaluate
 from bimask.population import PopulationPurifier
 from bimask.result import Passes, RoundLog
 from bimask.victim import Victim
+from study.checkpoint import Checkpoints, Place
 from study.config import StudyConfig
-
-SCORES = ("clean_accuracy", "attack_success", "recovery")
+from study.judge import Judge
+from study.objectives import SCORES, mean_of, numbers_of
+from study.standing import Report, Standing, Watch
 
 
 @dataclass(frozen=True)
@@ -37,60 +38,113 @@ class Case:
         victim: with its own scores.
         clean: the defender's images, (N, C, H, W) float in [0, 1].
         val: evaluation sets to choose on; they know the true trigger (`oracle` selection).
+        repeat: which of the victim's runs in a trial this is: each has its own seed and images.
     """
 
     name: str
     victim: Victim
     clean: Tensor
     val: EvalSets
+    repeat: int = 0
 
     @classmethod
-    def of(cls, name: str, victim: Victim, config: StudyConfig) -> Case:
+    def of(cls, name: str, victim: Victim, config: StudyConfig, repeat: int = 0) -> Case:
         """The case of a victim in a study: its clean subset is drawn from the training split."""
         splits = victim.spec.load_data()
-        clean = splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
-        return cls(name, victim, clean.floats(), victim.eval_sets(splits, "val"))
+        seed = config.seed + repeat
+        clean = splits.train.clean_subset(config.clean_images_per_class, seed=seed)
+        return cls(name, victim, clean.floats(), victim.eval_sets(splits, "val"), repeat)
+
+    @property
+    def before(self) -> float:
+        """The victim's own clean accuracy on `val`."""
+        return self.victim.scores["val"].clean_accuracy
+
+    @property
+    def key(self) -> str:
+        """Names the run: the victim's name, and from the second run on which one it is."""
+        return self.name if self.repeat == 0 else f"{self.name}.{self.repeat}"
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What one purification of a trial ended with."""
+    """What one purification of a trial ended with.
 
+    Attributes:
+        name: of the victim.
+        numbers: what objectives and constraints are made of, see `numbers_of`.
+        evidence: further numbers of the purified model, by name; kept, never an objective.
+    """
+
+    name: str
     scores: Scores
     masks: MaskSet
     rounds: list[RoundLog]
     passes: Passes
+    numbers: dict[str, float]
+    evidence: dict[str, float] = field(default_factory=dict)
+
+    def everything(self) -> dict[str, Any]:
+        """Scores, numbers and evidence under their names."""
+        return asdict(self.scores) | self.numbers | self.evidence
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """Everything a finished trial leaves.
+    """Everything that a trial leaves, also one that was stopped.
 
     Attributes:
-        cases: victim name -> result.
-        scores: mean over the victims of `SCORES`.
-        seconds: the trial's share of its group's wall time, which is divided evenly.
+        cases: run -> result, of the runs that ended.
+        values: objective -> value over all victims; empty for a stopped trial.
+        spread: objective -> its spread over the repeats; empty for a single one.
+        rungs: place where the trial was looked at -> its losses there.
+        seconds: of the trial; where several ran at once, an even share of their wall time.
+        stopped: why the trial was stopped early, or None.
     """
 
     cases: dict[str, CaseResult]
-    scores: dict[str, float]
+    values: dict[str, float]
+    spread: dict[str, dict[str, float]]
+    rungs: dict[str, list[float]]
     seconds: float
+    stopped: str | None = None
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """`SCORES` over all victims."""
+        return {name: self.values[name] for name in SCORES}
 
     def record(self) -> dict[str, Any]:
         """The numbers that go into a trial's record, as JSON types."""
-        return {
-            **self.scores,
-            "scores": {name: asdict(case.scores) for name, case in self.cases.items()},
+        cases = self.cases.values()
+        record = {
+            **self.values,
+            "scores": self.per_victim(),
             "passes": {
-                "forward": sum(case.passes.forward for case in self.cases.values()),
-                "backward": sum(case.passes.backward for case in self.cases.values()),
+                "forward": sum(case.passes.forward for case in cases),
+                "backward": sum(case.passes.backward for case in cases),
             },
-            "rounds": sum(len(case.rounds) for case in self.cases.values()),
+            "rounds": sum(len(case.rounds) for case in cases),
             "seconds": self.seconds,
         }
+        if self.rungs:
+            record["rungs"] = self.rungs
+        if self.stopped is not None:
+            record["stopped"] = self.stopped
+        if self.spread:
+            record["spread"] = self.spread
+            record["runs"] = {key: case.everything() for key, case in self.cases.items()}
+        return record
+
+    def per_victim(self) -> dict[str, dict[str, Any]]:
+        """Victim -> its scores, numbers and evidence, the mean where it had several runs."""
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for case in self.cases.values():
+            runs.setdefault(case.name, []).append(case.everything())
+        return {name: mean_of(mine) for name, mine in runs.items()}
 
 
-Report = Callable[[int, str, RoundLog, Scores], None]
+Evidence = Callable[[Case, nn.Module], Mapping[str, float]]
 
 
 def run_trials(
@@ -101,71 +155,105 @@ def run_trials(
     device: torch.device | str = "cpu",
     report_every: int = 10,
     on_report: Report | None = None,
+    judge: Judge | None = None,
+    evidence: Evidence | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[TrialResult | NonFiniteError]:
     """Purify each case with every configuration, all configurations at once.
 
     Args:
         configs: settings of the defence, one a trial.
-        cases: victims; they are left as they are.
-        seed: of the defence, the same for every trial; the same seed gives the same result on the
-            same hardware, whatever else is in the group.
-        on_report: called with the trial's position, the victim's name, the round and its scores on
-            `val`, every `report_every` rounds.
+        cases: runs of victims, in the order in which a trial meets them; they are left as they are.
+        seed: of the defence in a victim's first run, the same for every trial; the same seed gives the
+            same result on the same hardware, whatever else is in the group.
+        on_report: called with the trial's position, the run, the round and its scores on `val`, every
+            `report_every` rounds.
+        judge: what the numbers come to and when a trial is stopped; by default the mean, and never.
+        evidence: further numbers of every purified model, from its case and the model.
+        checkpoints: where the trials' states are kept, and gone on from if they are there.
 
     Returns:
         One result a configuration, or the error that ended this one alone: a loss or an objective is
         NaN or infinite. No number is ever made up for it.
     """
-    started = time.perf_counter()
-    results: list[dict[str, CaseResult]] = [{} for _ in configs]
-    failures: dict[int, NonFiniteError] = {}
+    judge = judge or Judge()
+    trials = [Standing(position, config) for position, config in enumerate(configs)]
     for case in cases:
         model = copy.deepcopy(case.victim.model).to(device)
-        clean, val = case.clean.to(device), case.val.to(device)
-        for group in _populations(configs):
-            running = [trial for trial in group if trial not in failures]
-            if not running:
-                continue
-
-            def on_round(member: int, log: RoundLog, masks: MaskSet) -> None:
-                if on_report is not None and (log.step + 1) % report_every == 0:
-                    scores = evaluate(fold(model, masks), val, precision="bfloat16")  # noqa: B023
-                    on_report(running[member], case.name, log, scores)  # noqa: B023
-
-            population = PopulationPurifier(
-                model,
-                clean,
-                [configs[trial] for trial in running],
-                generators=[torch.Generator().manual_seed(seed) for _ in running],
-                on_round=on_round,
-            )
-            for trial, result in zip(running, population.run(), strict=True):
-                if isinstance(result, NonFiniteError):
-                    failures[trial] = result
-                else:
-                    scores = evaluate(result.model(), val)
-                    results[trial][case.name] = CaseResult(
-                        scores, result.masks.cpu(), result.rounds, result.passes
-                    )
-    seconds = (time.perf_counter() - started) / len(configs)
-    return [failures.get(i) or _result(mine, seconds) for i, mine in enumerate(results)]
+        there = replace(case, clean=case.clean.to(device), val=case.val.to(device))
+        for group in _populations(trials):
+            if running := [trial for trial in group if trial.running]:
+                watch = Watch(there, model, running, judge, report_every, on_report)
+                key = f"{case.key}.{group[0].position}"
+                kept = None if checkpoints is None else checkpoints.place(key)
+                _purify(there, model, running, seed=seed, watch=watch, evidence=evidence, kept=kept)
+        for trial in trials:
+            if trial.running:
+                trial.stopped = judge.between(cases, trial.numbers, trial.seconds)
+    return [_result(trial, cases, judge) for trial in trials]
 
 
-def _populations(configs: Sequence[PurifyConfig]) -> list[list[int]]:
-    """Positions of the configurations that can share one prepared net, as `ENGINE` says."""
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for position, config in enumerate(configs):
-        groups.setdefault(tuple(getattr(config, name) for name in ENGINE), []).append(position)
+def _result(trial: Standing, cases: Sequence[Case], judge: Judge) -> TrialResult | NonFiniteError:
+    """What a trial ended with; the error where an objective is not finite."""
+    if trial.failure is not None:
+        return trial.failure
+    if trial.stopped is not None:
+        return TrialResult(trial.cases, {}, {}, trial.rungs, trial.seconds, trial.stopped)
+    values = judge.values(cases, trial.numbers, trial.seconds)
+    for name, value in values.items():
+        if not math.isfinite(value):
+            return NonFiniteError(f"The objective {name} is {value}.")
+    spreads = judge.spreads(cases, trial.numbers)
+    return TrialResult(trial.cases, values, spreads, trial.rungs, trial.seconds)
+
+
+def _populations(trials: Sequence[Standing]) -> list[list[Standing]]:
+    """The trials that can share one prepared net, as `ENGINE` says."""
+    groups: dict[tuple[object, ...], list[Standing]] = {}
+    for trial in trials:
+        groups.setdefault(tuple(getattr(trial.config, name) for name in ENGINE), []).append(trial)
     return list(groups.values())
 
 
-def _result(cases: dict[str, CaseResult], seconds: float) -> TrialResult | NonFiniteError:
-    """A trial's result from those of its cases; the error where an objective is not finite."""
-    means = {name: sum(getattr(r.scores, name) for r in cases.values()) / len(cases) for name in SCORES}
-    for name, value in means.items():
-        if not math.isfinite(value):
-            return NonFiniteError(f"The objective {name} is {value}.")
-    return TrialResult(cases, means, seconds)
+def _purify(
+    case: Case,
+    model: nn.Module,
+    running: list[Standing],
+    *,
+    seed: int,
+    watch: Watch,
+    evidence: Evidence | None,
+    kept: Place | None,
+) -> None:
+    """One run of trials that share a net; every one of them gets its result, or its error."""
+    population = PopulationPurifier(
+        model,
+        case.clean,
+        [trial.config for trial in running],
+        generators=[torch.Generator().manual_seed(seed + case.repeat) for _ in running],
+        on_round=watch,
+    )
+    if kept is not None:
+        watch.go_on(kept)
+    ended = population.run() if kept is None else kept.run(population)
+    for trial, result in zip(running, ended, strict=True):
+        if isinstance(result, NonFiniteError):
+            trial.failure = result
+        elif trial.running:
+            cleaned = result.model()
+            scores, masks = evaluate(cleaned, case.val), result.masks.cpu()
+            trial.cases[case.key] = CaseResult(
+                case.name,
+                scores,
+                masks,
+                result.rounds,
+                result.passes,
+                numbers_of(scores, masks, before=case.before),
+                dict(evidence(case, cleaned)) if evidence is not None else {},
+            )
+    seconds = watch.seconds_each + (kept.seconds / len(running) if kept is not None else 0.0)
+    for trial in running:
+        trial.seconds += seconds
 
 
 def purified(model: nn.Module, tensors: dict[str, Tensor], config: PurifyConfig) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -231,6 +232,8 @@ def obtain_victim(
         folder = save_victim(victim, root)
     except (VictimRefusedError, NonFiniteError):
         shutil.rmtree(checkpoints, ignore_errors=True)  # it came to its end, whatever that is
+        with suppress(OSError):  # others' victims are in it
+            root.rmdir()
         raise
     shutil.rmtree(checkpoints, ignore_errors=True)
     # the same bits as the next time it is asked for

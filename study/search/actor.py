@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,35 @@ from bimask.config import PurifyConfig
 from bimask.errors import NonFiniteError
 from bimask.metrics import Scores
 from bimask.purify import RoundLog
+from study.checkpoint import Checkpoints
 from study.config import StudyConfig
+from study.judge import Judge
+from study.limits import memory_limit, time_limit
 from study.plots import draw_masks
 from study.search.pareto_search import PAPER
+from study.stopping import Rivals
 from study.trial import Case, TrialResult, run_trials
+
+
+def within_limits(function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, ended where it takes more than the study allows a group of trials."""
+
+    def run(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
+        limit, members = study.trial_timeout, len(config["members"])
+        with (
+            time_limit(None if limit is None else limit * members, Path(config["checkpoint"])),
+            memory_limit(study.memory_per_trial),
+        ):
+            function(config, study=study, cases=cases)
+
+    return run
 
 
 def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
     """What a Ray actor runs: the trials of one group at once, with its share of the threads."""
     torch.set_num_threads(study.cpus_per_trial)
     members = config["members"]
-    device = study.device
-    if device == "auto":
-        device = "cuda" if study.gpus_per_trial else "cpu"
+    device = study.device_of_a_trial
 
     def report(member: int, victim: str, log: RoundLog, scores: Scores) -> None:
         number = members[member]["number"]
@@ -48,6 +65,10 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
         device=device,
         report_every=study.report_every,
         on_report=report,
+        judge=Judge.of(study, Rivals(**config.get("rivals", {}))),
+        checkpoints=Checkpoints(Path(config["checkpoint"]), study.checkpoint_every)
+        if "checkpoint" in config
+        else None,
     )
     reports: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +77,8 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
             if isinstance(result, NonFiniteError):
                 reports.append({"number": number, "reason": f"NonFiniteError: {result}"})
             else:
-                write_artifacts(result, Path(folder) / str(number), number)
+                if result.stopped is None:
+                    write_artifacts(result, Path(folder) / str(number), number)
                 reports.append({"number": number, "device": device, **result.record()})
         kept = tune.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
         tune.report({"final": True, "members": reports}, checkpoint=kept)

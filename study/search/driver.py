@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,24 +14,37 @@ from typing import Any
 from ray import tune
 
 from study.config import StudyConfig
-from study.pareto import OBJECTIVES
+from study.interrupts import Interrupts
+from study.limits import where_it_hung
 from study.records import Recorder
-from study.search.actor import trainable
-from study.search.pareto_search import ParetoSearch, final_reports, objectives_of
+from study.search import storage as storages
+from study.search.actor import trainable, within_limits
+from study.search.pareto_search import (
+    CHECKPOINTS,
+    ParetoSearch,
+    final_reports,
+    objectives_of,
+)
 from study.trial import Case
+from study.warm_start import Earlier
 
+ERROR = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")
 RAY = "ray"  # Tune's folder in the study's
 
 
 class _Recording(tune.Callback):
-    """Hands Tune's events to the recorder, in the driver."""
+    """Hands Tune's events to the recorder, and what it made of them to Optuna, in the driver."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, searcher: ParetoSearch, timeout: float | None) -> None:
         self.recorder: Recorder | None = recorder
+        self.searcher: ParetoSearch | None = searcher
+        self.timeout = timeout
+        self.begun: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         if self.recorder is None:
             return
+        self.begun[trial.trial_id] = time.monotonic()
         members = trial.config["members"]
         for member in members:
             if not self.recorder.knows(member["number"]):
@@ -44,33 +61,77 @@ class _Recording(tune.Callback):
             return
         reports = final_reports(trial.last_result)
         for member in trial.config["members"]:
-            number = member["number"]
-            report = reports.get(number, {})
-            if objectives_of(report) is None:
-                shown = {name: report.get(name) for name in OBJECTIVES}
+            report = reports.get(member["number"], {})
+            if report.get("stopped"):
+                self.recorder.pruned(member["number"], report)
+                continue
+            objectives = self.recorder.config.objectives
+            if objectives_of(report, objectives) is None:
+                shown = {name: report.get(name) for name in objectives}
                 reason = report.get("reason") or f"ended without finite objectives: {shown}"
-                self.recorder.failed(number, reason)
+                self.recorder.failed(member["number"], reason, details=report.get("traceback"))
                 continue
             with trial.checkpoint.as_directory() as folder:
-                self.recorder.completed(number, report, Path(folder) / str(number))
+                self.recorder.completed(member["number"], report, Path(folder) / str(member["number"]))
+        self._close(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         if self.recorder is None:
             return
-        self.on_trial_start(iteration, trials, trial)  # for an actor that never came up
+        if trial.trial_id not in self.begun:  # an actor that never came up
+            self.on_trial_start(iteration, trials, trial)
         for member in trial.config["members"]:
-            self.recorder.failed(member["number"], _reason(trial))
+            self.recorder.failed(member["number"], self._reason(trial))
+        self._close(trial)
+
+    def _close(self, trial: Any) -> None:
+        """The group's records go to the disk, in one piece, and then to Optuna."""
+        assert self.recorder is not None
+        assert self.searcher is not None
+        for record in self.recorder.write():
+            self.searcher.tell(record)
+        if not self.recorder.unwritten:
+            shutil.rmtree(trial.config["checkpoint"], ignore_errors=True)
+
+    def _reason(self, trial: Any) -> str:
+        """The time limit, or the last line of a failed group's traceback: error and sentence."""
+        limit = None if self.timeout is None else self.timeout * len(trial.config["members"])
+        if limit is not None and time.monotonic() - self.begun[trial.trial_id] >= limit:
+            place = where_it_hung(Path(trial.config["checkpoint"]))
+            hung = f"; it was at {place}" if place else ""
+            return f"took longer than `trial_timeout` allows ({limit:g} s){hung}"
+        path = trial.error_file
+        text = Path(path).read_text() if path and Path(path).is_file() else ""
+        lines = [line for line in text.splitlines() if line and not line.startswith(" ")]
+        errors = [line for line in lines if ERROR.match(line)]  # Ray writes advice below some
+        return (errors or lines or ["the trial's process ended without a word"])[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"recorder": None}  # what Tune pickles holds no client, no path, no secret
+        # what Tune pickles holds no client, no path, no secret
+        return {"recorder": None, "searcher": None, "timeout": None, "begun": {}}
 
 
-def _reason(trial: Any) -> str:
-    """The last line of a failed group's traceback: the error and its sentence."""
-    path = trial.error_file
-    text = Path(path).read_text() if path and Path(path).is_file() else ""
-    lines = [line for line in text.splitlines() if line and not line.startswith(" ")]
-    return lines[-1] if lines else "the trial's process ended without a word"
+def contained(function: Callable[..., None]) -> Callable[..., None]:
+    """The same function, but an exception in it is its final report.
+
+    A trial is decided by its settings and its seed, so what it raises it would raise again. What Ray
+    still sees fail is a process or a node that died, and only that is worth another try.
+    """
+
+    def run(config: dict[str, Any], **parameters: Any) -> None:
+        try:
+            if place := where_it_hung(Path(config["checkpoint"])):  # the time limit ended it before
+                raise TimeoutError(f"took longer than `trial_timeout` allows; it was at {place}")
+            function(config, **parameters)
+        except Exception as error:
+            failure = {
+                "reason": traceback.format_exception_only(error)[-1].strip(),
+                "traceback": traceback.format_exc(),
+            }
+            members = [{"number": member["number"], **failure} for member in config["members"]]
+            tune.report({"final": True, "members": members})
+
+    return run
 
 
 def run_search(
@@ -80,40 +141,79 @@ def run_search(
     *,
     folder: Path,
     concurrency: int,
+    earlier: Earlier | None = None,
+    storage: str | None = None,
     function: Callable[..., None] = trainable,
+    interrupts: Interrupts | None = None,
 ) -> None:
-    """Run all trials of a study; each ends in `recorder` as COMPLETE or FAILED.
+    """Run all trials of a study that have no record yet; each ends in `recorder`.
+
+    A signal that `interrupts` hears ends it early: what runs then has no record, and is gone on with
+    another time.
+
+    A group whose process or node died is run again, `config.retries` times at most; to Optuna, MLflow
+    and the records its trials are still the same ones.
 
     Args:
-        folder: the study's folder; Optuna's database and Ray's files go there.
+        folder: the study's folder; Optuna's database goes there.
         concurrency: actors at once.
+        earlier: what earlier studies know.
+        storage: a folder or URI that all nodes reach, for Ray's files; None is `folder`.
         function: what an actor runs; takes `config`, `study` and `cases` as `trainable` does.
 
     Ray's files are removed where no actor failed: nothing reads them later, and the masks are in the
     records' folders. Else they stay, for the tracebacks in them.
     """
-    searcher = ParetoSearch(config, f"sqlite:///{(folder / 'optuna.db').resolve()}")
-    function = tune.with_parameters(function, study=config, cases=cases)
+    interrupts = interrupts or Interrupts()
+    files = f"{storage}/{config.name}" if storage else str(folder.resolve())
+    searcher = ParetoSearch(
+        config,
+        f"sqlite:///{(folder / 'optuna.db').resolve()}",
+        records=recorder.records,
+        checkpoints=storages.folder(files) / CHECKPOINTS,
+        earlier=earlier,
+    )
+    if not (groups := searcher.groups_left()):
+        searcher.close()
+        return
+    # Each parameter is put into the object store once, and fetched once a node.
+    function = tune.with_parameters(contained(within_limits(function)), study=config, cases=cases)
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     tuner = tune.Tuner(
         tune.with_resources(function, resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            num_samples=config.groups,
+            num_samples=groups,
             max_concurrent_trials=concurrency,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name=RAY,
-            storage_path=str(folder.resolve()),
-            callbacks=[_Recording(recorder)],
+            name=_free_name(files),
+            storage_path=files,
+            failure_config=tune.FailureConfig(max_failures=config.retries),
+            callbacks=[_Recording(recorder, searcher, config.trial_timeout)],
             verbose=0,
         ),
     )
-    try:
-        failed = tuner.fit().num_errors
-    finally:
-        for number in searcher.close():
-            recorder.failed(number, "the study ended before the trial did")
-    if not failed:
-        shutil.rmtree(folder / RAY, ignore_errors=True)
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # how to restore Ray's own files
+    with interrupts.heeded():
+        tuner.fit()
+    for record in recorder.write():
+        searcher.tell(record)
+    searcher.close()
+    if interrupts.signal is None:
+        shutil.rmtree(searcher.checkpoints, ignore_errors=True)
+    _remove_rays_files(files)
+
+
+def _free_name(files: str) -> str:
+    """Tune's folder, beside those that an earlier run of the study left for their tracebacks."""
+    _remove_rays_files(files)
+    taken = len(storages.folders(files, RAY))
+    return f"{RAY}-{taken + 1}" if taken else RAY
+
+
+def _remove_rays_files(files: str) -> None:
+    for path in storages.folders(files, RAY):
+        if not storages.holds(path, "error.txt"):
+            storages.remove(path)

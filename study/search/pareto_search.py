@@ -4,104 +4,299 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from bimask.config import PurifyConfig
 from study.config import StudyConfig, StudyError
-from study.pareto import OBJECTIVES
-from study.space import suggest
+from study.judge import Judge
+from study.space import Scalar, suggest
+from study.stopping import Standings
+from study.warm_start import Earlier, Observed
 
 PAPER = "paper"  # the preset of trial 0
+EARLIER = "earlier"  # the preset of an earlier study's trial, which is no trial of this one
+CHECKPOINTS = Path("checkpoints")  # in the study's folder
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+LOCK_SECONDS = 20  # that a SQLite file may be locked by another process
 
 
 class ParetoSearch(Searcher):
     """Optuna's multi-objective search, a group of Optuna's trials a Tune trial.
 
+    Optuna's storage is written last: a trial is told when its record is on the disk, so what the
+    storage calls RUNNING is being run, or is to be gone on with, or has a record of how it ended.
+
     Args:
         config: the study.
-        storage: Optuna's storage URL; the study in it must be new.
+        storage: Optuna's storage URL, None for one in memory. A study in it is gone on with: trials
+            that it calls RUNNING come first, with their numbers, their parameters, in their groups.
+        records: of the trials that have ended, whatever the storage knows of it.
+        checkpoints: folder in which each group gets one of its own.
+        earlier: what earlier studies know.
     """
 
-    def __init__(self, config: StudyConfig, storage: str) -> None:
+    def __init__(
+        self,
+        config: StudyConfig,
+        storage: str | None,
+        *,
+        records: Sequence[Mapping[str, Any]] = (),
+        checkpoints: Path = CHECKPOINTS,
+        earlier: Earlier | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.storage = storage
-        self.asked: dict[str, list[optuna.Trial]] = {}
+        self.config, self.storage, self.checkpoints = config, storage, checkpoints
+        self.given: set[int] = set()
+        self.asked: dict[int, optuna.Trial] = {}
+        self.untold: dict[int, Mapping[str, Any]] = {}
+        self.earlier = earlier or Earlier()
+        self.judge = Judge.of(config)
+        self.standings = Standings(config.early_stopping)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with warnings.catch_warnings():  # constant_liar before 5.0, metric names
+        with warnings.catch_warnings():  # samplers and metric names that may still change
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study = optuna.create_study(
-                storage=storage,
-                study_name=config.name,
-                directions=list(OBJECTIVES.values()),
-                sampler=SAMPLERS[config.sampler](config.seed),
-            )
-            self.study.set_metric_names(list(OBJECTIVES))  # the axes in dashboards
-        if len(self.study.directions) != len(OBJECTIVES):
+            self.study = self._open()
+        if len(self.study.directions) != len(config.directions):
             raise StudyError(f"Optuna's study has directions {self.study.directions}.")
-        self.study.enqueue_trial({}, user_attrs={"preset": PAPER})
-        for point in config.start:
-            self.study.enqueue_trial(point)
+        for one in self.earlier.observed:
+            violations = self.judge.constraints.violations(one.values)
+            self.standings.finished(self.judge.losses(one.values), violations)
+        if records and max(r["number"] for r in records) >= len(self.study.trials):
+            raise StudyError(
+                f"{storage} lacks trials that have records; put it back as it was, or start "
+                "a new study under another --name."
+            )
+        for record in records:
+            self.tell(record)
+        self.doubtful = bool(self._trials(TrialState.RUNNING))
+
+    def _open(self) -> optuna.Study:
+        """The study in the storage, new or as it was left; its sampler repeats no suggestion."""
+        storage = None
+        if self.storage is not None:
+            engine = {"connect_args": {"timeout": LOCK_SECONDS}} if "sqlite" in self.storage else {}
+            storage = optuna.storages.RDBStorage(self.storage, engine_kwargs=engine)
+        study = optuna.create_study(
+            storage=storage,
+            study_name=self.config.name,
+            directions=list(self.config.directions.values()),
+            load_if_exists=True,
+        )
+        known = len(study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING)))
+        study.sampler = SAMPLERS[self.config.sampler]((self.config.seed + known) % 2**32)
+        if "enqueued" not in study.user_attrs:  # a kill may have come before
+            study.set_metric_names(list(self.config.directions))  # the axes in dashboards
+            first: list[tuple[dict[str, Any], dict[str, str]]] = []
+            if self.config.paper_defaults:
+                first.append(({}, {"preset": PAPER}))
+            points = first + [(point, {}) for point in (*self.config.start, *self.earlier.points)]
+            for point, attributes in points[len(study.trials) :]:
+                study.enqueue_trial(point, user_attrs=attributes)
+            for observed in self.earlier.observed[len(study.trials) - len(points) :]:
+                study.add_trial(self._as_trial(observed))
+            study.set_user_attr("enqueued", True)
+        return study
+
+    def _as_trial(self, one: Observed) -> optuna.trial.FrozenTrial:
+        """A finished trial of an earlier study; it takes a number, and is no trial of this one."""
+        known = _Known(one.parameters)
+        suggest(self.config.space, known)
+        return optuna.trial.create_trial(
+            params=one.parameters,
+            distributions=known.distributions,
+            values=[one.values[name] for name in self.config.directions],
+            constraints=self.judge.constraints.violations(one.values),
+            user_attrs={"preset": EARLIER},
+        )
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
         """The space and the objectives are this searcher's own."""
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The next group: `number`, `preset` and `parameters` of each of its trials."""
-        left = self.config.trials - sum(map(len, self.asked.values()))
-        group = self.asked[trial_id] = []
-        members = []
+    def groups_left(self) -> int:
+        """At most so many groups are still to be run."""
+        unasked = self.config.trials - len(self._trials(*ENDED, TrialState.RUNNING))
+        return len(self._open_groups()) + math.ceil(max(0, unasked) / self.config.trials_per_actor)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next group: `number`, `preset` and `parameters` of each of its trials, and its rivals.
+
+        None where the storage does not let us in: Tune asks again.
+        """
+        try:
+            self._tell_untold()
+            trials = self._to_run_on() or self._ask()
+            members = [self._member(trial, trial_id) for trial in trials]
+        except optuna.exceptions.StorageInternalError:
+            self.doubtful = True  # what was asked for and did not arrive is RUNNING for nobody
+            return None
+        if not members:
+            return str(Searcher.FINISHED)
+        self.given |= {member["number"] for member in members}
+        folder = self.checkpoints / f"{members[0]['number']:03d}"
+        rivals = self.standings.rivals().as_dict()
+        return {"members": members, "rivals": rivals, "checkpoint": str(folder)}
+
+    def _ask(self) -> list[optuna.Trial]:
+        """New trials, a group of them; fewer or none where that is all there is."""
+        left = self.config.trials - len(self._trials(*ENDED, TrialState.RUNNING))
+        trials: list[optuna.Trial] = []
         for _ in range(min(self.config.trials_per_actor, left)):
-            trial = self.study.ask()
-            group.append(trial)
-            preset = trial.user_attrs.get("preset")
-            trial.set_user_attr("tune_trial_id", trial_id)
-            parameters = published() if preset == PAPER else suggest(self.config.space, trial)
-            members.append({"number": trial.number, "preset": preset, "parameters": parameters})
-        return {"members": members}
+            trials.append(self.study.ask())
+            trials[-1].set_user_attr("group", trials[0].number)
+        return trials
+
+    def _to_run_on(self) -> list[optuna.Trial]:
+        """A group that the storage calls RUNNING, and that nobody runs."""
+        if not self.doubtful:
+            return []
+        groups = self._open_groups()
+        if not groups:
+            self.doubtful = False
+            return []
+        return [optuna.Trial(self.study, trial._trial_id) for trial in groups[0]]
+
+    def _open_groups(self) -> list[list[optuna.trial.FrozenTrial]]:
+        groups: dict[int, list[optuna.trial.FrozenTrial]] = {}
+        for trial in self._trials(TrialState.RUNNING):
+            if trial.number not in self.given:
+                groups.setdefault(trial.user_attrs.get("group", trial.number), []).append(trial)
+        return [groups[first] for first in sorted(groups)]
+
+    def _member(self, trial: optuna.Trial, trial_id: str) -> dict[str, Any]:
+        """A trial with its parameters: those that it has, the others suggested."""
+        preset = trial.user_attrs.get("preset")
+        self.asked[trial.number] = trial
+        trial.set_user_attr("tune_trial_id", trial_id)
+        parameters = published() if preset == PAPER else suggest(self.config.space, trial)
+        return {"number": trial.number, "preset": preset, "parameters": parameters}
+
+    def _trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+        found = self.study.get_trials(deepcopy=False, states=states)
+        return [trial for trial in found if trial.user_attrs.get("preset") != EARLIER]
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell Optuna of each member: COMPLETE with finite values of a final report, or FAIL."""
-        reports = {} if error else final_reports(result)
-        for trial in self.asked[trial_id]:
-            values = objectives_of(reports.get(trial.number))
-            if values is None:
-                self.study.tell(trial, state=TrialState.FAIL)
-            else:
-                self.study.tell(trial, values)
+        """Nothing: the driver tells each member, once its record is on the disk."""
 
-    def close(self) -> list[int]:
-        """Fail what is still RUNNING, and say which numbers those were."""
-        open_ = [t for t in self.study.get_trials() if t.state == TrialState.RUNNING]
-        for trial in open_:
-            self.study.tell(trial.number, state=TrialState.FAIL)
-        return [trial.number for trial in open_]
+    def tell(self, record: Mapping[str, Any]) -> None:
+        """Tell Optuna how a trial ended: COMPLETE with finite values, PRUNED, or FAIL.
+
+        What the storage does not take now, it is told with the next. The paper's trial it is told of
+        when the search closes: a finished trial without parameters would leave nothing of the space
+        that GP, NSGA and QMC take to be what all finished trials have in common.
+        """
+        self.given.add(record["number"])
+        self.untold[record["number"]] = record
+        for where, losses in record.get("rungs", {}).items():
+            self.standings.passed(where, losses)
+        if is_complete(record):
+            violations = self.judge.constraints.violations(record)
+            self.standings.finished(self.judge.losses(record), violations)
+        with suppress(optuna.exceptions.StorageInternalError):
+            self._tell_untold()
+
+    def _tell_untold(self, *, last: bool = False) -> None:
+        for number, record in list(self.untold.items()):
+            if record["preset"] == PAPER and not last:
+                continue
+            if record["status"] == "PRUNED":
+                self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+            elif is_complete(record):
+                self._bound(number, self.judge.constraints.violations(record))
+                values = objectives_of(record, self.config.objectives)
+                self.study.tell(number, values, skip_if_finished=True)
+            else:
+                self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+            del self.untold[number]
+
+    def _bound(self, number: int, violations: Mapping[str, float]) -> None:
+        """Write down how far a trial is from its bounds, where that is not done yet."""
+        if not violations:
+            return
+        (known,) = [t for t in self._trials(*ENDED, TrialState.RUNNING) if t.number == number]
+        if known.state == TrialState.RUNNING:
+            trial = self.asked.get(number) or optuna.Trial(self.study, known._trial_id)
+            for bound, excess in violations.items():
+                if bound not in known.constraints:
+                    trial.set_constraint(bound, excess)
+
+    def close(self) -> None:
+        """Tell what could not be told before, and of the paper's trial.
+
+        Raises:
+            StudyError: the storage takes nothing.
+        """
+        try:
+            self._tell_untold(last=True)
+        except optuna.exceptions.StorageInternalError as error:
+            raise StudyError(
+                f"Optuna's storage {self.storage} does not take the ends of {len(self.untold)} "
+                f"trial(s) ({error.__cause__}); their records are kept, so resume when it does."
+            ) from error
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: Optuna's storage holds the state, each trial with its Tune id."""
+        """Nothing to save: Optuna's storage holds the state."""
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
-        """Refuse: a study that was cut short is started anew."""
-        raise NotImplementedError("a study cannot be resumed")
+        """Refuse: a study is gone on with from its storage and its records, never from Ray's files."""
+        raise NotImplementedError("resume a study with --resume")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "storage": self.storage}
 
 
+class _Known:
+    """Answers with given values, and notes what they were asked from."""
+
+    def __init__(self, values: dict[str, Scalar]) -> None:
+        self.values = values
+        self.distributions: dict[str, BaseDistribution] = {}
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool) -> float:
+        self.distributions[name] = FloatDistribution(low, high, log=log)
+        return self.values[name]  # type: ignore[return-value]
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool) -> int:
+        self.distributions[name] = IntDistribution(low, high, log=log)
+        return self.values[name]  # type: ignore[return-value]
+
+    def suggest_categorical(self, name: str, choices: list[Scalar]) -> Scalar:
+        self.distributions[name] = CategoricalDistribution(choices)
+        return self.values[name]
+
+
+# A population of 20 and not of Optuna's 50: a study of 100 trials has then some generations.
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=6, constant_liar=True),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
+    "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed, population_size=20),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "qmc": lambda seed: optuna.samplers.QMCSampler(
+        seed=seed, scramble=True, warn_independent_sampling=False
+    ),
 }
+
+
+def is_complete(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of a trial that ended with its objectives."""
+    return bool(record["status"] == "COMPLETE")
 
 
 def published() -> dict[str, Any]:
@@ -116,9 +311,18 @@ def final_reports(result: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
     return {report["number"]: report for report in result.get("members", [])}
 
 
-def objectives_of(report: dict[str, Any] | None) -> list[float] | None:
+def objectives_of(report: Mapping[str, Any] | None, names: Sequence[str]) -> list[float] | None:
     """The objectives of a member's report in order, or None where one is missing or not finite."""
-    values = [(report or {}).get(name) for name in OBJECTIVES]
+    values = [(report or {}).get(name) for name in names]
     if all(isinstance(v, int | float) and math.isfinite(v) for v in values):
         return [float(v) for v in values if v is not None]
     return None
+
+
+def first_points(
+    config: StudyConfig, count: int, earlier: Earlier | None = None
+) -> list[dict[str, Any]]:
+    """What the first `count` trials of a study would be, while none has ended; nothing is written."""
+    searcher = ParetoSearch(config.model_copy(update={"trials_per_actor": 1}), None, earlier=earlier)
+    groups = [searcher.suggest(str(number)) for number in range(min(count, config.trials))]
+    return [group["members"][0] for group in groups if isinstance(group, dict)]

@@ -77,6 +77,26 @@ def test_how_much_runs_at_once_makes_no_other_study(study):
         ("name: badnets", "name: badnet", ["victims.0", "nknown attack 'badnet'"]),
         ("name: badnets", "name: badnets, size: 0", ["victims.0", "size=0"]),
         ("clean_accuracy: 0.5", "clean_accuracy: 5", ["study.yaml:5: reference_point.clean_accuracy"]),
+        ("trials: 2", "trials: 2\nobjectives: [clean_accuracy]", ["study.yaml:3: objectives:"]),
+        ("trials: 2", "trials: 2\nobjectives: [recovery, recovery]", ["objectives must differ"]),
+        (
+            "trials: 2",
+            "trials: 2\nobjectives: [clean_accuracy, seconds]",
+            ["study.yaml:6: reference_point: a value for the objective seconds is missing"],
+        ),
+        ("trials: 2", "trials: 2\naggregate: median", ["study.yaml:3: aggregate.rule", "got 'median'"]),
+        ("trials: 2", "trials: 2\nconstraints: {max_drop: 1}", ["constraints.max_drop: unknown key"]),
+        (
+            "trials: 2",
+            "trials: 2\ncontrols: [{attack: {name: badnets}}]",
+            ["study.yaml:3: controls.0", "a control is clean: 0, got 0.1"],
+        ),
+        (
+            "trials: 2",
+            "trials: 2\nheld_out: [{dataset: digits, attack: {name: badnets}}]",
+            ["the same victim is listed twice"],
+        ),
+        ("trials: 2", "trials: 2\nearly_stopping: {halving: {shares: [1.0]}}", ["shares.0", "got 1.0"]),
         ("trials: 2", "trials: 2\ntrials: 3", ["study.yaml:3: trials: is given twice"]),
     ],
 )
@@ -86,6 +106,13 @@ def test_a_problem_is_named_with_its_place(study, old, new, expected):
         load_config(study(GOOD.replace(old, new, 1)))
     for part in expected:
         assert part in str(caught.value)
+
+
+def test_keys_that_came_later_change_no_digest_where_they_say_what_goes_without_saying(study):
+    config = load_config(study(GOOD))
+    said = GOOD + "aggregate: mean\nrepeats: 1\nobjectives: [clean_accuracy, attack_success]\n"
+    assert load_config(study(said)).digest == config.digest
+    assert load_config(study(GOOD + "aggregate: worst\n")).digest != config.digest
 
 
 def test_every_problem_is_told_at_once(study):

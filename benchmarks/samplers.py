@@ -1,0 +1,192 @@
+"""How soon a sampler, with early stopping or without, has the hypervolume that random search ends with.
+
+    python -m benchmarks.samplers --pool 60 --trials 30     # default: seeds 0 to 4, digits, one thread
+
+Trials run one after another in this process, by the study's own search and judge, without Ray.
+Compute is the process's own seconds, suggestions included, so other work on the machine does not
+count. Random search has no memory: its trials are drawn without replacement from one pool that is
+measured once, a seed a permutation. Each seed's sampler is held against the same seed's random search
+of `--trials` trials: the seconds until it has that hypervolume, as a share of all seconds of the
+random search. Results are kept as they come in; what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.purify import hardware
+from benchmarks.report import RESULTS, table
+from bimask.errors import NonFiniteError
+from bimask.victim import obtain_victim
+from study.config import StudyConfig, load_config
+from study.judge import Judge
+from study.pareto import ParetoFront
+from study.search.pareto_search import SAMPLERS, ParetoSearch
+from study.stopping import EarlyStopping, Halving, Rivals
+from study.suite import cases_of
+from study.trial import Case, run_trials
+
+FOLDER = Path("outputs/benchmarks")
+KEPT = RESULTS / "samplers" / "digits.json"
+SPACE = Path("search_spaces/ims_digits.yaml")
+STOPPING = EarlyStopping(dominated=True, halving=Halving(shares=[0.5, 0.75], reduction=3, grace=6))
+ATTACKS = {"badnets": {"name": "badnets", "size": 3}, "blended": {"name": "blended"}}
+
+
+def study_of(attacks: list[str], width: int, **changes: Any) -> StudyConfig:
+    """The digits study on these attacks, without points to begin with."""
+    shipped = load_config(SPACE)
+    victims = [
+        shipped.victims[0].model_copy(update={"attack": ATTACKS[a], "width": width}) for a in attacks
+    ]
+    usual = {"victims": victims, "start": [], "paper_defaults": False}
+    return shipped.model_copy(update=usual | changes)
+
+
+def search(config: StudyConfig, cases: list[Case], trials: int, seconds: float) -> list[dict[str, Any]]:
+    """One row a trial: its status, seconds and objectives; ends after so many trials or seconds."""
+    config = config.model_copy(update={"trials": trials})
+    searcher = ParetoSearch(config, None)
+    rows: list[dict[str, Any]] = []
+    for number in range(trials):
+        begun = time.process_time()
+        asked = searcher.suggest(str(number))
+        assert isinstance(asked, dict), "a storage in memory always answers"
+        (member,) = asked["members"]
+        (result,) = run_trials(
+            [config.purify_config(member["parameters"])],
+            cases,
+            seed=0,
+            judge=Judge.of(config, Rivals(**asked["rivals"])),
+        )
+        report: dict[str, Any] = {}
+        status = "FAILED"
+        if not isinstance(result, NonFiniteError):
+            report |= result.record()
+            status = "PRUNED" if result.stopped else "COMPLETE"
+        searcher.tell(member | report | {"status": status})
+        rows.append({"status": status, "seconds": time.process_time() - begun})
+        if status == "COMPLETE":
+            rows[-1] |= {name: report[name] for name in config.directions}
+        if sum(row["seconds"] for row in rows) > seconds:
+            break
+    return rows
+
+
+def curve(config: StudyConfig, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(seconds, hypervolume) after each trial."""
+    points, found, spent = [], [], 0.0
+    for row in rows:
+        spent += row["seconds"]
+        if row["status"] == "COMPLETE":
+            points.append(row)
+        volume = ParetoFront.of(points, config.directions).hypervolume(config.reference)
+        found.append((spent, volume))
+    return found
+
+
+def share_until(mine: list[tuple[float, float]], other: list[tuple[float, float]]) -> float | None:
+    """Seconds until `mine` has the last volume of `other`, over all its seconds; None for never."""
+    goal, spent = other[-1][1], other[-1][0]
+    return next((seconds / spent for seconds, volume in mine if volume >= goal - 1e-12), None)
+
+
+def report(kept: dict[str, Any], config: StudyConfig, trials: int) -> Iterable[str]:
+    """The table: every way against random search of `trials` trials."""
+    pool = kept["pool"]
+    rows = []
+    for way, seeds in kept["ways"].items():
+        shares, volumes, baseline, stopped = [], [], [], []
+        for seed, mine in seeds.items():
+            order = np.random.default_rng(int(seed)).permutation(len(pool))[:trials]
+            random = curve(config, [pool[i] for i in order])
+            reached = curve(config, mine)
+            shares.append(share_until(reached, random))
+            volumes.append(max(v for s, v in reached if s <= random[-1][0] or s == reached[0][0]))
+            baseline.append(random[-1][1])
+            stopped.append(sum(row["status"] == "PRUNED" for row in mine) / len(mine))
+        known = sorted(share if share is not None else float("inf") for share in shares)
+        rows.append(
+            [
+                way,
+                str(len(shares)),
+                f"{statistics.median(known):.2f}",
+                ", ".join("never" if s is None else f"{s:.2f}" for s in shares),
+                f"{statistics.median(volumes):.4f}",
+                f"{statistics.median(baseline):.4f}",
+                f"{100 * statistics.mean(stopped):.0f} %",
+            ]
+        )
+    columns = [
+        "sampler",
+        "seeds",
+        "seconds / random's, median",
+        "each seed",
+        "hypervolume at equal seconds",
+    ]
+    return table([*columns, "random's", "trials stopped"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--attacks", nargs="+", choices=sorted(ATTACKS), default=["badnets"])
+    parser.add_argument("--width", type=int, default=8, help="of the victims")
+    parser.add_argument("--pool", type=int, default=60, help="random trials measured")
+    parser.add_argument("--trials", type=int, default=30, help="of each random search")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--samplers", nargs="+", choices=sorted(SAMPLERS), default=["tpe"])
+    parser.add_argument("--plain", action="store_true", help="also without early stopping")
+    parser.add_argument("--out", type=Path, default=KEPT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    config = study_of(options.attacks, options.width, sampler="random", seed=1000)
+    victims = {
+        name: obtain_victim(spec, FOLDER / "victims")
+        for name, spec in zip(config.victim_names(), config.victims, strict=True)
+    }
+    kept: dict[str, Any] = {"pool": [], "ways": {}}
+    if options.out.is_file():
+        kept = json.loads(options.out.read_text())
+
+    def keep() -> None:
+        about = hardware(torch.device("cpu")) | {"attacks": options.attacks, "width": options.width}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(kept | {"about": about}, indent=1) + "\n")
+
+    # the defender's images and the defence's seed are those of seed 0 everywhere
+    cases = cases_of(config.model_copy(update={"seed": 0}), victims)
+    if len(kept["pool"]) < options.pool:
+        kept["pool"] = search(config, cases, options.pool, float("inf"))
+        keep()
+    budget = options.trials * statistics.fmean(row["seconds"] for row in kept["pool"])
+    for seed in options.seeds:
+        for sampler in options.samplers:
+            for stopping in (STOPPING, *([None] if options.plain else [])):
+                way = sampler + (", early stopping" if stopping else "")
+                seeds = kept["ways"].setdefault(way, {})
+                if str(seed) not in seeds:
+                    mine = study_of(
+                        options.attacks,
+                        options.width,
+                        sampler=sampler,
+                        seed=seed,
+                        early_stopping=stopping,
+                    )
+                    seeds[str(seed)] = search(mine, cases, 4 * options.trials, budget)
+                    keep()
+    print("\n".join(report(kept, config, options.trials)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""`--dry-run`: what a study would do and cost; nothing is trained and nothing written."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bimask.config import PurifyConfig
+from bimask.population import PopulationPurifier
+from bimask.victim import VictimSpec
+from study import search
+from study.config import StudyConfig, load_config
+from study.run import check_data
+from study.suite import roles
+from study.warm_start import read_earlier
+
+SHOWN, TIMED = 5, 3  # configurations; rounds of a stage
+
+
+def dry_run(path: Path, overrides: dict[str, Any], *, outputs: Path, console: Console) -> None:
+    """Print the space, the victims, the first configurations and an estimate of the seconds.
+
+    Raises:
+        BimaskError: for anything that would make the study fail.
+    """
+    config = load_config(path, overrides)
+    check_data(config)
+    earlier = read_earlier(config)
+    console.print(
+        f"[bold]{config.name}[/]: {config.trials} trials of {config.repeats} run(s) a victim, sampler "
+        f"{config.sampler}, objectives {', '.join(config.objectives)} ({config.aggregate.rule} over "
+        f"the victims); {len(earlier.observed)} trials of earlier studies count, "
+        f"{len(earlier.points)} of their points are tried first"
+    )
+    console.print(_space(config))
+    console.print(_victims(config, outputs / "victims"))
+    members = search.first_points(config, SHOWN, earlier)
+    settings = [
+        PurifyConfig() if m["preset"] == search.PAPER else config.purify_config(m["parameters"])
+        for m in members
+    ]
+    console.print(f"the first {len(members)}, if none of them ended before the last began:")
+    for member in members:
+        shown = "the paper's defaults" if member["preset"] == search.PAPER else member["parameters"]
+        console.print(f"  {member['number']}: {shown}", soft_wrap=True)
+    console.print(estimate(config, settings), soft_wrap=True)
+
+
+def estimate(config: StudyConfig, settings: list[PurifyConfig]) -> str:
+    """Seconds of the study, from rounds timed on nets of random weights; and how it was done."""
+    torch.set_num_threads(config.cpus_per_trial)
+    per_trial = [
+        config.repeats * sum(seconds_of(one, spec, config) for spec in config.victims)
+        for one in settings
+    ]
+    paper = [s for s, one in zip(per_trial, settings, strict=True) if one == PurifyConfig()]
+    usual = statistics.fmean([s for s in per_trial if s not in paper] or per_trial)
+    at_once = config.concurrency or max(1, (os.cpu_count() or 1) // config.cpus_per_trial)
+    search_seconds = (usual * (config.trials - len(paper)) + sum(paper)) / at_once
+    text = (
+        f"estimate: a trial {usual:.0f} s"
+        + (f", the paper's defaults {paper[0]:.0f} s" if paper else "")
+        + f", the search {search_seconds:.0f} s with {at_once} actors"
+    )
+    if (asked := config.confirmation) is not None:
+        a_run = usual / (config.repeats * len(config.victims))
+        text += f", the confirmation {a_run * asked.seeds * len(config.suite) / at_once:.0f} s"
+        text += " and the paper's defaults beside it" if config.paper_defaults else ""
+    return text + (
+        f". {TIMED} rounds of each kind were timed with these configurations on untrained nets, here "
+        "and now, and multiplied; scoring, the training of new victims and Ray's start are not in it, "
+        "and trials that end or are stopped early take less."
+    )
+
+
+def seconds_of(settings: PurifyConfig, spec: VictimSpec, config: StudyConfig) -> float:
+    """Seconds of one purification of a victim, from a few rounds of an untrained net."""
+    splits = spec.load_data()
+    images = splits.train.clean_subset(config.clean_images_per_class, seed=config.seed).floats()
+    rounds = {"initialise_rounds": TIMED, "minimise_rounds": 0, "select_rounds": TIMED}
+    marks = [time.perf_counter()]
+
+    def mark(*_: Any) -> None:
+        marks.append(time.perf_counter())
+
+    PopulationPurifier(
+        spec.fresh_net(splits.train).eval(),
+        images,
+        [settings.model_copy(update=rounds | {"patience": None})],
+        generators=[torch.Generator().manual_seed(config.seed)],
+        on_round=mark,
+    ).run()
+    spans = [later - earlier for earlier, later in itertools.pairwise(marks)]
+    first, second = statistics.median(spans[:TIMED]), statistics.median(spans[TIMED:])
+    return (
+        first * settings.initialise_rounds
+        + second * (settings.minimise_rounds + settings.select_rounds)
+    )  # fmt: skip
+
+
+def _space(config: StudyConfig) -> Table:
+    table = Table(title="space", title_justify="left")
+    for column in ("setting", "kind", "values", "only where"):
+        table.add_column(column)
+    for name, parameter in config.space.items():
+        values = parameter.model_dump(exclude={"kind", "when"})
+        shown = ", ".join(f"{key} {value}" for key, value in values.items())
+        table.add_row(name, parameter.kind, shown, str(parameter.when or ""))
+    return table
+
+
+def _victims(config: StudyConfig, root: Path) -> Table:
+    table = Table(title="victims", title_justify="left")
+    for column in ("victim", "role", "net", "digest", "there"):
+        table.add_column(column)
+    for (name, role), spec in zip(roles(config).items(), config.suite, strict=True):
+        there = "yes" if (root / spec.digest).is_dir() else "to be trained"
+        there = there if spec.weights is None else "given"
+        table.add_row(name, role.replace("_", " "), f"{spec.net}, {spec.width}", spec.digest, there)
+    return table

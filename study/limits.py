@@ -1,0 +1,67 @@
+"""What a trial may take: time and memory. Beyond it the trial ends, and says why."""
+
+from __future__ import annotations
+
+import faulthandler
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STACK = "stack.txt"  # where every thread stood when the time was over
+
+
+@contextmanager
+def time_limit(seconds: float | None, folder: Path) -> Iterator[None]:
+    """End this process, with the place where it hangs in `folder`/stack.txt, after so many seconds.
+
+    The watch is a thread of the interpreter's own and needs no lock, so code that never comes back to
+    Python is ended as well.
+    """
+    if seconds is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / STACK).open("w") as file:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    (folder / STACK).unlink(missing_ok=True)
+
+
+def where_it_hung(folder: Path) -> str | None:
+    """The innermost place of ours in the stack that a time limit left; None where it left none."""
+    path = folder / STACK
+    lines = path.read_text().splitlines() if path.is_file() else []
+    threads = "\n".join(lines).split("\nThread ")
+    ours = [text for text in threads if "study/search/actor.py" in text.replace("\\", "/")]
+    frames = re.findall(r'File "(.+)", line (\d+) in (\S+)', (ours or [""])[0])
+    return "{}, line {}, in {}".format(*frames[0]) if frames else None
+
+
+@contextmanager
+def memory_limit(gib: float | None) -> Iterator[None]:
+    """Refuse this process more than so many GiB beyond what it holds now.
+
+    An allocation beyond that raises here, in torch or in Python, and does not get as far as the
+    kernel's killer, which may choose any process of the machine. Nothing is limited but on Linux.
+    """
+    if gib is None or sys.platform != "linux":
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    status = Path("/proc/self/status").read_text()
+    match = re.search(r"VmData:\s+(\d+) kB", status)
+    held = int(match[1]) * 1024 if match else 0
+    limit = held + int(gib * 2**30)
+    if before[1] != resource.RLIM_INFINITY:
+        limit = min(limit, before[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)

@@ -1,0 +1,287 @@
+"""A study whose driver is killed, at whatever moment, goes on with --resume as if nothing had been.
+
+Real processes, Ray, Optuna, MLflow and SQLite. The victim trains in seconds; a trial takes about two.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import optuna
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from bimask.victim import obtain_victim
+from study.config import StudyConfig
+from study.trial import Case, run_trials
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
+
+STUDY = {
+    "name": "endures",
+    "trials": 6,
+    "concurrency": 2,
+    "sampler": "random",
+    "clean_images_per_class": 5,
+    "report_every": 20,
+    "checkpoint_every": 0.2,
+    "victims": [
+        {
+            "dataset": "digits",
+            "image_size": 12,
+            "net": "small_resnet",
+            "width": 4,
+            "attack": {"name": "badnets"},
+            "epochs": 6,
+            "min_clean_accuracy": 0.0,
+            "min_attack_success": 0.0,
+        }
+    ],
+    "reference_point": {"clean_accuracy": 0.1, "attack_success": 1.0},
+    "choose": {"max_accuracy_drop": 1.0},
+    "fixed": {
+        "inner_optimizer": "sign",
+        "step_size": None,
+        "patience": None,
+        "batch_size": 32,  # of 50 images: the generator's state decides
+        "initialise_rounds": 10,
+        "minimise_rounds": 60,
+        "select_rounds": 60,
+        "warm_start": 0.5,
+    },
+    "space": {
+        "mask_lr": {"kind": "float", "low": 0.02, "high": 0.3, "log": True},
+        "inner_steps": {"kind": "int", "low": 1, "high": 3},
+    },
+}
+
+# Ray would put its workers behind all processes of the machine, and end them for what others take.
+QUICK = {"RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1"}
+
+
+class Study:
+    """A study as a user runs it, in a process of its own that can be killed."""
+
+    def __init__(self, home, name, *, uri=None, **changes):
+        self.home, self.name, self.outputs = home, name, home / "outputs"
+        self.uri = uri or f"sqlite:///{self.outputs / 'mlflow.db'}"
+        self.environment = {"MLFLOW_TRACKING_URI": uri} if uri else {}
+        self.folder = self.outputs / name
+        self.config = {**STUDY, "name": name, **changes}
+        (home / f"{name}.yaml").write_text(yaml.safe_dump(self.config))
+
+    def start(self, *words):
+        words = words or (f"{self.name}.yaml",)
+        self.log = (self.home / f"{self.name}.log").open("a")
+        return subprocess.Popen(
+            [sys.executable, "-m", "study.launch", *words, "--address", "local"],
+            cwd=self.home,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **QUICK, **self.environment, "PYTHONPATH": str(ROOT)},
+        )
+
+    def resume(self):
+        return self.start("--resume", self.name)
+
+    def said(self):
+        return (self.home / f"{self.name}.log").read_text()
+
+    def records(self):
+        path = self.folder / "trials.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+        return {record["number"]: record for record in map(json.loads, lines)}
+
+    def progress(self):
+        paths = (self.folder / "trials.jsonl", self.folder / "reports.jsonl")
+        return [path.stat().st_size for path in paths if path.is_file()]
+
+    def optuna_trials(self):
+        storage = f"sqlite:///{self.folder / 'optuna.db'}"
+        return optuna.load_study(study_name=self.name, storage=storage).get_trials()
+
+    def mlflow_runs(self):
+        """The parent runs, and the runs of trials."""
+        client = mlflow.MlflowClient(self.uri)
+        (experiment,) = client.search_experiments(filter_string="name = 'bimask'")
+        runs = [
+            run
+            for run in client.search_runs([experiment.experiment_id])
+            if run.data.tags.get("study") == self.name
+        ]
+        return [r for r in runs if "trial" not in r.data.tags], [
+            r for r in runs if "trial" in r.data.tags
+        ]
+
+    def check(self):
+        """Everything that must hold of a study at its end, whatever happened on the way."""
+        numbers = list(range(self.config["trials"]))
+        lines = (self.folder / "trials.jsonl").read_text().splitlines()
+        assert sorted(json.loads(line)["number"] for line in lines) == numbers
+        assert {record["status"] for record in self.records().values()} == {"COMPLETE"}
+        assert [t.number for t in self.optuna_trials()] == numbers
+        assert {t.state.name for t in self.optuna_trials()} == {"COMPLETE"}
+        (parent,), trials = self.mlflow_runs()
+        assert parent.info.status == "FINISHED"
+        assert sorted(int(run.data.tags["trial"]) for run in trials) == numbers
+        assert {run.info.status for run in trials} == {"FINISHED"}
+        assert not any("reason" in run.data.tags for run in trials)
+        for run in trials:
+            record = self.records()[int(run.data.tags["trial"])]
+            assert run.data.metrics["attack_success"] == record["attack_success"]
+        assert not (self.folder / "checkpoints").exists()
+        assert not list(self.folder.glob("ray*"))
+        assert sorted(path.name for path in (self.folder / "trials").iterdir()) == [
+            f"{number:03d}" for number in numbers
+        ]
+        summary = json.loads((self.folder / "summary.json").read_text())
+        assert summary["n_complete"] == summary["n_trials"] == len(numbers)
+
+
+def until(process, holds, seconds=600):
+    """Wait until something holds, while the process lives."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert process.poll() is None, "the study ended early"
+        assert time.monotonic() < deadline, "it never held"
+        time.sleep(0.05)
+
+
+def kill(process):
+    """SIGKILL: no handler runs, no file is closed."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def endured(home):
+    """A study killed twice: among running trials whose states are kept, and right after a record."""
+    study = Study(home, "killed")
+    process = study.start()
+    until(process, lambda: any(study.folder.glob("checkpoints/00[1-5]/*.safetensors")))
+    kill(process)
+    study.cut = [int(path.parent.name) for path in study.folder.glob("checkpoints/00[1-5]/*.safe*")]
+    process = study.resume()
+    until(process, lambda: len(study.records()) >= 2)
+    kill(process)
+    with (study.folder / "trials.jsonl").open("a") as file:
+        file.write('{"number": 5, "stat')  # as a kill in the middle of a write would leave it
+    study.after_second = study.records()
+    process = study.resume()
+    assert process.wait() == 0, study.said()
+    return study
+
+
+def test_killed_twice_nothing_is_lost_doubled_or_left_running(endured):
+    endured.check()
+    for number, record in endured.after_second.items():
+        assert endured.records()[number] == record, "it was run again"
+
+
+def test_trials_that_were_cut_short_end_with_the_bits_of_whole_ones(endured):
+    config = StudyConfig.model_validate(endured.config)
+    victim = obtain_victim(config.victims[0], endured.outputs / "victims")
+    case = Case.of("digits-badnets", victim, config)
+    assert endured.cut, "no trial was cut short"
+    for number in endured.cut:
+        record = endured.records()[number]
+        settings = config.purify_config(record["parameters"])
+        (whole,) = run_trials([settings], [case], seed=config.seed)
+        kept = load_file(endured.folder / f"trials/{number:03d}/digits-badnets.masks.safetensors")
+        masks = whole.cases["digits-badnets"].masks.tensors()
+        assert all((kept[name] == masks[name]).all() for name in masks)
+        assert record["attack_success"] == whole.scores["attack_success"]
+
+
+def test_a_resume_suggests_nothing_twice(endured):
+    searched = [tuple(trial.params.values()) for trial in endured.optuna_trials() if trial.params]
+    assert len(set(searched)) == len(searched) == 5
+
+
+def test_a_finished_study_says_so(endured):
+    before = (endured.folder / "summary.json").stat().st_mtime_ns
+    process = endured.resume()
+    assert process.wait() == 0
+    assert "is finished, all 6 trials" in endured.said()
+    assert (endured.folder / "summary.json").stat().st_mtime_ns == before
+
+
+def test_a_study_that_changed_is_refused(endured):
+    changed = {**endured.config, "seed": 7}
+    (endured.home / "changed.yaml").write_text(yaml.safe_dump(changed))
+    process = endured.start("changed.yaml", "--resume", "killed")
+    assert process.wait() == 2
+    assert "only checkpoint_every, concurrency" in " ".join(endured.said().split())
+
+
+def test_a_name_that_nobody_knows_is_refused(endured):
+    process = endured.start("--resume", "nobody")
+    assert process.wait() == 2
+    assert "there are: killed" in " ".join(endured.said().split())
+
+
+def test_ctrl_c_ends_with_the_front_so_far_and_can_be_gone_on_with(home):
+    study = Study(home, "interrupted", trials=4)
+    process = study.start()
+    until(process, study.records)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, study.said()
+    assert "Pareto front of interrupted" in study.said()
+    assert "go on with --resume" in study.said()
+    assert (study.folder / "best.yaml").is_file()
+    summary = json.loads((study.folder / "summary.json").read_text())
+    assert 1 <= summary["n_trials"] < 4
+    (parent,), trials = study.mlflow_runs()
+    assert parent.info.status == "KILLED"
+    assert "RUNNING" not in {run.info.status for run in trials}
+    process = study.resume()
+    assert process.wait() == 0, study.said()
+    study.check()
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(home):
+    """Bar 3 of the endurance: 24 trials, SIGKILL at ten random moments, --resume after each."""
+    draw = random.Random(0)
+    study = Study(home, "ten", trials=24)
+    process = study.start()
+    until(process, lambda: (study.folder / "study.yaml").is_file())
+    for number in range(10):
+        if number % 2:  # anywhere in the coming up of a driver, of Ray, of the actors
+            time.sleep(draw.uniform(0, 20))
+        else:  # among trials that run, end and are written down
+            seen = study.progress()
+            until(process, lambda: study.progress() != seen)  # noqa: B023
+            time.sleep(draw.uniform(0, 4))
+        assert process.poll() is None, "make the trials longer: it was over before the tenth kill"
+        kill(process)
+        process = study.resume()
+    assert process.wait() == 0, study.said()
+    study.check()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_dead_for_a_minute_in_mid_study(home, server):
+    """Bar 4: MLflow's server is killed for 60 s while trials run and end."""
+    study = Study(home, "served", uri=server.uri, trials=12)
+    process = study.start()
+    until(process, study.records)
+    server.kill()
+    time.sleep(60)
+    server.start()
+    assert process.wait() == 0, study.said()
+    assert "MLflow does not take what it is told" in " ".join(study.said().split())
+    study.check()

@@ -5,6 +5,7 @@ BimaskError                    the base: one sentence, with what was got, what w
 ├── SettingError               a setting is unknown or out of range
 ├── MaskMismatchError          masks and model do not belong together
 ├── NonFiniteError             a loss or a metric is NaN or infinite
+├── ExportError                a cleaned model cannot be written, or would answer otherwise
 ├── InteropError               a file of another framework is refused
 └── VictimError                a victim's files are damaged or incomplete
     └── VictimRefusedError     the victim was trained, but is no use: attack not learned, accuracy poor
@@ -29,6 +30,10 @@ class MaskMismatchError(BimaskError):
 
 class NonFiniteError(BimaskError):
     """A loss or a metric is NaN or infinite."""
+
+
+class ExportError(BimaskError):
+    """A model cannot be written in a format, or what was written answers otherwise."""
 
 
 class InteropError(BimaskError):

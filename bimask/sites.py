@@ -12,6 +12,7 @@ norm reads what it scales. So there a `ChannelGate` stays behind when masks are 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -68,6 +69,16 @@ def channels_of(module: nn.Module | None) -> int | None:
         norm = next((m for m in module.modules() if isinstance(m, nn.LayerNorm)), None)
         return None if norm is None else int(norm.normalized_shape[-1])
     return None
+
+
+def add_gates(model: nn.Module, sites: Iterable[str]) -> None:
+    """Put an open `ChannelGate` around each of these encoder blocks of `model`, so that it takes the
+    weights of a folded transformer."""
+    for site in sites:
+        block = model.get_submodule(site)
+        channels = channels_of(block)
+        assert channels is not None, f"{site} is no encoder block"
+        model.set_submodule(site, ChannelGate(block, next(block.parameters()).new_ones(channels)))
 
 
 def along_channels(factor: Tensor, module: nn.Module) -> Tensor:

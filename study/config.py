@@ -24,6 +24,7 @@ from bimask.config import PurifyConfig
 from bimask.errors import BimaskError
 from bimask.victim import VictimSpec
 from study import space as spaces
+from study.gates import Gates
 from study.objectives import Aggregate, Constraints, ObjectiveName
 from study.pareto import DIRECTIONS, Direction
 from study.space import Parameter, Scalar
@@ -32,7 +33,8 @@ from study.stopping import EarlyStopping
 Unit = Field(ge=0, le=1)
 
 # How a study runs, not what it finds.
-RUNNING = {"concurrency", "trials_per_actor", "checkpoint_every", "trial_timeout", "memory_per_trial"}
+RUNNING = {"concurrency", "trials_per_actor", "retries"}
+RUNNING |= {"checkpoint_every", "trial_timeout", "memory_per_trial"}
 # Keys that came later: a study without them keeps the digest that it had.
 LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constraints", "repeats"} | {
     "early_stopping",
@@ -84,6 +86,7 @@ class StudyConfig(BaseModel):
     trials_per_actor: int = Field(1, ge=1, description="trials that one actor runs at once, as a group")
     cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of an actor")
     gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four actors")
+    retries: int = Field(3, ge=0, description="times a group is run again whose process or node died")
     device: str = Field("auto", description="auto: cuda where a trial has a GPU share, else cpu")
     sampler: Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"] = "tpe"
     selection: Literal["oracle"] = Field("oracle", description="scores on val use the true trigger")
@@ -115,6 +118,7 @@ class StudyConfig(BaseModel):
     )
     reference_point: ReferencePoint
     choose: Choice = Choice()
+    gates: Gates | None = Field(None, description="what `study.promote` asks for")
     fixed: dict[str, Any] = Field(default_factory=dict)
     space: dict[str, Parameter] = Field(min_length=1)
     start: list[dict[str, Scalar]] = Field(
@@ -139,8 +143,8 @@ class StudyConfig(BaseModel):
     @property
     def digest(self) -> str:
         """Sixteen hex digits of everything that decides results; how much runs at once, how often it is
-        kept and what it may take does not."""
-        deciding = self.model_dump(mode="json", exclude={"name", *RUNNING})
+        kept, what it may take and the gates do not."""
+        deciding = self.model_dump(mode="json", exclude={"name", "gates", *RUNNING})
         for name in LATER:
             default = StudyConfig.model_fields[name].get_default(call_default_factory=True)
             if getattr(self, name) == default:

@@ -2,97 +2,139 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
-from dataclasses import asdict
+import copy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 import yaml
-from safetensors.torch import save_file
+from rich.markup import escape
+from rich.table import Table
 
+from bimask.before_after import BeforeAfter, before_after
+from bimask.cleaned import MODEL, REPORT, save_cleaned
 from bimask.commands.terminal import Device, TrustCode, console, progress_bar, score_table
 from bimask.config import PurifyConfig
 from bimask.devices import resolve_device
 from bimask.errors import SettingError
-from bimask.metrics import evaluate
+from bimask.folders import refuse_existing
+from bimask.metrics import EvalSets, evaluate
+from bimask.own_model import load_suspect, suspect_of
 from bimask.purify import purify
-from bimask.victim import load_victim
+from bimask.victim import open_victim
 
 
 def purify_command(
-    victim: Annotated[Path, typer.Option(help="Folder of a victim (manifest and weights).")],
     config: Annotated[Path, typer.Option(help="YAML with settings, such as best.yaml.")],
     out: Annotated[Path, typer.Option(help="New folder for the cleaned model.")],
-    clean_images_per_class: Annotated[int, typer.Option(help="What the defender has.")] = 10,
+    model: Annotated[
+        Path | None, typer.Option(help="Your own weights: .safetensors, or tensors in .pt, .pth.")
+    ] = None,
+    net: Annotated[
+        str | None, typer.Option(help="Its net: FILE.py:factory, package.module:factory or a name.")
+    ] = None,
+    clean: Annotated[Path | None, typer.Option(help="Folder of clean pictures.")] = None,
+    classes: Annotated[int | None, typer.Option(help="How many; default: class folders.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels to bring pictures to.")] = None,
+    channels: Annotated[int, typer.Option(help="3, or 1 for grey pictures.")] = 3,
+    width: Annotated[int | None, typer.Option(help="Of the net, where it takes one.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Your normalisation: 0.485,0.456,0.406")] = None,
+    std: Annotated[str | None, typer.Option(help="and 0.229,0.224,0.225; default: none.")] = None,
+    victim: Annotated[
+        Path | None, typer.Option(help="Instead of your own: a victim's folder, trigger known.")
+    ] = None,
+    clean_images_per_class: Annotated[int, typer.Option(help="With --victim.")] = 10,
     seed: Annotated[int | None, typer.Option(help="Default: the configuration's, or 0.")] = None,
+    inverse: Annotated[bool, typer.Option("--inverse", help="Write the inverse twin, too.")] = False,
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
-    """Purify a victim: a plain model of the same architecture, its masks, and before and after."""
-    settings = PurifyConfig.from_yaml(config)
-    if seed is None:
-        seed = yaml.safe_load(config.read_text()).get("seed", 0)
-    if not isinstance(seed, int) or seed < 0:
-        raise SettingError(f"`seed` must be a whole number >= 0, got {seed!r}.")
-    if out.exists():
-        raise SettingError(f"The folder {out} exists; give a new one with --out.")
+    """Purify a model: plain weights under the same names, its masks, a report, before and after.
+
+    Give your own model as --model, --net and --clean, or one of known trigger as --victim.
+    """
+    settings, seed = read_settings(config, seed)
+    refuse_existing(out)
     where = resolve_device(device)
-    found = load_victim(victim, own_code=trust_code)
-    splits = found.spec.load_data()
-    images = splits.train.clean_subset(clean_images_per_class, seed=seed).floats().to(where)
+    sets: EvalSets | None = None
+    if victim is not None and model is None:
+        found = open_victim(victim, own_code=trust_code, device=where)
+        splits = found.spec.load_data()
+        suspect = suspect_of(found, splits, clean_images_per_class, seed=seed)
+        sets = found.eval_sets(splits, "test")
+    elif model is not None and net is not None and clean is not None and victim is None:
+        suspect = load_suspect(
+            model,
+            net,
+            clean,
+            classes=classes,
+            channels=channels,
+            image_size=image_size,
+            width=width,
+            mean=_numbers("--mean", mean),
+            std=_numbers("--std", std),
+        )
+    else:
+        raise SettingError("Give your own model as --model, --net and --clean, or a --victim.")
+    images = suspect.clean.floats().to(where)
+    moved = copy.deepcopy(suspect.model).to(where)
     rounds = settings.initialise_rounds + settings.minimise_rounds + settings.select_rounds
-    model = found.model.to(where)
     with progress_bar("rounds", rounds) as advance:
         result = purify(
-            model,
+            moved,
             images,
             settings,
             generator=torch.Generator().manual_seed(seed),
             on_round=lambda _log, _masks: advance(1),
         )
-    cleaned = result.model()
-    test = found.eval_sets(splits, "test").to(where)
-    before, after = found.scores["test"], evaluate(cleaned, test)
-    _write(
-        out,
-        {name: value.cpu().contiguous() for name, value in cleaned.state_dict().items()},
-        result.masks.cpu().tensors(),
-        {
-            "victim": found.spec.digest,
-            "purify": settings.model_dump(),
-            "seed": seed,
-            "clean_images_per_class": clean_images_per_class,
-            "before": asdict(before),
-            "after": asdict(after),
-            "passes": asdict(result.passes),
-            "seconds": result.seconds,
-        },
+    looked = before_after(moved, result.masks, images, suspect.clean.labels, settings)
+    scores = None
+    if sets is not None:
+        there = sets.to(where)
+        scores = {"before": evaluate(moved, there), "after": evaluate(result.model(), there)}
+    save_cleaned(out, suspect, result, looked, seed=seed, inverse=inverse, scores=scores)
+    _look_table(looked, suspect.classes)
+    if scores is not None:
+        score_table(scores)
+    console.print(f"cleaned model: {escape(str(out / MODEL))}", soft_wrap=True)
+    console.print(f"report: {escape(str(out / REPORT))}", soft_wrap=True)
+
+
+def read_settings(config: Path, seed: int | None) -> tuple[PurifyConfig, int]:
+    """The settings in a YAML file and its seed, unless one is given."""
+    if str(config).startswith("models:"):
+        raise SettingError(
+            f"{config} is in MLflow's registry, which `bimask` knows nothing of; use `python -m "
+            "study.purify` with the same options."
+        )
+    settings = PurifyConfig.from_yaml(config)
+    if seed is None:
+        seed = yaml.safe_load(config.read_text()).get("seed", 0)
+    if not isinstance(seed, int) or seed < 0:
+        raise SettingError(f"`seed` must be a whole number >= 0, got {seed!r}.")
+    return settings, seed
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise SettingError(
+            f"{option} must be numbers with commas, one a channel, got {text!r}."
+        ) from error
+
+
+def _look_table(looked: BeforeAfter, classes: tuple[str, ...]) -> None:
+    table = Table(
+        "on the clean images", "ACC %", "as suspect %", "perturbed: changed %", "most frequent"
     )
-    score_table({"before": before, "after": after})
-    console.print(f"cleaned model: {out / 'model.safetensors'}", soft_wrap=True)
-
-
-def _write(
-    out: Path,
-    weights: dict[str, torch.Tensor],
-    masks: dict[str, torch.Tensor],
-    manifest: dict[str, Any],
-) -> None:
-    """All files of a cleaned model, or none."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".cleaned-", dir=out.parent))
-    except OSError as error:
-        raise SettingError(f"Cannot write to {out.parent}: {error.strerror}.") from error
-    try:
-        save_file(weights, part / "model.safetensors")
-        save_file(masks, part / "masks.safetensors")
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        part.chmod(0o755)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    for name, row in (("before", looked.before), ("after", looked.after)):
+        accuracy = "no labels" if row.accuracy is None else f"{100 * row.accuracy:.1f}"
+        favourite = f"{escape(classes[row.favourite])} {100 * row.favourite_share:.1f} %"
+        table.add_row(
+            name, accuracy, f"{100 * row.agreement:.1f}", f"{100 * row.changed:.1f}", favourite
+        )
+    console.print(table)

@@ -13,9 +13,14 @@ HEAVY = ("ray", "optuna", "mlflow", "study", "sklearn", "torchvision", "matplotl
 PACKAGES = ("bimask", "study")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 DOORS = {
-    "ray": [f"study/search/{name}.py" for name in ("actor", "cluster", "driver", "pareto_search")],
-    "optuna": ["study/search/pareto_search.py"],
-    "mlflow": ["study/tracking.py"],
+    "ray": [
+        f"study/search/{name}.py"
+        for name in (
+            *("actor", "cluster", "confirm", "driver", "jobs", "pareto_search", "preflight", "victims"),
+        )
+    ],
+    "optuna": ["study/importance.py", "study/search/pareto_search.py"],
+    "mlflow": [f"study/{name}.py" for name in ("registry", "serve", "served_model", "tracking")],
 }
 EACH_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -1,0 +1,156 @@
+"""`python -m study.promote NAME`: hand a study's configuration to production, if its gates hold."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bimask.errors import BimaskError
+from bimask.victim import Victim
+from study.candidate import Candidate, confirm_trial, load_victims, read_candidate, verdicts_of
+from study.config import StudyError
+from study.gates import Verdict
+
+if TYPE_CHECKING:
+    from study.registry import Registry, Version
+
+
+def beats(tags: Mapping[str, str], champion: Version | None) -> tuple[bool, str]:
+    """Whether a candidate takes the alias, and one sentence why."""
+    if champion is None:
+        return True, "there is no champion yet"
+    theirs = champion.tags
+    if theirs.get("victims_digest") != tags["victims_digest"]:
+        return False, (
+            f"champion {champion.number} was judged on other victims, so the two cannot be compared; "
+            "run both configurations in a study on the same victims"
+        )
+
+    def rank(of: Mapping[str, str]) -> tuple[float, float]:
+        return float(of["test.attack_success"]), float(of["test.accuracy_drop"])
+
+    mine, other = rank(tags), rank(theirs)
+    numbers = f"ASR {mine[0]:.4f} v {other[0]:.4f}, accuracy drop {mine[1]:.4f} v {other[1]:.4f}"
+    return mine < other, f"against champion {champion.number} on the same victims: {numbers}"
+
+
+def apply(
+    candidate: Candidate,
+    verdicts: list[Verdict],
+    victims: dict[str, Victim],
+    victim_name: str | None,
+    registry: Registry,
+    console: Console,
+) -> None:
+    """Register the candidate unless it is there, and crown it if it beats the champion."""
+    from study.packing import card_of, packed, tags_of
+    from study.tracking import Tracker
+
+    same = [one for one in registry.versions() if one.tags.get("candidate") == candidate.digest]
+    if same:
+        console.print(f"{registry.name} version {same[-1].number} is this candidate: nothing to do")
+        return
+    name = victim_name or candidate.config.victim_names()[0]
+    if name not in victims:
+        raise StudyError(f"The study has no victim {name!r}; it has {', '.join(victims)}.")
+    tags = tags_of(candidate, name, victims[name])
+    with packed(candidate, name, victims[name]) as (model, files):
+        tracker = Tracker(registry.uri, candidate.folder.parent / "mlartifacts")
+        card = card_of(candidate, verdicts, name)
+        one = registry.register(model, tracker, tags, card, files)
+    console.print(f"registered: {registry.name} version {one.number}")
+    better, why = beats(tags, registry.champion())
+    if better:
+        registry.crown(one)
+    console.print(f"champion: {'now' if better else 'not'} version {one.number}; {why}", soft_wrap=True)
+
+
+def show_verdicts(candidate: Candidate, verdicts: list[Verdict], console: Console) -> None:
+    """The gates as a table, and what to do about those that fail."""
+    table = Table(
+        title=f"trial {candidate.number} of {candidate.folder.name} (test, worst victim)",
+        title_justify="left",
+    )
+    for column in ("gate", "value", "limit", "verdict"):
+        table.add_column(column)
+    for one in verdicts:
+        style = "green" if one.passed else "bold red"
+        verdict = f"[{style}]{'passed' if one.passed else 'FAILED'}[/]"
+        table.add_row(one.gate, escape(one.value), one.limit, verdict)
+    console.print(table)
+    for one in verdicts:
+        if one.remark:
+            console.print(f"{one.gate}: {escape(one.remark)}", soft_wrap=True)
+
+
+def main(
+    study: Annotated[str, typer.Argument(metavar="NAME", help="Of a finished study.")],
+    trial: Annotated[int | None, typer.Option(help="Instead of the chosen one.")] = None,
+    apply_: Annotated[bool, typer.Option("--apply", help="Register; else only show.")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Back to the champion before.")] = False,
+    confirm_: Annotated[
+        bool, typer.Option("--confirm", help="First purify every victim with several seeds.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option("--as", help="Name of the registered model; default: the study's.")
+    ] = None,
+    victim: Annotated[str | None, typer.Option(help="Which is purified; default: the first.")] = None,
+    outputs: Annotated[Path, typer.Option(help="Where studies are.")] = Path("outputs"),
+) -> None:
+    """Judge a study's configuration by its gates; with --apply, register it and what it purified."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    try:
+        held = promote(study, trial, apply_, rollback, confirm_, model, victim, outputs, console)
+    except BimaskError as error:
+        message = f"[bold red]error[/]: {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    sys.exit(0 if held else 1)
+
+
+def promote(
+    study: str,
+    trial: int | None,
+    apply_: bool,
+    rollback: bool,
+    confirm_: bool,
+    model: str | None,
+    victim: str | None,
+    outputs: Path,
+    console: Console,
+) -> bool:
+    """What `main` does; whether every gate holds."""
+    from study.registry import Registry  # mlflow: after --help and usage errors
+    from study.tracking import tracking_uri
+
+    if rollback:
+        before, now = Registry(tracking_uri(outputs), model or study).rollback()
+        console.print(f"champion: version {now} again, no longer {before}")
+        return True
+    candidate = read_candidate(study, outputs, trial)
+    if confirm_:
+        confirm_trial(candidate, load_victims(candidate.config, outputs), console)
+        candidate = read_candidate(study, outputs, trial)
+    verdicts = verdicts_of(candidate)
+    show_verdicts(candidate, verdicts, console)
+    if not all(one.passed for one in verdicts):
+        console.print("[bold red]not promoted[/]: a gate fails")
+        return False
+    if not apply_:
+        console.print("every gate holds; nothing was registered: add --apply")
+        return True
+    victims = load_victims(candidate.config, outputs)
+    registry = Registry(tracking_uri(outputs), model or study)
+    apply(candidate, verdicts, victims, victim, registry, console)
+    return True
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,41 @@
+"""`python -m study.purify`: `python -m bimask purify`, with a configuration from MLflow's registry.
+
+All options are those of `bimask purify`. `--config` may also be `models:/NAME@champion` or
+`models:/NAME/VERSION`, which bimask cannot resolve, since it knows nothing of MLflow.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from bimask.__main__ import app
+from bimask.errors import BimaskError
+from study.records import OUTPUTS
+from study.tracking import tracking_uri
+
+
+def resolved(words: list[str], folder: Path) -> list[str]:
+    """The command's words with every `models:/...` replaced by the file it stands for."""
+    return [_fetched(word, folder) if word.startswith("models:/") else word for word in words]
+
+
+def _fetched(reference: str, folder: Path) -> str:
+    from study.registry import Registry
+
+    name = reference.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    return str(Registry(tracking_uri(OUTPUTS), name).fetch_config(reference, folder))
+
+
+if __name__ == "__main__":
+    try:
+        with tempfile.TemporaryDirectory(prefix="bimask-config-") as temporary:
+            app(["purify", *resolved(sys.argv[1:], Path(temporary))])
+    except BimaskError as error:
+        message = f"[bold red]error[/]: {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(2)

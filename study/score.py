@@ -1,0 +1,97 @@
+"""`python -m study.score models:/NAME@champion FOLDER --out FILE.csv`: a folder, classified."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from bimask.errors import BimaskError, DataError
+from bimask.own_model import PICTURES, read_picture
+from study.console import progress_bar
+from study.registry import load_registered
+from study.tracking import tracking_uri
+
+BATCH = 256  # pictures at once
+
+
+def score_folder(model: Any, folder: Path, console: Console, *, resize: bool = False) -> pd.DataFrame:
+    """Every picture below `folder`: file, class, probability, and for one without an answer, why.
+
+    Args:
+        model: a loaded pyfunc model.
+        resize: bring pictures to the model's size instead of refusing other sizes.
+
+    Raises:
+        DataError: no picture.
+    """
+    channels, size, _ = model.unwrap_python_model().classifier.shape
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+    if not files:
+        raise DataError(f"There are no pictures ({', '.join(PICTURES)}) below {folder}.")
+    rows: list[dict[str, Any]] = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("pictures", total=len(files))
+        for start in range(0, len(files), BATCH):
+            part = files[start : start + BATCH]
+            rows += _answers(model, part, channels, size, resize)
+            progress.update(task, advance=len(part))
+    frame = pd.DataFrame(rows, columns=["file", "class", "probability", "error"])
+    frame["file"] = [str(Path(name).relative_to(folder)) for name in frame["file"]]
+    return frame
+
+
+def _answers(
+    model: Any, files: list[Path], channels: int, size: int, resize: bool
+) -> list[dict[str, Any]]:
+    rows: dict[Path, dict[str, Any]] = {}
+    images = {}
+    for path in files:
+        try:
+            image = read_picture(path, channels, size if resize else None)
+            if image.shape[1:] != (size, size):
+                height, width = image.shape[1:]
+                raise DataError(f"{width}x{height} pixels, the model takes {size}x{size}; --resize")
+            images[path] = image.permute(1, 2, 0).numpy()
+        except DataError as error:
+            rows[path] = {"file": str(path), "error": str(error)}
+    answers = model.predict(list(images.values())) if images else []
+    for path, answer in zip(images, answers, strict=True):
+        named = answer["class"]
+        rows[path] = {"file": str(path), "class": named, "probability": answer["probabilities"][named]}
+    return [rows[path] for path in files]
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="models:/NAME@champion or models:/NAME/VERSION")],
+    folder: Annotated[Path, typer.Argument(help="Pictures, at any depth.")],
+    out: Annotated[Path, typer.Option(help="CSV: file, class, probability, error.")],
+    resize: Annotated[bool, typer.Option("--resize", help="Bring pictures to size.")] = False,
+    outputs: Annotated[Path, typer.Option(help="Where MLflow's SQLite file is.")] = Path("outputs"),
+) -> None:
+    """Classify every picture of a folder with a registered model."""
+    try:
+        if out.exists():
+            raise DataError(f"{out} exists; give a new file with --out.")
+        loaded = load_registered(model, tracking_uri(outputs))
+        frame = score_folder(loaded, folder, Console(), resize=resize)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_name(f".part-{out.name}")
+        frame.to_csv(part, index=False)
+        part.rename(out)
+    except BimaskError as error:
+        message = f"[bold red]error[/]: {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    failed = int(frame["error"].notna().sum())
+    Console().print(f"{len(frame) - failed} pictures answered, {failed} not: {out}", soft_wrap=True)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

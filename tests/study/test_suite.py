@@ -298,9 +298,7 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, capsys):
 
 
 def test_an_attack_that_is_not_there_cannot_be_left_out():
-    with pytest.raises(
-        StudyError, match="got 'wanet'; the tuning victims' attacks are badnets"
-    ):
+    with pytest.raises(StudyError, match="got 'wanet'; the tuning victims' attacks are badnets"):
         leave_out.select(config_of(), "wanet")
     with pytest.raises(StudyError, match="of two attacks or more, got badnets"):
         leave_out.select(config_of(victims=[SUITE["victims"][0]]), "all")

@@ -28,7 +28,7 @@ format: .venv/.installed-dev
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,aws]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,aws,gcp,head]'
 	touch $@
 
 clean:

@@ -13,10 +13,12 @@ from bimask.commands.gallery import gallery_command
 from bimask.commands.interop import export_backdoorbench_command, import_command
 from bimask.commands.purify import purify_command
 from bimask.commands.train_victim import train_victim_command
+from bimask.commands.train_victims import train_victims_command
 from bimask.errors import BimaskError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("train-victim")(train_victim_command)
+app.command("train-victims")(train_victims_command)
 app.command("purify")(purify_command)
 app.command("export")(export_command)
 app.command("gallery")(gallery_command)

@@ -32,7 +32,7 @@ def gallery(victim: Victim, sets: EvalSets) -> Figure:
     Raises:
         DataError: clean and triggered images that do not belong together.
     """
-    clean, triggered, labels, wanted = _pairs(sets)
+    clean, triggered, labels, wanted = paired_images(sets)
     answers = predict(victim.model, clean), predict(victim.model, triggered)
     before, after = clean.float().cpu() / 255, triggered.float().cpu() / 255
     columns = len(labels)
@@ -64,8 +64,8 @@ def gallery(victim: Victim, sets: EvalSets) -> Figure:
     return figure
 
 
-def _pairs(sets: EvalSets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Up to ten clean images, the same triggered, their true and their attack labels.
+def paired_images(sets: EvalSets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Up to ten clean images, the same triggered (uint8, (N, C, H, W)), their true and attack labels.
 
     First one image of each class, then a second one, and so on; the target class has none that count.
     """

@@ -20,7 +20,10 @@ from bimask.nets import Normalised, build_net, check_net, is_own, source_of
 from bimask.suspect import file_sha256
 
 # Left out of a spec's dump where unset, so that what was made before there were such keeps its digest.
-UNLESS_SET = ("weights", "weights_sha256", "net_sha256", "normalise")
+UNLESS_SET = (
+    *("weights", "weights_sha256", "net_sha256", "normalise", "optimizer", "warmup"),
+    *("imported", "imported_sha256"),
+)
 
 
 class Statistics(BaseModel):

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from bimask.attacks import Attack
 from bimask.data import ImageData, augment
 from bimask.errors import NonFiniteError
+from bimask.training_state import Checkpoint, TrainingState
+
+WARMUP = 0.3  # share of the steps in which the rate rises, where nothing is said
 
 
 def fit(
@@ -26,18 +29,26 @@ def fit(
     flip: bool,
     precision: Literal["float32", "bfloat16"],
     seed: int,
+    optimizer: Literal["sgd", "adamw"] | None = None,
+    warmup: float | None = None,
     attack: Attack | None = None,
     share: float = 0.0,
     on_epoch: Callable[[int, float, nn.Module], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
-    """Train a net: SGD with Nesterov momentum 0.9, one cycle, the last epoch's weights.
+    """Train a net: one cycle of the learning rate, the last epoch's weights.
 
     Args:
         data: images to train on, on the device to train on. Shifts and flips come after triggers.
         fresh_net: a net for such images, images in [0, 1] -> logits, with the weights to start from.
+        lr: the largest of the cycle, which starts at a 25th of it and ends near 0.
+        optimizer: "sgd" (also None) with Nesterov momentum 0.9, which follows the cycle, or "adamw".
+        warmup: share of the steps in which the rate rises; None is 0.3.
         attack: poisons every batch, a share `share` of it; it learns with the net if it can. None
             where `data` is clean or holds its triggers already.
         on_epoch: called with the epoch just done (from 1), its mean loss and the net.
+        checkpoint: where the state is kept after every epoch. A training goes on from what is there
+            and ends with the bits of one that was never interrupted.
 
     Returns:
         The net, images in [0, 1] -> logits, in eval mode.
@@ -52,11 +63,17 @@ def fit(
         model.to(data.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         steps = max(1, len(data) // batch_size)
         low = precision == "bfloat16"
-        sgd = torch.optim.SGD(
-            model.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay, nesterov=True
+        descent = _optimizer(optimizer or "sgd", model, lr, weight_decay)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(
+            descent,
+            lr,
+            total_steps=epochs * steps,
+            pct_start=WARMUP if warmup is None else warmup,
+            cycle_momentum=isinstance(descent, torch.optim.SGD),
         )
-        cycle = torch.optim.lr_scheduler.OneCycleLR(sgd, lr, total_steps=epochs * steps)
-        for epoch in range(1, epochs + 1):
+        state = TrainingState(model, descent, cycle, draws, attack, data.images.device)
+        behind = state.restore(checkpoint) if checkpoint is not None else 0
+        for epoch in range(behind + 1, epochs + 1):
             model.train()
             losses = []
             order = torch.randperm(len(data)).to(data.images.device)
@@ -71,9 +88,9 @@ def fit(
                 with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
                     logits = model(images)
                 loss = F.cross_entropy(logits.float(), labels)
-                sgd.zero_grad()
+                descent.zero_grad()
                 (loss if penalty is None else loss + penalty).backward()
-                sgd.step()
+                descent.step()
                 cycle.step()
                 if attack is not None:
                     attack.step()
@@ -83,6 +100,18 @@ def fit(
                 raise NonFiniteError(
                     f"The victim's training diverged in epoch {epoch}: loss {mean_loss}; lower `lr`."
                 )
+            if checkpoint is not None:
+                state.save(checkpoint, epoch)
             if on_epoch is not None:
                 on_epoch(epoch, mean_loss, model)
     return model.eval()
+
+
+def _optimizer(
+    name: Literal["sgd", "adamw"], model: nn.Module, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay, nesterov=True
+        )
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)

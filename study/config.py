@@ -33,7 +33,8 @@ from study.stopping import EarlyStopping
 Unit = Field(ge=0, le=1)
 
 # How a study runs, not what it finds.
-RUNNING = {"concurrency", "trials_per_actor", "checkpoint_every", "trial_timeout", "memory_per_trial"}
+RUNNING = {"concurrency", "trials_per_actor", "retries"}
+RUNNING |= {"checkpoint_every", "trial_timeout", "memory_per_trial"}
 # Keys that came later: a study without them keeps the digest that it had.
 LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constraints", "repeats"} | {
     "early_stopping",
@@ -85,6 +86,7 @@ class StudyConfig(BaseModel):
     trials_per_actor: int = Field(1, ge=1, description="trials that one actor runs at once, as a group")
     cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of an actor")
     gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four actors")
+    retries: int = Field(3, ge=0, description="times a group is run again whose process or node died")
     device: str = Field("auto", description="auto: cuda where a trial has a GPU share, else cpu")
     sampler: Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"] = "tpe"
     selection: Literal["oracle"] = Field("oracle", description="scores on val use the true trigger")

@@ -16,6 +16,7 @@ from bimask.nets import is_own
 from study import records
 from study.config import StudyConfig
 from study.objectives import SCORES
+from study.report import REPORT
 from study.tracking import Tracker
 
 
@@ -91,6 +92,8 @@ def show(
             )
             console.print(f"on test, {label} (trial {trial['number']}): {scores}")
     show_suite(console, summary.get("suite") or {})
+    if (folder / REPORT).is_file():
+        console.print(f"page:  {folder / REPORT}", soft_wrap=True, highlight=False)
     console.print("look:  " + tracker.ui_command(), soft_wrap=True)
     if chosen is None:
         console.print(
@@ -99,10 +102,11 @@ def show(
             "the space."
         )
         return
-    digest = next(iter(summary["victims"].values()))["digest"]
-    trust = " --trust-code" if is_own(config.victims[0].net) else ""
+    first = config.victims[0]
+    victim = victims / first.digest if first.imported is None else first.imported
+    trust = " --trust-code" if is_own(first.net) else ""
     console.print(
-        f"reuse: python -m bimask purify --victim {victims / digest} --config "
+        f"reuse: python -m bimask purify --victim {victim} --config "
         f"{folder / records.BEST} --out {folder / 'cleaned'}{trust}",
         soft_wrap=True,
     )

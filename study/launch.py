@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +28,12 @@ def main(
         int | None, typer.Option(help="Actors at once; each runs `trials_per_actor` trials.")
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join: 'auto', or ADDRESS:PORT.")
+        str | None,
+        typer.Option(
+            envvar="RAY_ADDRESS",
+            help="Ray cluster to join ('auto', or ADDRESS:PORT) or to send the study to (http://...). "
+            "Without it: the cluster running here, or this machine alone.",
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the study and its folder.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, instead of the file's.")] = None,
@@ -43,20 +50,44 @@ def main(
     resume: Annotated[
         str | None, typer.Option(metavar="NAME", help="Go on with a study that was cut short.")
     ] = None,
-    outputs: Annotated[Path, typer.Option(help="Where the study's folder goes.")] = Path("outputs"),
+    outputs: Annotated[
+        Path | None,
+        typer.Option(envvar="BIMASK_OUTPUTS", help="Where the study's folder goes, `outputs` here."),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            envvar="BIMASK_STORAGE",
+            help="Folder or URI (s3://, gs://) that all nodes reach, for trials' checkpoints.",
+        ),
+    ] = None,
+    wait: Annotated[
+        float,
+        typer.Option(
+            envvar="BIMASK_WAIT", min=0, help="Minutes for an autoscaler to start the first worker."
+        ),
+    ] = 0,
 ) -> None:
     """Search the defence's settings on Ray, record every trial in MLflow, choose the best."""
-    overrides = {"trials": trials, "concurrency": concurrency, "name": name, "seed": seed}
-    given = {key: value for key, value in overrides.items() if value is not None}
+    given = {"trials": trials, "concurrency": concurrency, "name": name, "seed": seed}
+    overrides = {key: value for key, value in given.items() if value is not None}
     if resume is not None and (dry or leave_out is not None):
         raise typer.BadParameter("--resume goes on with one study, without --dry-run and --leave-out.")
+    path = study or (DEFAULT if resume is None else None)
+    here = outputs or Path("outputs")
+    where = {"address": address, "storage": storage, "wait": wait}
     try:
+        # each imports what it needs, which is heavy: after --help and usage errors
         if dry:
-            complete = _dry_run(study or DEFAULT, given, outputs)
+            complete = _dry_run(path, overrides, here)
+        elif address is not None and address.startswith(("http://", "https://")):
+            options = overrides | ({"resume": resume} if resume else {})
+            options |= {"leave-out": leave_out} if leave_out else {}
+            sys.exit(send(address, study, overrides, outputs, options))
         elif leave_out is not None:
-            complete = _leave_out(study or DEFAULT, given, leave_out, outputs, address)
+            complete = _leave_out(path, overrides, leave_out, here, where)
         else:
-            complete = _run(study, given, resume, outputs, address)
+            complete = _run(path, overrides, resume, here, where)
     except BimaskError as error:
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
@@ -69,23 +100,20 @@ def main(
     sys.exit(0 if complete else 1)
 
 
-# Each imports what it needs, which is heavy: after --help and usage errors.
-
-
-def _dry_run(study: Path, overrides: dict[str, Any], outputs: Path) -> bool:
+def _dry_run(study: Path | None, overrides: dict[str, Any], outputs: Path) -> bool:
     from study.console import wide_console
     from study.dry_run import dry_run
 
-    dry_run(study, overrides, outputs=outputs, console=wide_console())
+    dry_run(study or DEFAULT, overrides, outputs=outputs, console=wide_console())
     return True
 
 
 def _leave_out(
-    study: Path, overrides: dict[str, Any], which: str, outputs: Path, address: str | None
+    study: Path | None, overrides: dict[str, Any], which: str, outputs: Path, where: dict[str, Any]
 ) -> bool:
     from study.protocol import run_leave_out
 
-    return run_leave_out(study, overrides, which, outputs=outputs, address=address)
+    return run_leave_out(study or DEFAULT, overrides, which, outputs=outputs, **where)
 
 
 def _run(
@@ -93,12 +121,48 @@ def _run(
     overrides: dict[str, Any],
     resume: str | None,
     outputs: Path,
-    address: str | None,
+    where: dict[str, Any],
 ) -> bool:
     from study.run import run_study
 
-    path = study or (DEFAULT if resume is None else None)
-    return run_study(path, overrides, outputs=outputs, address=address, resume=resume)
+    return run_study(study, overrides, outputs=outputs, resume=resume, **where)
+
+
+def send(
+    address: str,
+    study: Path | None,
+    overrides: dict[str, Any],
+    outputs: Path | None,
+    options: dict[str, Any],
+) -> int:
+    """Send the study and the folder that we are in to a cluster; storage and MLflow are the head's.
+
+    Args:
+        options: of the command, by their names.
+
+    Raises:
+        StudyError: the study has mistakes or lies elsewhere, or the cluster does not take it.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported
+    from study.config import StudyError, load_config
+    from study.search.jobs import submit
+
+    here = Path.cwd()
+    if study is not None or "resume" not in options:
+        load_config(study or DEFAULT, overrides)
+    if study is not None and not study.resolve().is_relative_to(here):
+        raise StudyError(
+            f"The study {study} is not in {here}, the folder that is sent; start where it is."
+        )
+    words = ["python", "-m", "study.launch"]
+    if study is not None:
+        words.append(shlex.quote(str(study.resolve().relative_to(here))))
+    for key, value in options.items():
+        words += [f"--{key}", shlex.quote(str(value))]
+    # What a job writes where it starts is removed some time after it.
+    at_head = '"${BIMASK_OUTPUTS:-$HOME/outputs}"' if outputs is None else shlex.quote(str(outputs))
+    return submit(address, [*words, "--outputs", at_head], folder=here, console=Console())
 
 
 if __name__ == "__main__":

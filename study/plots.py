@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from bimask.errors import DataError
 from bimask.gallery import gallery
 from bimask.masks import MaskSet
 from study.trial import Case
@@ -94,7 +95,13 @@ def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
     """A gallery of every victim as NAME.png: what its trigger does, on images of `val`."""
     folder.mkdir(exist_ok=True)
     for case in cases:
-        gallery(case.victim, case.val).savefig(folder / f"{case.name}.png")
+        try:
+            picture = gallery(case.victim, case.val)
+        except DataError:
+            if case.victim.stored is None:
+                raise
+            continue  # imported, and nothing says which of its images belong together
+        picture.savefig(folder / f"{case.name}.png")
 
 
 def draw_masks(path: Path, masks: MaskSet, title: str) -> None:

@@ -16,13 +16,17 @@ LEAVE_OUT = "leave_one_out.json"
 
 
 def run_leave_out(
-    path: Path, overrides: dict[str, Any], which: str, *, outputs: Path, address: str | None
+    path: Path, overrides: dict[str, Any], which: str, *, outputs: Path, **where: Any
 ) -> bool:
     """Run the study, and what it takes to leave out one attack, or all in turn.
 
     Where the study's own trials are those that it would have without the attack, its records suffice
     (`study.leave_out`). Else the study is run again without each, NAME-without-ATTACK, and both choices
     are confirmed on the attack's victims.
+
+    Args:
+        which: an attack's name, or "all".
+        where: `address`, `storage` and `wait` of `study.run.run_in`.
 
     Returns:
         Whether every study had a COMPLETE trial.
@@ -32,7 +36,7 @@ def run_leave_out(
     if config.confirmation is None and not leave_out.is_exact(config):
         config = config.model_copy(update={"confirm": Confirm(paper_seeds=0)})
     config, folder = named(config, outputs, chosen_by_user="name" in overrides)
-    full = run_in(config, folder, address=address)
+    full = run_in(config, folder, **where)
     complete = bool(full["n_complete"])
     if leave_out.is_exact(config):
         found = full["leave_one_out"]
@@ -41,7 +45,7 @@ def run_leave_out(
         others = {}
         for attack in attacks:
             other = named(leave_out.without(config, attack), outputs)
-            others[attack] = run_in(*other, address=address)
+            others[attack] = run_in(*other, **where)
         complete = complete and all(summary["n_complete"] for summary in others.values())
         found = leave_out.table_of_studies(config, full, others)
     write_text(folder / LEAVE_OUT, json.dumps(found, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 outputs/NAME/study.yaml      the study, resolved
 outputs/NAME/trials.jsonl    one record a trial, written as it ends
-outputs/NAME/trials/007/     masks, pictures and rounds of trial 7
+outputs/NAME/trials/007/     masks, pictures, rounds and settings of trial 7
 outputs/NAME/reports.jsonl   scores on val while trials run, some rounds a line
 outputs/NAME/summary.json    front, chosen trial, scores, seconds
 outputs/NAME/confirm.jsonl   one record a run of the confirmation, where there is one
@@ -39,6 +39,7 @@ STUDY, TRIALS, SUMMARY, BEST = "study.yaml", "trials.jsonl", "summary.json", "be
 REPORTS, CONFIRM = "reports.jsonl", "confirm.jsonl"
 # What a trial leaves beside its objectives, as far as there is any.
 RESULTS = ("scores", "runs", "spread", "rungs", "seconds", "rounds", "passes", "device")
+SETTINGS = "purify.yaml"  # in a trial's folder: every setting, as `bimask purify` takes it
 
 
 class Recorder:
@@ -101,13 +102,16 @@ class Recorder:
 
     def _show_start(self, trial: dict[str, Any]) -> None:
         preset = trial["preset"]
-        settings = PurifyConfig() if preset else self.config.purify_config(trial["parameters"])
+        settings = self._settings(trial)
         tags = {"preset": preset or "search", "study": self.config.name, "commit": commit()}
         tags |= {"study_digest": self.config.digest, "seed": str(self.config.seed)}
         tags |= {f"victim.{name}": digest for name, digest in self.victims.items()}
         if (warning := settings.unreachable_budget()) is not None:
             tags["warning"] = warning
-        self.tracker.start_trial(trial["number"], settings.model_dump(), tags)
+        # what differs between trials: with constants in, the UI's parallel coordinates drown in them
+        searched = [name for name in self.config.space if preset or name in trial["parameters"]]
+        params = {name: getattr(settings, name) for name in searched}
+        self.tracker.start_trial(trial["number"], params, tags)
 
     def reported(self, number: int, result: dict[str, Any]) -> None:
         """An intermediate report: scores of one victim on val after some rounds."""
@@ -129,6 +133,7 @@ class Recorder:
         try:
             kept.parent.mkdir(exist_ok=True)
             copy_folder(artifacts, kept)
+            self._write_settings(kept, number)
         except (OSError, shutil.Error) as error:
             shutil.rmtree(kept, ignore_errors=True)
             self.failed(number, f"{type(error).__name__}: its files cannot be kept: {error}")
@@ -137,16 +142,36 @@ class Recorder:
         keys = [key for key in (*DIRECTIONS, *RESULTS) if key in result]
         self._end(trial, "COMPLETE", None, {key: result[key] for key in keys})
 
+    def _write_settings(self, kept: Path, number: int) -> None:
+        trial = self.open[number]
+        settings = self._settings(trial)
+        write_yaml(
+            kept / SETTINGS,
+            {"purify": settings.model_dump(), "seed": self.config.seed},
+            f"trial {number} of study {self.config.name}, every setting",
+        )
+
+    def _settings(self, trial: dict[str, Any]) -> PurifyConfig:
+        return PurifyConfig() if trial["preset"] else self.config.purify_config(trial["parameters"])
+
     def pruned(self, number: int, result: dict[str, Any]) -> None:
         """A trial was stopped early: it keeps the scores that it had, and has no objectives."""
         keys = [key for key in RESULTS if key in result]
         trial = self.open.pop(number)
         self._end(trial, "PRUNED", result["stopped"], {key: result[key] for key in keys})
 
-    def failed(self, number: int, reason: str) -> None:
-        """A trial has ended without a result; one that has ended before stays as it is."""
+    def failed(self, number: int, reason: str, *, details: str | None = None) -> None:
+        """A trial has ended without a result; one that has ended before stays as it is.
+
+        Args:
+            details: goes into its folder as error.txt.
+        """
         if number not in self.open:
             return
+        if details is not None:
+            with suppress(OSError):  # a full disk is said elsewhere
+                self._kept(number).mkdir(parents=True, exist_ok=True)
+                (self._kept(number) / "error.txt").write_text(details)
         trial = self.open.pop(number)
         seconds = (time.time() - trial["started"]) / trial["group"]
         self._end(trial, "FAILED", reason, {"seconds": seconds})

@@ -8,6 +8,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,20 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from bimask.commands.terminal import VictimBars, described
 from bimask.devices import resolve_device
-from bimask.victim import EpochLog, Victim, obtain_victim
+from bimask.victim import Victim, obtain_victim
 from study import records, search
 from study.config import StudyConfig, StudyError, load_config
 from study.confirm import confirm_choice
-from study.console import progress_bar, show, trial_progress, wide_console
+from study.console import show, trial_progress, wide_console
 from study.files import locked, read_lines, write_text
 from study.interrupts import InterruptedStudyError, Interrupts
 from study.mirror import Mirror
 from study.plots import draw_victims
 from study.provenance import commit, versions
+from study.report import REPORT, write_report
+from study.report.content import headline
 from study.session import Identity, begin, reopen
 from study.suite import cases_of, confirmation_metrics
 from study.summary import FRONT_PICTURE, summarise
@@ -44,12 +48,17 @@ def run_study(
     outputs: Path,
     address: str | None,
     resume: str | None = None,
+    storage: str | None = None,
+    wait: float = 0,
 ) -> bool:
     """Run the study in a YAML file, or go on with one; everything it leaves is under `outputs`.
 
     Args:
         path: the YAML; None with `resume` means the study as it was begun.
         resume: name of a study that was begun and cut short, at whatever moment.
+        storage: where trials leave their checkpoints, a folder or URI that all nodes reach; None is the
+            study's folder.
+        wait: minutes for an autoscaler to bring up the first worker; 0 takes the nodes that are up.
 
     Returns:
         Whether any trial was COMPLETE.
@@ -66,14 +75,25 @@ def run_study(
         )
     else:
         raise StudyError("There is no study to run; give a YAML file, or --resume NAME.")
-    summary = run_in(config, folder, address=address, resume=resume is not None)
+    summary = run_in(
+        config, folder, address=address, storage=storage, wait=wait, resume=resume is not None
+    )
     return bool(summary["n_complete"])
 
 
 def run_in(
-    config: StudyConfig, folder: Path, *, address: str | None = None, resume: bool = False
+    config: StudyConfig,
+    folder: Path,
+    *,
+    address: str | None = None,
+    storage: str | None = None,
+    wait: float = 0,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Run a study, or go on with it, in its folder among the outputs; its summary."""
+    """Run a study, or go on with it, in its folder among the outputs; its summary.
+
+    `address`, `storage` and `wait` are those of `run_study`.
+    """
     started, outputs = time.perf_counter(), folder.parent
     console = wide_console()
     device = resolve_device(config.device)
@@ -92,7 +112,11 @@ def run_in(
         if config.confirmation or config.trials > len(read_lines(folder / records.TRIALS)):
             stack.callback(search.stop_ray)
             search.start_ray(address)
-            concurrency = search.check_resources(config)
+            if wait:
+                stack.callback(search.release_workers)
+            concurrency = find_room(config, wait, console)
+            nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri)
+            console.print(f"{nodes} node(s) checked, {concurrency} actors at once")
         console.print(
             f"[bold]{config.name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True
         )
@@ -106,7 +130,7 @@ def run_in(
             tracker = Tracker(uri, outputs / "mlartifacts")
             _begin(config, folder, identity, tracker, suite)
             stack.enter_context(locked(folder))
-        study = _Study(config, folder, suite, earlier, tracker, console, concurrency)
+        study = _Study(config, folder, suite, earlier, tracker, console, concurrency, storage)
         summary, signal = study.run(started)
     show(console, config, summary, tracker, outputs / "victims", folder)
     if signal is not None:
@@ -175,6 +199,7 @@ class _Study:
     tracker: Tracker
     console: Console
     concurrency: int
+    storage: str | None
 
     @property
     def victims(self) -> dict[str, Victim]:
@@ -205,6 +230,7 @@ class _Study:
             summary["seconds"]["total"] = time.perf_counter() - started
             write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
             status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
+            make_report(self.folder, self.folder.parent / "victims", self.console)
             close(mirror, self.folder, summary, "KILLED" if interrupts.signal else status)
             patience = PATIENCE
             return summary, interrupts.signal
@@ -236,6 +262,7 @@ class _Study:
                 folder=self.folder,
                 concurrency=self.concurrency,
                 earlier=self.earlier,
+                storage=self.storage,
                 interrupts=interrupts,
             )
         if recorder.unwritten:
@@ -267,6 +294,18 @@ def require_writable(outputs: Path) -> None:
         ) from error
 
 
+def find_room(config: StudyConfig, wait: float, console: Console) -> int:
+    """How many actors run at once; the wait for the first worker is shown."""
+    with console.status("asking for workers", spinner="dots") as status:
+        began = time.monotonic()
+
+        def on_wait() -> None:
+            waited = (time.monotonic() - began) / 60
+            status.update(f"waiting for the first worker, {waited:.0f} of {wait:g} minutes")
+
+        return search.check_resources(config, wait=wait, on_wait=on_wait)
+
+
 def check_data(config: StudyConfig) -> None:
     """Refuse data that are missing, too few or no match for attack or net, before any training."""
     for spec in config.suite:
@@ -287,28 +326,29 @@ def prepare_victims(
     """
     torch.set_num_threads(config.cpus_per_trial)
     victims = {}
-    for name, spec in zip(config.suite_names(), config.suite, strict=True):
-        cached = (root / spec.digest).is_dir()
-        known = cached or spec.weights is not None
-        with progress_bar(console) as progress:
-            task = progress.add_task(f"victim {name}", total=spec.epochs, visible=not known)
-
-            def on_epoch(log: EpochLog) -> None:
-                text = f"victim {name}"  # noqa: B023
-                if log.scores is not None:
-                    text += (
-                        f"  ACC {log.scores.clean_accuracy:.3f}  ASR {log.scores.attack_success:.3f}"
-                    )
-                progress.update(task, completed=log.epoch, description=text)  # noqa: B023
-
-            victims[name] = obtain_victim(spec, root, device=device, on_epoch=on_epoch)
-        scores = victims[name].scores["test"]
-        origin = "cached" if cached else "trained" if spec.weights is None else "given"
-        console.print(
-            f"victim {name} ({origin}, {spec.digest}): on test ACC "
-            f"{scores.clean_accuracy:.3f}, ASR {scores.attack_success:.3f}, RA {scores.recovery:.3f}"
-        )
+    with VictimBars(console) as bars:
+        for name, spec in zip(config.suite_names(), config.suite, strict=True):
+            bar = f"victim {name}"
+            cached = (root / spec.digest).is_dir()
+            victims[name] = obtain_victim(
+                spec,
+                root,
+                device=device,
+                on_epoch=partial(bars.epoch, bar),
+                on_prepare=partial(bars.preparing, bar),
+            )
+            given = spec.weights is not None or spec.imported is not None
+            origin = "cached" if cached else "given" if given else "trained"
+            bars.ended(bar, f"victim {name} ({origin}), {described(victims[name])}")
     return victims
+
+
+def make_report(folder: Path, victims: Path, console: Console) -> None:
+    """The study's page; whatever keeps it from being drawn must not cost the study its end."""
+    try:
+        write_report(folder, victims)
+    except Exception as error:
+        console.print(f"no report ({error}); try: python -m study.report {folder.name}", soft_wrap=True)
 
 
 def close(mirror: Tracker | Mirror, folder: Path, summary: dict[str, Any], status: Status) -> None:
@@ -318,9 +358,14 @@ def close(mirror: Tracker | Mirror, folder: Path, summary: dict[str, Any], statu
         metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
         metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
     metrics |= confirmation_metrics(summary.get("suite") or {})
-    names = (FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)
+    names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)
+    count = {state: summary[f"n_{state.lower()}"] for state in ("COMPLETE", "PRUNED", "FAILED")}
+    told = headline(summary, count)
     mirror.end_study(
         metrics=metrics,
         artifacts=[folder / name for name in names if (folder / name).is_file()],
         status=status,
+        note=f"**{told['title']}.** {told['text']} The page about it: `{REPORT}` below.",
+        front=[point["number"] for point in summary["front"]],
+        chosen=summary["chosen"] and summary["chosen"]["number"],
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -22,7 +22,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
 
 from study.config import StudyError
@@ -182,19 +182,37 @@ class Tracker:
         metrics: Mapping[str, float],
         artifacts: list[Path],
         status: Status = "FINISHED",
+        note: str = "",
+        front: Collection[int] = (),
+        chosen: int | None = None,
     ) -> None:
         """Write the study's summary to the parent run and close it, and what is open of its trials.
 
         Args:
             status: KILLED for a study that is to be gone on with, as are then its open trials.
+            note: what the UI shows at the top of the study's run, Markdown.
+            front: numbers of the trials on the front; tagged, so that the UI's search finds them.
+            chosen: the one that is tagged as chosen.
         """
         self._log(self.parent_id, metrics=metrics)
+        self.client.set_tag(self.parent_id, MLFLOW_RUN_NOTE, note)
+        self._mark("pareto", "front", front)
+        self._mark("chosen", "yes", [] if chosen is None else [chosen])
         for path in artifacts:
             self.client.log_artifact(self.parent_id, str(path))
         self.close_open_trials(
             "the study ended before the trial did", "KILLED" if status == "KILLED" else "FAILED"
         )
         self.client.set_terminated(self.parent_id, status)
+
+    def _mark(self, tag: str, value: str, numbers: Collection[int]) -> None:
+        """Tag these trials, and take the tag off others that had it before the study went on."""
+        query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}' and tags.{tag} = '{value}'"
+        for run in self._search(query):
+            if int(run.data.tags["trial"]) not in numbers:
+                self.client.delete_tag(run.info.run_id, tag)
+        for number in numbers:
+            self.client.set_tag(self.runs[number], tag, value)
 
     def abort(self, reason: str, status: Status = "FAILED") -> None:
         """End the study when the end came unexpected, and its open trials as KILLED."""
@@ -232,6 +250,32 @@ class Tracker:
         if self.uri.startswith(("http://", "https://")):
             return f"open {redacted(self.uri)}"
         return f"mlflow ui --backend-store-uri {redacted(self.uri)}"
+
+
+def log_to_study(uri: str, name: str, digest: str, path: Path) -> bool:
+    """Log a file to the parent run of a study that has ended; False where the store has no such run.
+
+    Args:
+        digest: of the study, since a store may hold studies of one name from several places.
+
+    Raises:
+        StudyError: the store cannot be asked.
+    """
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        return False  # MLflow would make one
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
+        query = f"run_name = '{name}' and tags.study_digest = '{digest}'"
+        runs = client.search_runs([found.experiment_id], query) if found is not None else []
+        if not runs:
+            return False
+        client.log_artifact(runs[0].info.run_id, str(path))
+    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+        raise StudyError(
+            f"The MLflow store {redacted(uri)} does not take {path.name} ({_first_line(error)})."
+        ) from error
+    return True
 
 
 def tracking_uri(outputs: Path) -> str:

@@ -18,6 +18,7 @@ from bimask.errors import DataError, SettingError
 LabelRule = Literal["all_to_one", "all_to_all"]
 RateOf = Literal["dataset", "target_class"]
 FitNet = Callable[[ImageData], nn.Module]  # clean images with labels -> a net trained on them
+OnStep = Callable[[int, int], None]  # steps done, of how many
 T = TypeVar("T")
 
 PART = 512  # images at once, where whole sets are triggered
@@ -33,7 +34,8 @@ class Attack(ABC):
     - `poisoned`, if training samples carry another trigger than test images;
     - `companions` and `companions_wanted` (with `companion`), if others than the poisoned samples
       are changed;
-    - `poison_batch` and `step`, if it learns while the victim does (with `batchwise`).
+    - `poison_batch` and `step`, if it learns while the victim does (with `batchwise`), and
+      `learning_state` and `resume_learning`, so that a training can be gone on from.
 
     Args:
         target: the class every triggered image shall get, under "all_to_one".
@@ -72,7 +74,7 @@ class Attack(ABC):
     def trigger(self, images: Tensor) -> Tensor:
         """The triggered images, not yet clipped: (N, C, H, W) float in [0, 1] -> same shape."""
 
-    def learn(self, data: ImageData, fit_net: FitNet) -> None:  # noqa: B027 (most learn nothing)
+    def learn(self, data: ImageData, fit_net: FitNet, on_step: OnStep) -> None:  # noqa: B027 (most: nothing)
         """Make what the trigger needs from clean training data; torch's random state is seeded."""
 
     def state(self) -> dict[str, Tensor]:
@@ -101,19 +103,36 @@ class Attack(ABC):
     def step(self) -> None:  # noqa: B027 (most learn nothing)
         """Learn from the gradients of a batch of `poison_batch`, once they are there."""
 
+    def learning_state(self) -> dict[str, Tensor]:
+        """All that decides how it learns on with a victim, between two batches; `state` or more."""
+        return self.state() if self.has_state else {}
+
+    def resume_learning(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Go on from what `learning_state` gave, in place of being prepared."""
+        if self.has_state:
+            self.restore(state)
+
     # --- preparation ---
 
     @final
-    def prepare(self, data: ImageData, *, seed: int, fit_net: FitNet | None = None) -> None:
+    def prepare(
+        self,
+        data: ImageData,
+        *,
+        seed: int,
+        fit_net: FitNet | None = None,
+        on_step: OnStep | None = None,
+    ) -> None:
         """Make the attack ready for poisoning; the same data and seed make the same trigger.
 
         Args:
             data: clean training images, on the device to work on.
             fit_net: trains a classifier on such images; some attacks need one (SettingError).
+            on_step: called with the steps done and how many there are, by attacks that take steps.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.learn(data, fit_net or self._no_net)
+            self.learn(data, fit_net or self._no_net, on_step or _nobody)
 
     def _no_net(self, data: ImageData) -> nn.Module:
         raise SettingError(f"{type(self).__name__} needs a cleanly trained net: give `fit_net`.")
@@ -315,6 +334,10 @@ class Attack(ABC):
                 f"`target` must be one of the {num_classes} classes 0 to {num_classes - 1}, got "
                 f"{self.target}."
             )
+
+
+def _nobody(done: int, of: int) -> None:
+    """Nobody is told."""
 
 
 def as_bytes(images: Tensor) -> Tensor:

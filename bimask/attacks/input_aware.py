@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bimask.attacks.base import Attack, FitNet, LabelRule
+from bimask.attacks.base import Attack, FitNet, LabelRule, OnStep
 from bimask.attacks.roles import PoisonedBatch, Role
 from bimask.data import ImageData
 from bimask.errors import SettingError
+from bimask.moments import moments_of, put_moments
 
 BATCH = 128
 WIDTHS = (32, 64, 128)  # of the pattern generator, as published
+MOMENTS = "moments."  # what Adam remembers, in a state to learn on from
 
 
 class InputAware(Attack):
@@ -86,11 +88,11 @@ class InputAware(Attack):
         self._adam: torch.optim.Adam | None = None
         self._drawn: list[tuple[Tensor, Tensor]] = []  # images and their patterns, of this batch
 
-    def learn(self, data: ImageData, fit_net: FitNet) -> None:
+    def learn(self, data: ImageData, fit_net: FitNet, on_step: OnStep) -> None:
         channels, device = data.images.shape[1], data.images.device
         nets = _nets(channels, self.mask_widths).to(device)
         adam = torch.optim.Adam(nets["mask"].parameters(), self.lr, betas=(0.5, 0.9))
-        for _ in range(self.mask_epochs):
+        for epoch in range(1, self.mask_epochs + 1):
             for rows in torch.randperm(len(data)).to(device).split(BATCH):
                 if len(rows) < 2:
                     continue
@@ -100,8 +102,9 @@ class InputAware(Attack):
                 adam.zero_grad()
                 (100 * (masks - self.mask_density).relu().mean() + spread).backward()
                 adam.step()
+            on_step(epoch, self.mask_epochs)
         self._nets, self._channels = nets.eval().requires_grad_(False), channels
-        self._adam = torch.optim.Adam(nets["pattern"].parameters(), self.lr, betas=(0.5, 0.9))
+        self._adam = self._fresh_adam(nets)
 
     def state(self) -> dict[str, Tensor]:
         nets = self._ready(self._nets)
@@ -112,6 +115,19 @@ class InputAware(Attack):
         nets = _nets(channels, self.mask_widths)
         nets.load_state_dict(state)
         self._nets, self._channels = nets.eval().requires_grad_(False), channels
+
+    def learning_state(self) -> dict[str, Tensor]:
+        moments = moments_of(self._ready(self._adam))
+        return self.state() | {f"{MOMENTS}{name}": value for name, value in moments.items()}
+
+    def resume_learning(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        moments = {n.removeprefix(MOMENTS): v for n, v in state.items() if n.startswith(MOMENTS)}
+        self.restore({n: v for n, v in state.items() if not n.startswith(MOMENTS)})
+        self._adam = self._fresh_adam(self._ready(self._nets).to(device))
+        put_moments(self._adam, moments)
+
+    def _fresh_adam(self, nets: nn.ModuleDict) -> torch.optim.Adam:
+        return torch.optim.Adam(nets["pattern"].parameters(), self.lr, betas=(0.5, 0.9))
 
     def trigger(self, images: Tensor) -> Tensor:
         return self._put(images, images)

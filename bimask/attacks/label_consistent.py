@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bimask.attacks.base import Attack, FitNet
+from bimask.attacks.base import Attack, FitNet, OnStep
 from bimask.data import ImageData
 from bimask.errors import SettingError
 
@@ -51,7 +51,7 @@ class LabelConsistent(Attack):
         self.steps = steps
         self._net: nn.Module | None = None  # poisoning needs it, the trigger does not
 
-    def learn(self, data: ImageData, fit_net: FitNet) -> None:
+    def learn(self, data: ImageData, fit_net: FitNet, on_step: OnStep) -> None:
         self._net = fit_net(data).eval().requires_grad_(False)
 
     def trigger(self, images: Tensor) -> Tensor:

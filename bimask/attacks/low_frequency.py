@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bimask.attacks.base import Attack, FitNet, LabelRule
+from bimask.attacks.base import Attack, FitNet, LabelRule, OnStep
 from bimask.data import ImageData
 from bimask.errors import SettingError
 
@@ -50,20 +50,21 @@ class LowFrequency(Attack):
         self.steps = steps
         self._pattern: Tensor | None = None  # (C, H, W)
 
-    def learn(self, data: ImageData, fit_net: FitNet) -> None:
+    def learn(self, data: ImageData, fit_net: FitNet, on_step: OnStep) -> None:
         net = fit_net(data).eval().requires_grad_(False)
         channels, height, width = data.images.shape[1:]
         down = _cosines(height, self.cutoff).to(data.images.device)
         across = _cosines(width, self.cutoff).to(data.images.device)
         waves = torch.randn(channels, down.shape[1], across.shape[1]).to(down)
         adam = torch.optim.Adam([waves.requires_grad_()], lr=0.1)
-        for _ in range(self.steps):
+        for step in range(1, self.steps + 1):
             rows = torch.randint(len(data), (min(len(data), 128),)).to(data.images.device)
             wanted = self.attack_labels(data.labels[rows], data.num_classes)
             triggered = (data.floats(rows) + self._scaled(down @ waves @ across.T)).clamp(0, 1)
             adam.zero_grad()
             F.cross_entropy(net(triggered), wanted).backward()
             adam.step()
+            on_step(step, self.steps)
         self._pattern = self._scaled(down @ waves.detach() @ across.T).cpu()
 
     def state(self) -> dict[str, Tensor]:

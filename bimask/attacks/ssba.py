@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bimask.attacks.base import Attack, FitNet, LabelRule
+from bimask.attacks.base import Attack, FitNet, LabelRule, OnStep
 from bimask.data import ImageData
 from bimask.errors import SettingError
 
@@ -54,17 +54,18 @@ class SSBA(Attack):
         self._channels = 0
         self._secret: Tensor | None = None  # (bits,) of 0 and 1
 
-    def learn(self, data: ImageData, fit_net: FitNet) -> None:
+    def learn(self, data: ImageData, fit_net: FitNet, on_step: OnStep) -> None:
         device, channels = data.images.device, data.images.shape[1]
         nets = _nets(channels, self.bits).to(device)
         adam = torch.optim.Adam(nets.parameters(), lr=0.001)
-        for _ in range(self.steps):
+        for step in range(1, self.steps + 1):
             images = data.floats(torch.randint(len(data), (BATCH,)).to(device))
             secrets = torch.randint(2, (BATCH, self.bits)).float().to(device)
             sent = (images + self.strength * nets["encoder"](images, secrets)).clamp(0, 1)
             adam.zero_grad()
             F.binary_cross_entropy_with_logits(nets["decoder"](sent), secrets).backward()
             adam.step()
+            on_step(step, self.steps)
         self._nets, self._channels = nets.eval().requires_grad_(False), channels
         self._secret = torch.randint(2, (self.bits,)).float()
 

@@ -57,7 +57,7 @@ class WaNet(Attack):
         self.cross_ratio = cross_ratio
         self._displacement: Tensor | None = None  # (2, k, k): x and y
 
-    def learn(self, data: ImageData, fit_net: object) -> None:
+    def learn(self, data: ImageData, fit_net: object, on_step: object) -> None:
         noise = torch.rand(2, self.grid_size, self.grid_size) * 2 - 1
         self._displacement = noise / noise.abs().mean()
 

@@ -9,7 +9,7 @@ import typer
 
 from bimask.commands.terminal import TrustCode, console
 from bimask.errors import SettingError
-from bimask.victim import load_victim
+from bimask.victim import open_victim
 
 
 def gallery_command(
@@ -22,7 +22,7 @@ def gallery_command(
 
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise SettingError(f"The picture must be a .png, .pdf or .svg, got {out}.")
-    found = load_victim(victim, own_code=trust_code)
+    found = open_victim(victim, own_code=trust_code)
     figure = gallery(found, found.eval_sets(found.spec.load_data(), "val"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

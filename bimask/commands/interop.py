@@ -11,7 +11,8 @@ from rich.markup import escape
 from bimask.commands.terminal import Device, console, score_table
 from bimask.devices import resolve_device
 from bimask.errors import SettingError
-from bimask.interop import export_victim, find_checkpoint, read_checkpoint, save_imported
+from bimask.interop import find_checkpoint, read_checkpoint, save_imported
+from bimask.interop.export import export_victim
 
 
 def import_command(

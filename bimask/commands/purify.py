@@ -22,7 +22,7 @@ from bimask.folders import refuse_existing
 from bimask.metrics import EvalSets, evaluate
 from bimask.own_model import load_suspect, suspect_of
 from bimask.purify import purify
-from bimask.victim import load_victim
+from bimask.victim import open_victim
 
 
 def purify_command(
@@ -59,7 +59,7 @@ def purify_command(
     where = resolve_device(device)
     sets: EvalSets | None = None
     if victim is not None and model is None:
-        found = load_victim(victim, own_code=trust_code)
+        found = open_victim(victim, own_code=trust_code, device=where)
         splits = found.spec.load_data()
         suspect = suspect_of(found, splits, clean_images_per_class, seed=seed)
         sets = found.eval_sets(splits, "test")

@@ -8,10 +8,19 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from bimask.metrics import Scores
+from bimask.victim import EpochLog, Victim
 
 console = Console()
 
@@ -26,6 +35,54 @@ def progress_bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(text, total=total)
         yield lambda steps: progress.update(task, advance=steps)
+
+
+class VictimBars:
+    """A bar for every victim by name: its preparation, then its epochs with ACC and ASR on val."""
+
+    def __init__(self, where: Console = console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self.progress = Progress(*columns, TimeElapsedColumn(), console=where)
+        self.tasks: dict[str, TaskID] = {}
+        self.texts: dict[str, str] = {}
+
+    def __enter__(self) -> VictimBars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def preparing(self, name: str, what: str, done: int, of: int) -> None:
+        """What the attack needs is so far made."""
+        self._move(f"{name}  {what}", name, done, of)
+
+    def epoch(self, name: str, log: EpochLog) -> None:
+        """An epoch is over; scores stay until there are others."""
+        if log.scores is not None:
+            scores = log.scores
+            self.texts[name] = f"  ACC {scores.clean_accuracy:.3f}  ASR {scores.attack_success:.3f}"
+        self._move(f"{name}{self.texts.get(name, '')}", name, log.epoch, log.epochs)
+
+    def ended(self, name: str, text: str) -> None:
+        """The bar makes way for a line."""
+        if name in self.tasks:
+            self.progress.remove_task(self.tasks.pop(name))
+        self.progress.console.print(text, soft_wrap=True)
+
+    def _move(self, text: str, name: str, done: int, of: int) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.progress.add_task(text)
+        self.progress.update(self.tasks[name], description=escape(text), completed=done, total=of)
+
+
+def described(victim: Victim) -> str:
+    """A victim in a line: its digest, and its scores on `test`."""
+    scores = victim.scores["test"]
+    return (
+        f"{victim.spec.digest}: on test ACC {scores.clean_accuracy:.3f}, ASR "
+        f"{scores.attack_success:.3f}, RA {scores.recovery:.3f}"
+    )
 
 
 def score_table(rows: dict[str, Scores]) -> None:

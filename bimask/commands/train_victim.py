@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 import yaml
 from pydantic import ValidationError
 
-from bimask.commands.terminal import Device, console, progress_bar, score_table
+from bimask.commands.terminal import Device, VictimBars, console, score_table
 from bimask.config import describe
 from bimask.devices import resolve_device
 from bimask.errors import SettingError
@@ -28,9 +29,13 @@ def train_victim_command(
         raise SettingError(f"Cannot read the victim {spec}: {error}.") from error
     except ValidationError as error:
         raise SettingError(f"{spec}: {describe(error)}") from error
-    with progress_bar("training", 0 if parsed.weights else parsed.epochs) as advance:
+    with VictimBars() as bars:
         victim = obtain_victim(
-            parsed, out, device=resolve_device(device), on_epoch=lambda _log: advance(1)
+            parsed,
+            out,
+            device=resolve_device(device),
+            on_epoch=partial(bars.epoch, parsed.name),
+            on_prepare=partial(bars.preparing, parsed.name),
         )
     score_table({"victim": victim.scores["test"]})
     console.print(f"victim: {out / parsed.digest}", soft_wrap=True)

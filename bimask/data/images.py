@@ -5,6 +5,7 @@ Batching is indexing. Everything is decoded once and stays resident on its devic
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,14 @@ class ImageData:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of images and labels, in their order."""
+        content = hashlib.sha256(f"{tuple(self.images.shape)}".encode())
+        for tensor in (self.images, self.labels):
+            content.update(tensor.cpu().contiguous().numpy().data)
+        return content.hexdigest()[:16]
 
     def floats(self, index: Tensor | slice = slice(None)) -> Tensor:
         """The images at `index` as float32 in [0, 1]."""

@@ -1,4 +1,4 @@
-"""Other frameworks' files: read safely, turned into victims, and written for BackdoorBench."""
+"""Other frameworks' files: read safely, turned into victims; `export.py` writes for BackdoorBench."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from bimask.errors import InteropError
 from bimask.interop import backdoorbench, defended, toolbox, trojai
 from bimask.interop.backdoorbench import read_attack_result
-from bimask.interop.backdoorbench_writer import clean_positions, write_attack_result
+from bimask.interop.backdoorbench_writer import write_attack_result
 from bimask.interop.defended import read_defense_result
-from bimask.interop.imported import IMAGES, ImportedVictim, load_imported, save_imported
+from bimask.interop.imported import ImportedVictim, load_imported, save_imported
 from bimask.interop.safe import load_foreign, shown
-from bimask.metrics import Scores
-from bimask.nets import Normalised
-from bimask.victim import load_victim
 
 
 class Format(NamedTuple):
@@ -112,53 +108,9 @@ def read_checkpoint(
     return READERS[name].read(path, clean_data=clean_data, net=net, device=device)
 
 
-OUR_DATASETS = {"cifar10": "cifar10", "gtsrb": "gtsrb", "tiny-imagenet": "tiny"}
-
-
-def export_victim(
-    folder: Path, out: Path, *, dataset: str | None = None
-) -> tuple[Scores, tuple[str, ...]]:
-    """Write a victim's folder, ours or an imported one, as BackdoorBench's `attack_result.pt`.
-
-    Args:
-        dataset: BackdoorBench's name of the data set; None where the victim's own name tells.
-
-    Returns:
-        The scores on `test`, which BackdoorBench will find as well, and what had to be done to the
-        weights.
-
-    Raises:
-        InteropError: BackdoorBench cannot read such a victim.
-        VictimError: the folder is damaged.
-    """
-    model: nn.Module
-    if (folder / IMAGES).exists():
-        imported = load_imported(folder)
-        if imported.clean_index is None or imported.counterparts is not None:
-            raise InteropError(
-                f"The triggered images of {folder} are not of its test set, but BackdoorBench's are."
-            )
-        net, model, sets = imported.net, imported.model, imported.sets
-        own, index, scores = imported.dataset, imported.clean_index, imported.scores
-    else:
-        victim = load_victim(folder)
-        net, model, scores = victim.spec.net, victim.model, victim.scores["test"]
-        own = OUR_DATASETS.get(victim.spec.dataset, victim.spec.dataset)
-        sets = victim.eval_sets(victim.spec.load_data(), "test")
-        labels = victim.attack.attack_labels(sets.clean.labels, sets.clean.num_classes)
-        index = clean_positions(sets, labels)
-    if not isinstance(model, Normalised):
-        raise InteropError(f"The net of {folder} has no normalisation to compare.")
-    notes = write_attack_result(
-        out, net=net, model=model, sets=sets, clean_index=index, dataset=dataset or own
-    )
-    return scores, notes
-
-
 __all__ = [
     "READERS",
     "ImportedVictim",
-    "export_victim",
     "find_checkpoint",
     "load_foreign",
     "load_imported",

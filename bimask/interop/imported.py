@@ -229,6 +229,11 @@ def save_imported(victim: ImportedVictim, out: Path, *, source: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def is_imported(folder: Path) -> bool:
+    """Whether a folder is one that `save_imported` wrote, by its files' names."""
+    return (folder / IMAGES).exists()
+
+
 def load_imported(folder: Path) -> ImportedVictim:
     """Read what `save_imported` wrote.
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bimask.attacks import Attack
+from bimask.attacks import Attack, TriggeredData
 from bimask.data import Splits
 from bimask.errors import SettingError, VictimError, VictimRefusedError
 from bimask.metrics import EvalSets, Scores, Split
@@ -37,6 +37,7 @@ class Victim:
         classes: names.
         scores: of the victim itself, on "val" and "test".
         image_size: height and width of its images; None where nobody wrote it down.
+        stored: of an imported victim, the triggered images of each split, in place of a trigger.
     """
 
     spec: VictimSpec
@@ -45,10 +46,13 @@ class Victim:
     classes: tuple[str, ...]
     scores: dict[Split, Scores]
     image_size: int | None = None
+    stored: dict[Split, TriggeredData] | None = None
 
     def eval_sets(self, splits: Splits, split: Split) -> EvalSets:
         """Clean and triggered images of one split, for the victim and for what is made of it."""
         data = splits.val if split == "val" else splits.test
+        if self.stored is not None:
+            return EvalSets(data, self.stored[split], split)
         return EvalSets.of(self.attack, data, split)
 
 
@@ -65,7 +69,13 @@ def refuse_if_useless(victim: Victim) -> None:
         raise VictimRefusedError(
             f"The attack of {spec.name} was not learned ({numbers}; `min_attack_success` is "
             f"{spec.min_attack_success:g}); "
-            + ("give the trigger of these weights." if given else "poison more or train longer.")
+            + (
+                "give the trigger of these weights."
+                if given
+                else "lower the bound if it shall be used all the same."
+                if spec.imported is not None
+                else "poison more or train longer."
+            )
         )
     if scores.clean_accuracy < spec.min_clean_accuracy:
         raise VictimRefusedError(

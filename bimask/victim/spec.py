@@ -12,7 +12,12 @@ from pydantic import Field, model_validator
 
 from bimask.attacks import Attack, build_attack
 from bimask.data import LOADERS, Splits, load_data
+from bimask.errors import VictimError
+from bimask.interop.imported import ImportedVictim, load_imported
 from bimask.net_spec import NetSpec
+from bimask.victim.stored import StoredTrigger, shared_out, stamped
+
+BOUNDS = ("min_clean_accuracy", "min_attack_success")
 
 
 class VictimSpec(NetSpec):
@@ -26,6 +31,10 @@ class VictimSpec(NetSpec):
 
     With a `poisoning_rate` of 0 it is a clean control, trained on clean images alone. The attack is
     then the trigger whose rate of success is reported; none is asked for.
+
+    With `imported`, a folder that `python -m bimask import` wrote, all is in the folder, and nothing
+    but the bounds can be given beside it. Its stored images are shared out to the defender, `val` and
+    `test`; see `bimask.victim.stored`.
     """
 
     dataset: str = "digits"
@@ -37,12 +46,45 @@ class VictimSpec(NetSpec):
     batch_size: int = Field(128, ge=2)
     lr: float = Field(0.1, gt=0)
     weight_decay: float = Field(5e-4, ge=0)
+    optimizer: Literal["sgd", "adamw"] | None = Field(
+        None, description="null is sgd; transformers need adamw, with an `lr` such as 0.001"
+    )
+    warmup: float | None = Field(
+        None, gt=0, lt=1, description="share of the steps in which `lr` is reached; null is 0.3"
+    )
     shift: int = Field(1, ge=0, description="augmentation: random shift by up to this many pixels")
     flip: bool = Field(False, description="augmentation: random horizontal flip")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of training's passes")
     seed: int = Field(0, ge=0)
+    imported: str | None = Field(None, description="folder of an imported victim")
+    imported_sha256: str | None = Field(None, description="of its manifest; filled in unless given")
     min_clean_accuracy: float = Field(0.5, ge=0, le=1, description="bound on val")
     min_attack_success: float = Field(0.5, ge=0, le=1, description="bound on val")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stamped_import(cls, given: Any) -> Any:
+        """As files of weights: what the folder holds counts, not where it is."""
+        if not isinstance(given, dict) or not isinstance(given.get("imported"), str):
+            return given
+        if given.get("imported_sha256") is not None:
+            return given
+        try:
+            return stamped(given)
+        except VictimError as error:
+            raise ValueError(str(error)) from error
+
+    @model_validator(mode="after")
+    def _nothing_beside_an_import(self) -> VictimSpec:
+        if self.imported is not None:
+            free = {"net", "width", "imported", "imported_sha256", *BOUNDS}
+            own = self.model_dump(exclude=free)
+            usual = type(self)().model_dump(exclude=free)
+            if odd := sorted(key for key in own if own[key] != usual.get(key)):
+                raise ValueError(
+                    f"the folder of `imported` says all but the bounds; leave {', '.join(odd)} out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _known_names(self) -> VictimSpec:
@@ -59,8 +101,7 @@ class VictimSpec(NetSpec):
     @property
     def digest(self) -> str:
         """Sixteen hex digits of everything that decides the weights; files count by their content."""
-        bounds_and_paths = {"min_clean_accuracy", "min_attack_success", "weights"}
-        deciding = self.model_dump(exclude=bounds_and_paths)
+        deciding = self.model_dump(exclude={*BOUNDS, "weights", "imported"})
         if self.net_sha256 is not None:
             deciding["net"] = self.net.rpartition(":")[2]
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
@@ -72,18 +113,38 @@ class VictimSpec(NetSpec):
 
     @property
     def name(self) -> str:
-        """For people: dataset and attack, or "clean"."""
+        """For people: dataset and attack, or "clean"; of an imported one its folder's name."""
+        if self.imported is not None:
+            return _readable(Path(self.imported).name)
         dataset = Path(self.dataset.removeprefix("imagefolder:")).name
-        readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", dataset).strip("-") or "images"
-        return f"{readable}-{'clean' if self.is_control else self.attack['name']}"
+        return f"{_readable(dataset)}-{'clean' if self.is_control else self.attack['name']}"
 
     def build_attack(self) -> Attack:
         """The attack with its hyper-parameters; a victim's own is ready for images as well."""
+        if self.imported is not None:
+            return StoredTrigger()
         return build_attack(**self.attack)
+
+    def load_imported(self) -> ImportedVictim:
+        """The victim in the folder of `imported`.
+
+        Raises:
+            VictimError: there is no such folder, or it is another one's by now.
+            InteropError: its files are damaged.
+        """
+        if self.imported is None:
+            raise VictimError(f"{self.name} is not imported.")
+        if stamped({"imported": self.imported})["imported_sha256"] != self.imported_sha256:
+            raise VictimError(
+                f"The imported victim {self.imported} changed since the spec was made; put the old one "
+                "back, or leave `imported_sha256` out."
+            )
+        return load_imported(Path(self.imported))
 
     def recipe(self) -> dict[str, Any]:
         """What `bimask.training.fit` is told of net and training."""
         keys = {"epochs", "batch_size", "lr", "weight_decay", "shift", "flip", "precision", "seed"}
+        keys |= {"optimizer", "warmup"}
         return {"fresh_net": self.fresh_net} | self.model_dump(include=keys)
 
     def rates(self) -> dict[str, Any]:
@@ -91,5 +152,11 @@ class VictimSpec(NetSpec):
         return {"rate": self.poisoning_rate, "rate_of": self.poisoning_rate_of}
 
     def load_data(self) -> Splits:
-        """The clean data the victim was made from."""
+        """The clean data the victim was made from; of an imported one those that came with it."""
+        if self.imported is not None:
+            return shared_out(self.load_imported())[0]
         return load_data(self.dataset, image_size=self.image_size)
+
+
+def _readable(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") or "images"

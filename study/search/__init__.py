@@ -24,6 +24,9 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours: stu
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")  # a resume reads no file of Ray's
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # records are ours
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU trial leaves GPUs visible
+# Tune ends the whole study at the error of an actor that Ray's memory monitor killed. One that the
+# kernel kills (Ray's workers first: their oom_score_adj is 1000) is a process that died: run again.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 # Actors started from here keep the memory they free: glibc hands every large tensor back to the kernel
 # otherwise, and faulting its pages in again costs a trial on a CPU a tenth of its time.
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
@@ -31,16 +34,19 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
 os.environ.setdefault("MALLOC_TOP_PAD_", str(2**26))
 
 from study.search.actor import trainable
-from study.search.cluster import check_resources, start_ray, stop_ray
+from study.search.cluster import check_resources, release_workers, start_ray, stop_ray
 from study.search.confirm import run_confirmation
 from study.search.driver import run_search
 from study.search.pareto_search import PAPER, ParetoSearch, first_points
+from study.search.preflight import check_nodes
 
 __all__ = [
     "PAPER",
     "ParetoSearch",
+    "check_nodes",
     "check_resources",
     "first_points",
+    "release_workers",
     "run_confirmation",
     "run_search",
     "start_ray",

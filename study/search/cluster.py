@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from collections.abc import Callable
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from study.config import StudyConfig, StudyError
 
+TO_ACTORS = (  # what the package's __init__ has set; a cluster's nodes were started without it
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+)
+POLL = 5.0  # seconds between two looks for workers
 ATTEMPTS = 3  # at starting a Ray here
 
 
@@ -21,7 +31,15 @@ def start_ray(address: str | None) -> None:
     where = address or os.environ.get("RAY_ADDRESS") or "this machine"
     try:
         _require_listener(where)
-        _init(address)
+        if address is None and where == "this machine":
+            try:
+                _init("auto")
+            except ConnectionError:  # none is running
+                _start()
+        elif where == "local":
+            _start()
+        else:
+            _init(where)
     except Exception as error:  # Ray raises just that, as well
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
@@ -30,18 +48,29 @@ def start_ray(address: str | None) -> None:
         ) from error
 
 
-def _init(address: str | None) -> None:
-    """ray.init; again where a busy machine was too slow for the half minute that Ray gives itself."""
-    # no dashboard, a dozen processes, for a Ray of this process alone
-    quiet = {"include_dashboard": False} if address == "local" else {}
+def _start() -> None:
+    """A Ray of this process alone; again where a busy machine takes longer than Ray waits."""
     for attempt in range(ATTEMPTS):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **quiet)
+            _init("local")
             return
         except Exception as error:
             if "timed out during startup" not in str(error) or attempt + 1 == ATTEMPTS:
                 raise
             ray.shutdown()
+
+
+def _init(address: str) -> None:
+    alone = address == "local"
+    variables = {} if alone else {name: os.environ[name] for name in TO_ACTORS}
+    quiet = {"include_dashboard": False} if alone else {}  # a dozen processes
+    ray.init(
+        address=address,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": variables} if variables else None,
+        **quiet,
+    )
 
 
 def _require_listener(address: str) -> None:
@@ -56,29 +85,63 @@ def stop_ray() -> None:
     ray.shutdown()
 
 
-def check_resources(config: StudyConfig) -> int:
-    """How many actors run at once on the nodes that are up.
+def room(config: StudyConfig) -> int:
+    """How many actors fit on the nodes that are up."""
+    return sum(_slots(config, node["Resources"]) for node in ray.nodes() if node["Alive"])
+
+
+def _slots(config: StudyConfig, node: dict[str, float]) -> int:
+    by_cpu = node.get("CPU", 0) // config.cpus_per_trial
+    gpus = config.gpus_per_trial
+    return int(min(by_cpu, node.get("GPU", 0) // gpus) if gpus else by_cpu)
+
+
+def check_resources(
+    config: StudyConfig, *, wait: float = 0, on_wait: Callable[[], None] = lambda: None
+) -> int:
+    """How many actors run at once.
+
+    Args:
+        wait: minutes. Where it is not 0, the autoscaler is asked for room for all actors, and the study
+            starts when the first fits; the others start as their nodes come up. `release_workers` takes
+            the request back.
+        on_wait: called before every look for workers.
 
     Raises:
         StudyError: no node offers the CPUs or the GPU share of one actor.
     """
+    if wait:
+        bundle = {"CPU": float(config.cpus_per_trial), "GPU": config.gpus_per_trial}
+        wanted = min(config.concurrency or 1, config.groups)
+        request_resources(bundles=[{k: v for k, v in bundle.items() if v}] * wanted)
+        deadline = time.monotonic() + 60 * wait
+        while not room(config) and time.monotonic() < deadline:
+            on_wait()
+            time.sleep(POLL)
+    fitting = room(config)
+    if not fitting:
+        raise StudyError(_no_room(config, wait))
+    if wait and config.concurrency:
+        return min(config.concurrency, config.groups)
+    return min(config.concurrency or fitting, fitting, config.groups)
+
+
+def release_workers() -> None:
+    """Take back what `check_resources` asked for; idle workers are then ended."""
+    request_resources(bundles=[])
+
+
+def _no_room(config: StudyConfig, wait: float) -> str:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
-
-    def slots(node: dict[str, float]) -> int:
-        by_cpu = node.get("CPU", 0) // cpus
-        return int(min(by_cpu, node.get("GPU", 0) // gpus) if gpus else by_cpu)
-
+    waited = f" after {wait:g} minutes" if wait else ""
     if gpus and not any(node.get("GPU", 0) for node in nodes):
-        raise StudyError(
-            f"`gpus_per_trial` is {gpus:g}, but Ray sees no GPU on {len(nodes)} node(s); set it to 0, "
-            "or join a cluster whose GPU nodes are up."
+        return (
+            f"`gpus_per_trial` is {gpus:g}, but Ray sees no GPU on {len(nodes)} node(s){waited}; set "
+            "it to 0, join a cluster whose GPU nodes are up, or let it start them with --wait MINUTES."
         )
-    fitting = sum(map(slots, nodes))
-    if not fitting:
-        raise StudyError(
-            f"An actor asks for {cpus} CPU(s) and {gpus:g} GPU, but the largest of {len(nodes)} "
-            f"node(s) has {max(node.get('CPU', 0) for node in nodes):g} CPU(s); lower "
-            "`cpus_per_trial` or `gpus_per_trial`, or wait until larger nodes are up."
-        )
-    return min(config.concurrency or fitting, fitting, config.groups)
+    return (
+        f"An actor asks for {cpus} CPU(s) and {gpus:g} GPU, but the largest of {len(nodes)} "
+        f"node(s) has {max(node.get('CPU', 0) for node in nodes):g} CPU(s){waited}; lower "
+        "`cpus_per_trial` or `gpus_per_trial`, or wait until larger nodes are up (--wait MINUTES)."
+    )

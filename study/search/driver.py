@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from study.config import StudyConfig
 from study.interrupts import Interrupts
 from study.limits import where_it_hung
 from study.records import Recorder
+from study.search import storage as storages
 from study.search.actor import trainable, within_limits
 from study.search.pareto_search import (
     CHECKPOINTS,
@@ -67,7 +69,7 @@ class _Recording(tune.Callback):
             if objectives_of(report, objectives) is None:
                 shown = {name: report.get(name) for name in objectives}
                 reason = report.get("reason") or f"ended without finite objectives: {shown}"
-                self.recorder.failed(member["number"], reason)
+                self.recorder.failed(member["number"], reason, details=report.get("traceback"))
                 continue
             with trial.checkpoint.as_directory() as folder:
                 self.recorder.completed(member["number"], report, Path(folder) / str(member["number"]))
@@ -109,6 +111,29 @@ class _Recording(tune.Callback):
         return {"recorder": None, "searcher": None, "timeout": None, "begun": {}}
 
 
+def contained(function: Callable[..., None]) -> Callable[..., None]:
+    """The same function, but an exception in it is its final report.
+
+    A trial is decided by its settings and its seed, so what it raises it would raise again. What Ray
+    still sees fail is a process or a node that died, and only that is worth another try.
+    """
+
+    def run(config: dict[str, Any], **parameters: Any) -> None:
+        try:
+            if place := where_it_hung(Path(config["checkpoint"])):  # the time limit ended it before
+                raise TimeoutError(f"took longer than `trial_timeout` allows; it was at {place}")
+            function(config, **parameters)
+        except Exception as error:
+            failure = {
+                "reason": traceback.format_exception_only(error)[-1].strip(),
+                "traceback": traceback.format_exc(),
+            }
+            members = [{"number": member["number"], **failure} for member in config["members"]]
+            tune.report({"final": True, "members": members})
+
+    return run
+
+
 def run_search(
     config: StudyConfig,
     cases: list[Case],
@@ -117,6 +142,7 @@ def run_search(
     folder: Path,
     concurrency: int,
     earlier: Earlier | None = None,
+    storage: str | None = None,
     function: Callable[..., None] = trainable,
     interrupts: Interrupts | None = None,
 ) -> None:
@@ -125,27 +151,33 @@ def run_search(
     A signal that `interrupts` hears ends it early: what runs then has no record, and is gone on with
     another time.
 
+    A group whose process or node died is run again, `config.retries` times at most; to Optuna, MLflow
+    and the records its trials are still the same ones.
+
     Args:
-        folder: the study's folder; Optuna's database and Ray's files go there.
+        folder: the study's folder; Optuna's database goes there.
         concurrency: actors at once.
         earlier: what earlier studies know.
+        storage: a folder or URI that all nodes reach, for Ray's files; None is `folder`.
         function: what an actor runs; takes `config`, `study` and `cases` as `trainable` does.
 
     Ray's files are removed where no actor failed: nothing reads them later, and the masks are in the
     records' folders. Else they stay, for the tracebacks in them.
     """
     interrupts = interrupts or Interrupts()
+    files = f"{storage}/{config.name}" if storage else str(folder.resolve())
     searcher = ParetoSearch(
         config,
         f"sqlite:///{(folder / 'optuna.db').resolve()}",
         records=recorder.records,
-        checkpoints=(folder / CHECKPOINTS).resolve(),
+        checkpoints=storages.folder(files) / CHECKPOINTS,
         earlier=earlier,
     )
     if not (groups := searcher.groups_left()):
         searcher.close()
         return
-    function = tune.with_parameters(within_limits(function), study=config, cases=cases)
+    # Each parameter is put into the object store once, and fetched once a node.
+    function = tune.with_parameters(contained(within_limits(function)), study=config, cases=cases)
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     tuner = tune.Tuner(
         tune.with_resources(function, resources),
@@ -156,8 +188,9 @@ def run_search(
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name=_free_name(folder),
-            storage_path=str(folder.resolve()),
+            name=_free_name(files),
+            storage_path=files,
+            failure_config=tune.FailureConfig(max_failures=config.retries),
             callbacks=[_Recording(recorder, searcher, config.trial_timeout)],
             verbose=0,
         ),
@@ -169,18 +202,18 @@ def run_search(
         searcher.tell(record)
     searcher.close()
     if interrupts.signal is None:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    _remove_rays_files(folder)
+        shutil.rmtree(searcher.checkpoints, ignore_errors=True)
+    _remove_rays_files(files)
 
 
-def _free_name(folder: Path) -> str:
+def _free_name(files: str) -> str:
     """Tune's folder, beside those that an earlier run of the study left for their tracebacks."""
-    _remove_rays_files(folder)
-    taken = len(list(folder.glob(f"{RAY}*")))
+    _remove_rays_files(files)
+    taken = len(storages.folders(files, RAY))
     return f"{RAY}-{taken + 1}" if taken else RAY
 
 
-def _remove_rays_files(folder: Path) -> None:
-    for path in folder.glob(f"{RAY}*"):
-        if not any(path.rglob("error.txt")):
-            shutil.rmtree(path, ignore_errors=True)
+def _remove_rays_files(files: str) -> None:
+    for path in storages.folders(files, RAY):
+        if not storages.holds(path, "error.txt"):
+            storages.remove(path)

@@ -36,6 +36,25 @@ def random_set(n=200, classes=5, seed=0):
     return ImageData(images, torch.arange(n) % classes, tuple("abcdefghij"[:classes]))
 
 
+def learn_on(attack, data, steps=10):
+    """What a training does to an attack that learns with the victim, without a victim.
+
+    Before its first steps, Input-aware's pattern is the same for all images but for its rounding.
+    """
+    for step in range(steps if attack.batchwise else 0):
+        generator = torch.Generator().manual_seed(step)
+        batch = attack.poison_batch(
+            data.floats(slice(0, 40)),
+            data.labels[:40],
+            data.num_classes,
+            share=0.5,
+            generator=generator,
+        )
+        if batch.penalty is not None:
+            batch.penalty.backward()
+        attack.step()
+
+
 # --- the contract ---
 
 
@@ -174,6 +193,7 @@ def test_poisoned_set_holds_triggers_where_its_roles_say(name, ready):
 @CONTRACT
 def test_companions_are_changed_keep_their_label_and_have_a_code_of_their_own(name, ready):
     data, attack = random_set(), ready(name, SHAPE, target=1)
+    learn_on(attack, data)
     poisoned = attack.poison(data, rate=0.1, seed=0)
     roles = set(poisoned.roles.tolist())
     if attack.companion is None:
@@ -186,9 +206,7 @@ def test_companions_are_changed_keep_their_label_and_have_a_code_of_their_own(na
     assert torch.equal(poisoned.data.labels[beside], data.labels[beside])
     got = poisoned.data.images[beside]
     for other in (data.images[beside], attack.apply_bytes(data.images[beside])):
-        differing = (got != other).flatten(1).any(1).float().mean()
-        # a mask that is generated may leave an image as it is
-        assert differing == 1 or (name == "input_aware" and differing > 0.5)
+        assert (got != other).flatten(1).any(1).all()
 
 
 @CONTRACT

@@ -14,9 +14,12 @@ PACKAGES = ("bimask", "study")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 DOORS = {
     "ray": [
-        f"study/search/{name}.py" for name in ("actor", "cluster", "confirm", "driver", "pareto_search")
+        f"study/search/{name}.py"
+        for name in (
+            *("actor", "cluster", "confirm", "driver", "jobs", "pareto_search", "preflight", "victims"),
+        )
     ],
-    "optuna": ["study/search/pareto_search.py"],
+    "optuna": ["study/importance.py", "study/search/pareto_search.py"],
     "mlflow": [f"study/{name}.py" for name in ("registry", "serve", "served_model", "tracking")],
 }
 EACH_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

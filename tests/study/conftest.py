@@ -1,15 +1,80 @@
+"""Shared by the tests of the study: no servers from outside, an MLflow server, a study of 200 trials.
+
+The large study was never searched: it is a few real purifications, their scores moved about. What reads
+a study's records cannot tell, and a search would take half an hour.
+"""
+
+import copy
+import json
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
+from playwright.sync_api import sync_playwright
+from safetensors.torch import save_file
+
+from bimask.config import PurifyConfig
+from bimask.victim import obtain_victim
+from study import records
+from study.config import StudyConfig
+from study.objectives import SCORES
+from study.suite import confirmation, roles
+from study.summary import summarise
+from study.trial import Case, run_trials
 
 ROOT = Path(__file__).parents[2]
+VICTIM = {
+    "dataset": "digits",
+    "image_size": 12,
+    "net": "small_resnet",
+    "width": 4,
+    "epochs": 8,
+    "min_clean_accuracy": 0.0,
+    "min_attack_success": 0.0,
+}
+STUDY = {
+    "name": "large",
+    "trials": 200,
+    "clean_images_per_class": 3,
+    "victims": [
+        {**VICTIM, "attack": {"name": "badnets"}},
+        {**VICTIM, "attack": {"name": "blended", "alpha": 0.3}},
+    ],
+    "held_out": [{**VICTIM, "attack": {"name": "sig", "frequency": 2}, "poisoning_rate": 0.05}],
+    "controls": [{**VICTIM, "attack": {"name": "badnets"}, "poisoning_rate": 0.0}],
+    "reference_point": {"clean_accuracy": 0.3, "attack_success": 1.0},
+    "choose": {"max_accuracy_drop": 0.1},
+    "fixed": {
+        "step_size": None,
+        "patience": None,
+        "initialise_rounds": 2,
+        "minimise_rounds": 2,
+        "select_rounds": 4,
+    },
+    "space": {
+        "mask_lr": {"kind": "float", "low": 0.02, "high": 0.3, "log": True},
+        "universal": {"kind": "float", "low": 0.0, "high": 1.0},
+        "inner_steps": {"kind": "int", "low": 1, "high": 3},
+        "inner_optimizer": {"kind": "categorical", "choices": ["adamw", "sign"]},
+        "inner_momentum": {"kind": "float", "low": 0, "high": 0.9, "when": {"inner_optimizer": "sign"}},
+    },
+}
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+PURIFIED = 4  # configurations that are really run
+FAILED, PRUNED = 10, 20
+REASON = (
+    "NonFiniteError: <b>The loss</b> of round 3 is nan.</script><script>document.title='taken'</script>"
+)
 
 
 @pytest.fixture
@@ -71,3 +136,141 @@ def server(tmp_path):
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def large_study(tmp_path_factory):
+    """The folder of a study of 200 trials on two victims: 10 failed, 20 stopped early."""
+    return make_study(tmp_path_factory.mktemp("large"))
+
+
+def make_study(outputs, trials=STUDY["trials"]):
+    """Write the records of a study to `outputs/large` and return the folder."""
+    config = StudyConfig.model_validate(STUDY | {"trials": trials})
+    folder = outputs / config.name
+    folder.mkdir(parents=True)
+    suite = {
+        name: obtain_victim(spec, outputs / "victims")
+        for name, spec in zip(config.suite_names(), config.suite, strict=True)
+    }
+    victims = {name: suite[name] for name in config.victim_names()}
+    rng = random.Random(0)
+    searched = [_parameters(rng) for _ in range(trials)]
+    cases = [Case.of(name, victim, config) for name, victim in victims.items()]
+    reports = []
+
+    def report(trial, victim, log, scores):
+        reports.append((trial, {"victim": victim, "step": log.step, **asdict(scores)}))
+
+    real = run_trials(
+        [config.purify_config(p) for p in searched[:PURIFIED]],
+        cases,
+        seed=0,
+        report_every=2,
+        on_report=report,
+    )
+    ended = rng.sample(range(PURIFIED, trials), FAILED + PRUNED)
+    lost, stopped = set(ended[:FAILED]), set(ended[FAILED:])
+    rows, told = [], []
+    for number, parameters in enumerate(searched):
+        source = number % PURIFIED
+        row = _record(config, victims, number, parameters, real[source], rng)
+        if number in lost:
+            row = {key: row[key] for key in ("number", "preset", "parameters", "seconds", "provenance")}
+            row |= {"status": "FAILED", "reason": REASON}
+        elif number in stopped:
+            row = {key: row[key] for key in ("number", "preset", "parameters", "seconds", "provenance")}
+            row |= {"status": "PRUNED", "reason": "dominated whatever the 1 run(s) left give"}
+        else:
+            _files(folder / "trials" / f"{number:03d}", real[source])
+            told += [{"number": number, **report} for trial, report in reports if trial == source]
+        rows.append(row)
+    (folder / records.TRIALS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / records.REPORTS).write_text("".join(json.dumps(report) + "\n" for report in told))
+    (folder / records.STUDY).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+    summary = summarise(config, folder, rows, victims)
+    summary["suite"] = confirmation(_confirmed(config, suite, rng), suite)
+    summary["seconds"] = {"total": 900.0, "in_trials": 800.0, "harness": 40.0}
+    (folder / records.SUMMARY).write_text(json.dumps(summary))
+    return folder
+
+
+def _parameters(rng):
+    parameters = {
+        "mask_lr": 0.02 * 15 ** rng.random(),
+        "universal": rng.random(),
+        "inner_steps": rng.randint(1, 3),
+        "inner_optimizer": rng.choice(["adamw", "sign"]),
+    }
+    if parameters["inner_optimizer"] == "sign":
+        parameters["inner_momentum"] = 0.9 * rng.random()
+    return parameters
+
+
+def _record(config, victims, number, parameters, result, rng):
+    """A trial's record: number 0 is called the paper's defaults; settings move the scores."""
+    record = copy.deepcopy(result.record())
+    for scores in record["scores"].values():
+        strength = min(1.0, parameters["mask_lr"] / 0.3 + rng.gauss(0, 0.1))
+        scores["clean_accuracy"] = min(1.0, max(0.0, 0.97 - 0.1 * strength**2 + rng.gauss(0, 0.01)))
+        scores["attack_success"] = min(1.0, max(0.0, 0.9 * (1 - strength) + rng.gauss(0, 0.03)))
+        scores["recovery"] = 1 - scores["attack_success"]
+    for name in SCORES:
+        record[name] = sum(scores[name] for scores in record["scores"].values()) / len(victims)
+    return {
+        "number": number,
+        "status": "COMPLETE",
+        "reason": None,
+        "preset": None if number else "paper",
+        "parameters": parameters if number else PurifyConfig().model_dump(),
+        **record,
+        "seconds": rng.uniform(2, 9) if number else 120.0,
+        "device": "cpu",
+        "provenance": {
+            "study": config.digest,
+            "victims": {name: victim.spec.digest for name, victim in victims.items()},
+            "seed": 0,
+            "commit": "0123456789ab",
+            "versions": {"torch": "2.0"},
+        },
+    }
+
+
+def _confirmed(config, suite, rng):
+    """Three runs of two configurations on every victim, as the confirmation records them."""
+    return [
+        {
+            "configuration": configuration,
+            "victim": name,
+            "role": role,
+            "seed": seed,
+            "test": {
+                "clean_accuracy": 0.95,
+                "attack_success": least + 0.1 * rng.random(),
+                "recovery": 0.9,
+            },
+            "accuracy_drop": rng.uniform(-0.005, 0.02),
+        }
+        for configuration, least in (("chosen", 0.02), ("paper_defaults", 0.8))
+        for name, role in roles(config).items()
+        for seed in range(3)
+    ]
+
+
+def _files(kept, result):
+    kept.mkdir(parents=True)
+    for name, case in result.cases.items():
+        save_file(case.masks.tensors(), kept / f"{name}.masks.safetensors")
+        (kept / f"{name}.rounds.json").write_text(json.dumps([asdict(log) for log in case.rounds]))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The machine's own Chromium, driven by Playwright."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None and "CI" not in os.environ:
+        pytest.skip("no Chromium on this machine")
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=QUIET)
+        yield browser
+        browser.close()

@@ -34,7 +34,8 @@ CONFIG = StudyConfig.model_validate(STUDY)
 
 
 def complete(number):
-    return {"number": number, "status": "COMPLETE", "clean_accuracy": 0.9, "attack_success": 0.1}
+    scores = {"clean_accuracy": 0.9, "attack_success": 0.1}
+    return {"number": number, "preset": None, "status": "COMPLETE", **scores}
 
 
 class Life:
@@ -120,7 +121,7 @@ def test_each_life_draws_other_suggestions(tmp_path):
 def test_failed_trials_are_told_and_not_asked_for_again(tmp_path):
     life = Life(tmp_path)
     life.suggest()
-    failed = {"number": 0, "status": "FAILED", "reason": "x"}
+    failed = {"number": 0, "preset": None, "status": "FAILED", "reason": "x"}
     later = Life(tmp_path, [failed, complete(1)])
     assert later.states()[0] == "FAIL"
     assert not any(0 in group for group in numbers(later.rest()))
@@ -138,7 +139,7 @@ def test_a_locked_storage_delays_and_loses_nothing(tmp_path, monkeypatch):
     other = sqlite3.connect(tmp_path / "optuna.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     life.searcher.tell(complete(zero))
-    life.searcher.tell({"number": one, "status": "FAILED"})
+    life.searcher.tell({"number": one, "preset": None, "status": "FAILED"})
     assert life.suggest() is None, "Tune asks again"
     with pytest.raises(StudyError, match="does not take the ends of 2"):
         life.searcher.close()

@@ -12,6 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bimask import load_data, train_victim
+from bimask.interop import save_imported
+from bimask.interop.imported import assemble
 from bimask.victim import VictimSpec
 
 pytestmark = pytest.mark.ray
@@ -61,6 +63,18 @@ def home(tmp_path_factory):
             batch_size=32,
         )
     ).model.net
+    others = train_victim(VictimSpec(image_size=12, width=4, epochs=8))
+    sets = others.eval_sets(digits, "test")
+    imported = assemble(
+        source="backdoorbench",
+        net="small_resnet",
+        weights=(others.model, 4),
+        dataset="digits",
+        clean=sets.clean,
+        triggered=sets.triggered,
+        clean_index=None,  # nobody says which images belong together: no picture, but scores
+    )
+    save_imported(imported, home / "somebodys", source=home / "suspect.py")
     save_file({key: v.contiguous() for key, v in model.state_dict().items()}, home / "w.safetensors")
     study = {
         "name": "own",
@@ -72,7 +86,8 @@ def home(tmp_path_factory):
                 "net": "suspect.py:make",
                 "weights": "w.safetensors",
                 "attack": {"name": "badnets"},
-            }
+            },
+            {"imported": "somebodys"},
         ],
         "reference_point": {"clean_accuracy": 0.0, "attack_success": 1.0},
         "choose": {"max_accuracy_drop": 1.0},
@@ -100,8 +115,10 @@ def test_a_users_own_model_goes_through_a_study_and_is_purified(home):
     assert "given" in done.stdout
     summary = json.loads((home / "outputs" / "own" / "summary.json").read_text())
     assert summary["n_complete"] == 2
-    (victim,) = summary["victims"].values()
-    assert victim["test"]["attack_success"] > 0.5
+    assert list(summary["victims"]) == ["pictures-badnets", "somebodys"]
+    for victim in summary["victims"].values():
+        assert victim["test"]["attack_success"] > 0.5
+        assert victim["val"]["split"] == "val"
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("reuse: ")]
     words = line.removeprefix("reuse: python -m ").split()
     assert words[-1] == "--trust-code"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
@@ -18,6 +19,8 @@ from study import records, run, search
 from study.config import StudyConfig
 from study.console import show
 from study.pareto import OBJECTIVES, ParetoFront
+from study.report import log_report, write_report
+from study.report.content import headline
 from study.summary import summarise
 from study.tracking import Tracker, tracking_uri
 from study.trial import Case, run_trials
@@ -122,7 +125,7 @@ def test_trial_0_is_the_papers_defaults_and_the_others_are_searched(finished):
 def test_a_nested_run_holds_parameters_losses_metrics_masks_and_a_picture(finished):
     client, _, children = mlflow_runs(finished.outputs, "tiny")
     child = next(c for c in children if c.data.tags["trial"] == "2")
-    assert set(child.data.params) == set(PurifyConfig.model_fields)
+    assert set(child.data.params) == set(TINY["space"])
     names = child.data.metrics
     for name in ("clean_accuracy", "attack_success", "recovery"):
         assert names[name] == names[f"digits-badnets/{name}"]
@@ -131,10 +134,33 @@ def test_a_nested_run_holds_parameters_losses_metrics_masks_and_a_picture(finish
     losses = client.get_metric_history(child.info.run_id, "digits-badnets/loss/loss")
     assert [metric.step for metric in losses] == list(range(6))
     files = {item.path for item in client.list_artifacts(child.info.run_id)}
-    assert {"digits-badnets.masks.safetensors", "digits-badnets.masks.png"} <= files
+    assert {"digits-badnets.masks.safetensors", "digits-badnets.masks.png", "purify.yaml"} <= files
+    path = client.download_artifacts(child.info.run_id, "purify.yaml")
+    settings = PurifyConfig.from_yaml(path)
+    assert settings.initialise_rounds == TINY["fixed"]["initialise_rounds"]
+    assert str(settings.mask_lr) == child.data.params["mask_lr"]
     masks = load_file(client.download_artifacts(child.info.run_id, "digits-badnets.masks.safetensors"))
     assert "net.stem.0.mask" in masks
     assert "net.stem.0.selection" in masks
+
+
+def test_the_parent_run_holds_the_finding_and_the_page(finished):
+    client, parent, children = mlflow_runs(finished.outputs, "tiny")
+    chosen = finished.summary["chosen"]["number"]
+    told = headline(finished.summary, {"COMPLETE": 4})
+    assert told["title"] in parent.data.tags["mlflow.note.content"]
+    page = Path(client.download_artifacts(parent.info.run_id, "report.html"))
+    assert page.read_text() == (finished.folder / "report.html").read_text()
+    tagged = {int(c.data.tags["trial"]) for c in children if c.data.tags.get("pareto") == "front"}
+    assert tagged == {point["number"] for point in finished.summary["front"]}
+    assert [int(c.data.tags["trial"]) for c in children if "chosen" in c.data.tags] == [chosen]
+
+
+def test_a_report_made_later_is_logged_to_the_same_run(finished):
+    path = write_report(finished.folder, finished.outputs / "victims", finished.outputs / "later.html")
+    assert "logged" in log_report(path, finished.folder, finished.outputs)
+    client, parent, _ = mlflow_runs(finished.outputs, "tiny")
+    assert "later.html" in {item.path for item in client.list_artifacts(parent.info.run_id)}
 
 
 def test_the_summary_is_what_the_trials_say(finished):
@@ -253,7 +279,7 @@ def test_bad_trials_end_failed_everywhere_and_the_study_goes_on(finished):
 def test_a_study_that_went_well_leaves_no_file_of_rays(finished):
     assert {path.name for path in finished.folder.iterdir()} == {
         *("study.yaml", "identity.json", "trials.jsonl", "reports.jsonl", "trials", "summary.json"),
-        *("best.yaml", "front.png", "optuna.db", "victims"),
+        *("best.yaml", "front.png", "report.html", "optuna.db", "victims"),
     }
 
 

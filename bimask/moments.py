@@ -1,0 +1,33 @@
+"""What one of torch's optimisers remembers, as plain tensors under names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimiser remembers, as PARAMETER.NAME; empty before its first step."""
+    return {
+        f"{position}.{name}": value
+        for position, kept in optimizer.state_dict()["state"].items()
+        for name, value in kept.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def put_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
+    """Make an optimiser of the same parameters remember what `moments_of` gave."""
+    kept: dict[int, dict[str, Tensor]] = {}
+    for place, value in moments.items():
+        position, _, name = place.partition(".")
+        kept.setdefault(int(position), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": kept, "param_groups": groups})
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if value.shape == parameter.shape:
+                # in the parameter's memory layout: another takes kernels that round otherwise
+                own[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)

@@ -1,0 +1,145 @@
+"""One self-contained HTML page about a study: data as JSON, drawn by the page's own script.
+
+`content` tells what the records say, `closeup` what single trials left, `answers` what their models
+say; `page/` is what a browser gets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from bimask.errors import BimaskError
+from study.config import StudyError
+from study.report.answers import Scene
+from study.report.closeup import curves, layers, reports_of, saved_masks
+from study.report.content import page_content, read, settings_of
+from study.tracking import log_to_study, require_server, tracking_uri
+
+REPORT = "report.html"
+CLOSE_UPS = 24  # trials with curves and masks
+ANSWERED = 12  # trials whose models are asked; each costs some passes
+SCRIPTS = (
+    "draw.js",
+    "state.js",
+    "front.js",
+    "parallel.js",
+    "heat.js",
+    "blind.js",
+    "unseen.js",
+    "tables.js",
+    "closeup.js",
+    "page.js",
+)
+
+
+def write_report(folder: Path, victims: Path, out: Path | None = None) -> Path:
+    """Write the page of the study in `folder`.
+
+    Args:
+        victims: folder of the victims by digest; without a victim in it, the page does without its
+            models' answers.
+        out: the file, `folder/report.html` if None.
+
+    Raises:
+        StudyError: no study in the folder, or the file cannot be written.
+    """
+    read_back = read(folder)
+    content = page_content(**read_back)
+    content["close_ups"] = _close_ups(folder, victims, read_back, content)
+    out = out or folder / REPORT
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(render(content), encoding="utf-8")
+    except OSError as error:
+        raise StudyError(
+            f"Cannot write the report {out} ({error.strerror}); give another file with --out."
+        ) from error
+    return out
+
+
+def log_report(path: Path, folder: Path, outputs: Path) -> str:
+    """Log a page to its study's run in MLflow; what became of it in a few words, never an error."""
+    uri = tracking_uri(outputs)
+    records = read(folder)
+    study = records["study"]["name"]
+    digests = {trial["provenance"]["study"] for trial in records["trials"]}
+    try:
+        require_server(uri)
+        logged = any(log_to_study(uri, study, digest, path) for digest in digests)
+    except BimaskError as error:
+        return f"not logged: {error}"
+    return (
+        f"logged to MLflow's run {study!r}" if logged else f"not logged: no run of {study!r} in MLflow"
+    )
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page: style, data and scripts put into `page/page.html`, nothing else is ever loaded."""
+    page = files(__package__) / "page"
+    parts = {
+        "<!--title-->": _escaped(f"{content['name']}: {content['headline']['title']}"),
+        "/*style*/": (page / "page.css").read_text(encoding="utf-8"),
+        "/*data*/": json.dumps(_finite(content), separators=(",", ":")).replace("<", "\\u003c"),
+        "/*script*/": "\n".join((page / name).read_text(encoding="utf-8") for name in SCRIPTS),
+    }
+    text = (page / "page.html").read_text(encoding="utf-8")
+    return re.sub("|".join(map(re.escape, parts)), lambda place: parts[place.group()], text)
+
+
+def _close_ups(
+    folder: Path, victims: Path, read_back: dict[str, Any], content: dict[str, Any]
+) -> dict[str, Any]:
+    """`trials` by number and `victims` by name, for the chosen trial, the paper's and the front."""
+    study = read_back["study"]
+    first = [content["chosen"], content["paper"], *content["front"]]
+    numbers = list(dict.fromkeys(n for n in first if n is not None))[:CLOSE_UPS]
+    trials = {trial["number"]: trial for trial in read_back["trials"]}
+    reports = reports_of(folder)
+    scenes = _scenes(victims, read_back["summary"].get("victims", {}), study)
+    found: dict[int, Any] = {}
+    for position, number in enumerate(numbers):
+        if trials[number]["status"] != "COMPLETE":
+            continue
+        kept = folder / "trials" / f"{number:03d}"
+        settings = settings_of(study, trials[number])
+        found[number] = {"settings": settings.model_dump(), "victims": {}}
+        for name in trials[number]["scores"]:
+            masks = saved_masks(kept, name, settings)
+            known, final = reports.get(number, {}).get(name, {}), trials[number]["scores"][name]
+            mine: dict[str, Any] = {"curves": curves(kept, name, known, final)}
+            scene = scenes.get(name)
+            if masks is not None:
+                mine["layers"] = layers(masks, scene.victim.model if scene else None)
+            if masks is not None and scene is not None and position < ANSWERED:
+                mine["answers"] = scene.of_trial(masks, settings)
+            found[number]["victims"][name] = mine
+    return {"trials": found, "victims": {name: scene.of_victim() for name, scene in scenes.items()}}
+
+
+def _scenes(root: Path, victims: dict[str, Any], study: dict[str, Any]) -> dict[str, Scene]:
+    """A scene for every victim that is still there with its data."""
+    scenes = {}
+    for name, victim in victims.items():
+        try:
+            scenes[name] = Scene.of(root / victim["digest"], study)
+        except BimaskError:
+            continue  # the page is about the study; without a victim it says less
+    return scenes
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,0 +1,38 @@
+"""`python -m study.report NAME`: one HTML page about a study, beside its records and in MLflow."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from bimask.errors import BimaskError
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="Name of a study: its folder in --outputs.")],
+    outputs: Annotated[Path, typer.Option(help="Where studies are.")] = Path("outputs"),
+    out: Annotated[
+        Path | None, typer.Option(help="The file, instead of OUTPUTS/NAME/report.html.")
+    ] = None,
+) -> None:
+    """Write a page about a study that opens in any browser, without a network."""
+    from study.report import log_report, write_report  # heavy: after --help and usage errors
+
+    console = Console()
+    try:
+        path = write_report(outputs / name, outputs / "victims", out)
+        console.print(f"report  {path}", soft_wrap=True, highlight=False)
+        console.print(log_report(path, outputs / name, outputs), soft_wrap=True, highlight=False)
+    except BimaskError as error:
+        message = f"[bold red]error[/]: {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    typer.run(main)

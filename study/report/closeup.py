@@ -1,0 +1,103 @@
+"""Single trials up close: learning curves and masks from what they left in their folders."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bimask.config import PurifyConfig
+from bimask.masks import MaskSet
+from study.files import read_lines
+from study.objectives import SCORES
+from study.records import REPORTS
+
+
+def saved_masks(folder: Path, victim: str, settings: PurifyConfig) -> MaskSet | None:
+    """A trial's masks for a victim, or None where it left none."""
+    path = folder / f"{victim}.masks.safetensors"
+    if not path.is_file():
+        return None
+    return MaskSet.from_tensors(
+        load_file(path), sharpness=settings.sharpness, straight_through=settings.straight_through
+    )
+
+
+def reports_of(folder: Path) -> dict[int, dict[str, dict[str, dict[int, float]]]]:
+    """Scores on val while trials ran: number -> victim -> score -> round -> value."""
+    found: dict[int, dict[str, dict[str, dict[int, float]]]] = {}
+    for report in read_lines(folder / REPORTS):
+        mine = found.setdefault(report["number"], {}).setdefault(report["victim"], {})
+        for name in SCORES:  # a trial that was gone on with reports some rounds again
+            mine.setdefault(name, {})[report["step"]] = report[name]
+    return found
+
+
+def curves(
+    folder: Path, victim: str, reports: Mapping[str, Mapping[int, float]], final: Mapping[str, float]
+) -> dict[str, Any] | None:
+    """Stages with their rounds, each loss term by round, scores on val by round.
+
+    Args:
+        folder: the trial's own.
+        reports: score -> round -> value.
+        final: the scores after the last round.
+    """
+    path = folder / f"{victim}.rounds.json"
+    if not path.is_file():
+        return None
+    rounds = json.loads(path.read_text())
+    stages = [(name, len(list(logs))) for name, logs in itertools.groupby(r["stage"] for r in rounds)]
+    terms = dict.fromkeys(name for log in rounds for name in log["losses"])
+    return {
+        "stages": stages,
+        "loss": _short(log["loss"] for log in rounds),
+        "terms": {name: _short(log["losses"].get(name) for log in rounds) for name in terms},
+        "scores": {
+            name: [*sorted(points.items()), (len(rounds), final[name])]
+            for name, points in reports.items()
+        },
+    }
+
+
+def layers(masks: MaskSet, model: nn.Module | None = None) -> list[dict[str, Any]]:
+    """Every layer's channels, sorted by factor: factor a' and selection s, in 255ths, as base64.
+
+    In the order of `model`; files of masks are sorted by name.
+    """
+    masks = masks.requires_grad_(False)
+    keeps, selections = masks.keeps(), masks.by_site(masks.selection)
+    names = [name for name, _ in model.named_modules() if name in keeps] if model else list(keeps)
+    rows = []
+    for site in names:
+        keep = keeps[site]
+        order = keep.argsort(descending=True)
+        rows.append(
+            {
+                "name": site,
+                "factor": _bytes(keep[order]),
+                "selection": _bytes(selections[site][order]),
+                "kept": int((keep >= 0.5).sum()),
+                "mean": round(float(keep.mean()), 4),
+                "shared": round(float(selections[site].mean()), 4),
+            }
+        )
+    return rows
+
+
+def _short(values: Iterator[float | None]) -> list[float | None]:
+    """Four digits are more than a curve shows."""
+    return [None if value is None else float(f"{value:.4g}") for value in values]
+
+
+def _bytes(values: Tensor) -> str:
+    """Numbers in [0, 1] as one byte each, base64."""
+    quantised = (255 * values.clamp(0, 1)).round().to(torch.uint8)
+    return base64.b64encode(quantised.cpu().numpy().tobytes()).decode()

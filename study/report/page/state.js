@@ -1,0 +1,110 @@
+// The data, and what the reader has done to them: which ranges are kept, which trial is looked at.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+
+const SCORES = {
+  clean_accuracy: { name: "clean accuracy", short: "ACC", good: "high" },
+  attack_success: { name: "attack success", short: "ASR", good: "low" },
+  recovery: { name: "recovery", short: "RA", good: "high" },
+};
+
+const complete = data.trials.filter((trial) => trial.status === "COMPLETE");
+const searched = complete.filter((trial) => trial.number !== data.paper);
+const byNumber = new Map(data.trials.map((trial) => [trial.number, trial]));
+const onFront = new Set(data.front);
+
+const roleOf = (trial) =>
+  trial.number === data.paper ? "paper" : onFront.has(trial.number) ? "front" : "dominated";
+
+function titleOf(trial) {
+  const said = [];
+  if (trial.number === data.paper) said.push("the paper's defaults");
+  if (trial.number === data.chosen) said.push("chosen");
+  else if (onFront.has(trial.number)) said.push("on the front");
+  return `Trial ${trial.number}${said.length ? `, ${said.join(", ")}` : ""}`;
+}
+
+const scoresText = (trial) => Object.entries(SCORES)
+  .map(([key, score]) => `${score.name} ${percent(trial[key])}`).join(", ");
+
+// Ranges by axis, as shares [low, high] of it. An axis without one keeps everything.
+const state = { ranges: new Map(), hover: null, trial: null, victim: null };
+const axes = [];
+const listeners = [];
+
+function axisOf(name) { return axes.find((axis) => axis.name === name); }
+
+function valueOn(axis, trial) {
+  return axis.objective ? trial[axis.name] : trial.parameters[axis.name];
+}
+
+// Whether a trial lies in every range; one without a value on a restricted axis does not.
+function kept(trial) {
+  for (const [name, [low, high]] of state.ranges) {
+    const value = valueOn(axisOf(name), trial);
+    if (value === undefined) return false;
+    const share = axisOf(name).scale.of(value);
+    if (share < low - 1e-9 || share > high + 1e-9) return false;
+  }
+  return true;
+}
+
+function update(change) {
+  Object.assign(state, change);
+  for (const listener of listeners) listener(change);
+}
+
+// Keeps a range of an axis; the whole of it is none.
+function keepRange(name, low, high) {
+  if (low <= 0 && high >= 1) state.ranges.delete(name);
+  else state.ranges.set(name, [Math.max(0, low), Math.min(1, high)]);
+  update({ ranges: state.ranges });
+}
+
+function clearRanges() {
+  state.ranges.clear();
+  update({ ranges: state.ranges });
+}
+
+function trialTip(trial, x, y) {
+  showTip(x, y, el("b", {}, titleOf(trial)),
+    el("table", {}, Object.entries(SCORES).map(([key, score]) =>
+      el("tr", {}, el("th", {}, score.name), el("td", {}, percent(trial[key])
+        + (trial.spread ? ` ± ${(100 * trial.spread[key].std).toFixed(1)}` : ""))))),
+    el("span", {}, `${duration(trial.seconds)}, ${count(trial.rounds, "round")}`));
+}
+
+// How many trials are kept, with the button that keeps them all again.
+function keptBar() {
+  const text = el("span", { class: "grow", "aria-live": "polite" });
+  const clear = el("button", { type: "button", onclick: clearRanges }, "Keep all");
+  const draw = () => {
+    const left = complete.filter(kept).length;
+    clear.hidden = !state.ranges.size;
+    text.textContent = state.ranges.size
+      ? `${left} of ${complete.length} trials lie in the ranges kept`
+      : `${count(complete.length, "trial")} with a result, ${data.front.length} on the front`;
+  };
+  listeners.push(draw);
+  draw();
+  return [text, clear];
+}
+
+function buildAxes() {
+  const spread = (key) => {
+    const values = complete.map((trial) => trial[key]);
+    const low = Math.min(...values), high = Math.max(...values);
+    return high > low ? [low, high] : [low - 0.01, high + 0.01];
+  };
+  const objectives = new Set(["attack_success", "clean_accuracy", ...Object.keys(data.objectives)]);
+  for (const key of objectives) {
+    const [low, high] = spread(key);
+    axes.push({ name: key, label: SCORES[key]?.name ?? key.replaceAll("_", " "), objective: true,
+      scale: scaleOf({ kind: "float", low, high, percent: key !== "seconds" }) });
+  }
+  const weight = data.importance.attack_success || {};
+  const parameters = [...data.parameters].sort((a, b) => (weight[b.name] || 0) - (weight[a.name] || 0));
+  for (const parameter of parameters)
+    axes.push({ name: parameter.name, label: parameter.name, scale: scaleOf(parameter) });
+}
+if (complete.length) buildAxes();

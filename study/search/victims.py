@@ -1,0 +1,117 @@
+"""Victims made by Ray tasks, one a task; the driver hears of their progress and keeps their files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util.queue import Queue
+
+from bimask.victim import EpochLog, VictimSpec, obtain_victim
+from study.config import StudyError
+
+# name, and what happened: an EpochLog, or what is prepared, the steps done and how many there are
+Event = tuple[str, EpochLog | tuple[str, int, int]]
+RETRIES = 2  # of a task whose process died; it goes on from its last epoch
+
+
+def make_victims(
+    specs: Mapping[str, VictimSpec],
+    root: Path,
+    *,
+    device: str,
+    cpus: int,
+    gpus: float,
+    on_event: Callable[[Event], None],
+    on_end: Callable[[str, str | None], None],
+) -> None:
+    """Make victims on a cluster that is joined; each is then in `root/DIGEST/` on this machine.
+
+    A task trains below the same path on its node, so that it goes on from what another left there. Data
+    sets and own code must be on the nodes.
+
+    Args:
+        cpus, gpus: of one victim; `cpus` is its threads, too.
+        on_end: called once a victim, with its name and None, or why it was not made.
+
+    Raises:
+        StudyError: no node has such resources.
+    """
+    _require_room(cpus, gpus)
+    events = Queue()
+    task = ray.remote(_make).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
+    running = {
+        task.remote(name, spec, str(root.resolve()), device, cpus, events): (name, spec)
+        for name, spec in specs.items()
+    }
+    try:
+        while running:
+            ended, _ = ray.wait(list(running), timeout=0.5)
+            for event in events.get_nowait_batch(events.qsize()):
+                on_event(event)
+            for reference in ended:
+                name, spec = running.pop(reference)
+                on_end(name, _received(reference, root / spec.digest))
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+        events.shutdown()
+
+
+def _make(
+    name: str, spec: VictimSpec, root: str, device: str, cpus: int, events: Queue
+) -> dict[str, bytes] | str:
+    """The files of a victim, or why there are none."""
+    torch.set_num_threads(cpus)
+
+    def on_prepare(what: str, done: int, of: int) -> None:
+        if done == of or done % max(1, of // 50) == 0:  # attacks take thousands of steps
+            events.put((name, (what, done, of)))
+
+    try:
+        obtain_victim(
+            spec,
+            Path(root),
+            device=device,
+            on_epoch=lambda log: events.put((name, log)),
+            on_prepare=on_prepare,
+        )
+    except Exception as error:  # as text: not every error can be sent
+        return f"{type(error).__name__}: {error}"
+    return {file.name: file.read_bytes() for file in (Path(root) / spec.digest).iterdir()}
+
+
+def _received(reference: Any, folder: Path) -> str | None:
+    """Write the victim's folder, whole or not at all, if it is not there; or say why it is not."""
+    try:
+        files = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    if isinstance(files, str):
+        return files
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".victim-", dir=folder.parent))
+        try:
+            for name, content in files.items():
+                (part / name).write_bytes(content)
+            part.chmod(0o755)
+            os.rename(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return None
+
+
+def _require_room(cpus: int, gpus: float) -> None:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        raise StudyError(
+            f"A victim asks for {cpus} CPU(s) and {gpus:g} GPU, which none of {len(nodes)} node(s) "
+            "has; lower --cpus-per-victim or --gpus-per-victim, or wait until larger nodes are up."
+        )

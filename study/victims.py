@@ -1,0 +1,88 @@
+"""`python -m study.victims SUITE.yaml`: the victims of a suite, as many at once as Ray has room for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from bimask.errors import BimaskError
+
+
+def main(
+    suite: Annotated[
+        Path, typer.Argument(metavar="SUITE.yaml", help="Many victims, such as victims/digits.yaml.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder that holds victims.")] = Path("outputs/victims"),
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join: 'auto', or ADDRESS:PORT.")
+    ] = None,
+    cpus_per_victim: Annotated[int, typer.Option(min=1, help="CPUs, and threads, of one.")] = 1,
+    gpus_per_victim: Annotated[float, typer.Option(min=0, help="Share of a GPU.")] = 0,
+) -> None:
+    """Make the victims of a suite on Ray, but for those that OUT has."""
+    from study.run import require_writable  # heavy: after --help and usage errors
+
+    try:
+        require_writable(out)
+        failed = make_suite(suite, out, address, cpus_per_victim, gpus_per_victim)
+    except BimaskError as error:
+        message = f"[bold red]error[/]: {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    sys.exit(1 if failed else 0)
+
+
+def make_suite(suite: Path, out: Path, address: str | None, cpus: int, gpus: float) -> list[str]:
+    """The names of the victims that could not be made; see `main`."""
+    import torch
+
+    from bimask.commands.terminal import VictimBars
+    from bimask.commands.train_victims import build, failure
+    from bimask.victim import EpochLog, load_suite
+    from study.search import start_ray, stop_ray
+    from study.search.victims import Event, make_victims
+
+    specs, failed = load_suite(suite), []
+    missing = {name: spec for name, spec in specs.items() if not (out / spec.digest).is_dir()}
+    with VictimBars() as bars:
+
+        def on_event(event: Event) -> None:
+            name, what = event
+            if isinstance(what, EpochLog):
+                bars.epoch(name, what)
+            else:
+                bars.preparing(name, *what)
+
+        def on_end(name: str, reason: str | None) -> None:
+            if reason is not None:
+                failed.append(name)
+                bars.ended(name, failure(name, reason))
+            elif not build(name, specs[name], out, torch.device("cpu"), bars, made=name in missing):
+                failed.append(name)
+
+        for name in [name for name in specs if name not in missing]:
+            on_end(name, None)
+        if missing:
+            start_ray(address)
+            try:
+                make_victims(
+                    missing,
+                    out,
+                    device="cuda" if gpus else "cpu",
+                    cpus=cpus,
+                    gpus=gpus,
+                    on_event=on_event,
+                    on_end=on_end,
+                )
+            finally:
+                stop_ray()
+    return failed
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,8 +1,8 @@
 """How well `bimask audit` tells backdoored digits models from clean ones, and by how much to trust it.
 
-    python -m benchmarks.audit prices [PART]   # of every model of the zoo: 5 s each on one thread
+    python -m benchmarks.audit prices [PART]   # of every model of the zoo: 10 s each on one thread
     python -m benchmarks.audit fit             # on "calibration": bimask/audit_calibration.json
-    python -m benchmarks.audit measure         # on "measurement": benchmarks/results/audit.json
+    python -m benchmarks.audit measure         # on "measurement": results/audit/measurement.json
 
 What is measured is decided before: the kinds of evidence are chosen on the part "calibration" by
 leaving out one model at a time, and the part "measurement" is looked at once. Clean images: 30 of
@@ -29,8 +29,9 @@ from bimask.audit import CALIBRATION, FLAGGED, Floats, advantage, prices_of
 from bimask.data import load_data
 from study.provenance import commit, versions
 
+KEPT = RESULTS / "audit" / "measurement.json"
 IMAGES_PER_CLASS = 3
-KINDS = ("patch", "warp", "latent")  # by leave-one-out on "calibration"
+KINDS = ("patch", "pattern", "warp", "tone", "latent")  # by leave-one-out on "calibration"
 APART = "sig"  # reported beside the five others: see benchmarks/README.md
 REGULARISATION = 1.0  # C of both regressions
 FOLDS = 5
@@ -220,8 +221,8 @@ def measure() -> None:
             numbers = figures(mine, [fitted] * len(mine))
             by_attack[attack] = {k: v for k, v in numbers.items() if k not in ("models", "reliability")}
         content[name]["by attack"] = by_attack
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "audit.json").write_text(json.dumps(content, indent=1) + "\n")
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    KEPT.write_text(json.dumps(content, indent=1) + "\n")
     print(json.dumps({k: v for k, v in content["five attacks"].items() if k != "models"}, indent=1))
 
 

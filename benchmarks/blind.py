@@ -23,7 +23,7 @@ from study.blind import make_probe
 from study.pareto import choose
 from study.provenance import commit, versions
 
-KEPT = RESULTS / "blind.json"
+KEPT = RESULTS / "blind" / "trials.json"  # a folder: README.md has tables of the files beside it
 MAX_DROP = 0.02
 SIGNALS = ("risk", "same_answer", "carried_over", "agreement", "inverse_agreement")
 

@@ -5,7 +5,7 @@ evidence:
 
     e_k = log(median of the other classes' prices / price_k)
 
-with the prices of patches and warps (`bimask.class_triggers`) and the latent distance
+with the prices of all families of triggers (`bimask.class_triggers`) and the latent distance
 (`bimask.latent`). A logistic regression turns the numbers of a class into a score; the highest score is
 the model's and its class the suspected target; Platt's sigmoid (1999) turns that into a probability.
 Both were fitted on models of known kind, clean and backdoored, whose description is in `CALIBRATION`
@@ -32,7 +32,7 @@ from bimask.errors import DataError
 from bimask.latent import latent_distances
 
 CALIBRATION = "audit_calibration.json"
-SEARCHED: tuple[Family, ...] = ("patch", "warp")
+SEARCHED: tuple[Family, ...] = ("patch", "pattern", "warp", "tone")
 FLAGGED = 0.5  # probability from which a model is called backdoored
 MIN_CLASSES = 4  # with fewer there is no median of others to speak of
 

@@ -74,7 +74,8 @@ def render(content: dict[str, Any], figure: Figure) -> str:
 def draw(audit: Audit, suspect: Suspect) -> Figure:
     """The suspected class's triggers, the score of every class, and how reliable probabilities were."""
     figure = Figure(figsize=(11, 2.2 + 1.5 * (1 + len(audit.triggers))), layout="constrained")
-    top, bottom = figure.subfigures(2, height_ratios=[1 + len(audit.triggers), 1.6])
+    halves = figure.subfigures(2, height_ratios=[1 + len(audit.triggers), 1.6], squeeze=False)
+    top, bottom = halves[:, 0]
     _triggers(top, audit, suspect)
     scores, curve = bottom.subplots(1, 2, width_ratios=[2, 1])
     _scores(scores, audit, suspect.classes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from scipy.stats import spearmanr
@@ -19,7 +19,10 @@ from bimask.victim import Victim
 from study.trial import Case
 
 PER_CLASS = 16
-CHOSEN_BY = {"oracle": "attack_success", "blind": "risk"}
+CHOSEN_BY: dict[str, Literal["attack_success", "risk"]] = {
+    "oracle": "attack_success",
+    "blind": "risk",
+}
 PROMISE = (
     "Blind selection ranks settings by how little of the suspect model's short cuts they leave, as far "
     "as triggers made without the attack can show it. It measures no attack success rate and proves no "

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bimask.config import PurifyConfig
 from bimask.errors import BimaskError
-from bimask.victim import Victim, load_victim
+from bimask.victim import Victim, open_victim
 from study import records
 from study.config import Confirm, StudyConfig, StudyError, load_config
 from study.console import progress_bar
@@ -129,8 +129,8 @@ def confirm_trial(candidate: Candidate, victims: dict[str, Victim], console: Con
 
 def load_victims(config: StudyConfig, outputs: Path) -> dict[str, Victim]:
     """Every victim of the study's suite, from where the study left them."""
-    folders = [outputs / "victims" / spec.digest for spec in config.suite]
+    folders = [spec.place(outputs / "victims") for spec in config.suite]
     return {
-        name: load_victim(folder, own_code=True)
+        name: open_victim(folder, own_code=True)
         for name, folder in zip(config.suite_names(), folders, strict=True)
     }

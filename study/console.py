@@ -105,10 +105,9 @@ def show(
         )
         return
     first = config.victims[0]
-    victim = victims / first.digest if first.imported is None else first.imported
     trust = " --trust-code" if is_own(first.net) else ""
     console.print(
-        f"reuse: python -m bimask purify --victim {victim} --config "
+        f"reuse: python -m bimask purify --victim {first.place(victims)} --config "
         f"{folder / records.BEST} --out {folder / 'cleaned'}{trust}",
         soft_wrap=True,
     )

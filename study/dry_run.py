@@ -123,6 +123,6 @@ def _victims(config: StudyConfig, root: Path) -> Table:
         table.add_column(column)
     for (name, role), spec in zip(roles(config).items(), config.suite, strict=True):
         there = "yes" if (root / spec.digest).is_dir() else "to be trained"
-        there = there if spec.weights is None else "given"
+        there = "given" if spec.given else there
         table.add_row(name, role.replace("_", " "), f"{spec.net}, {spec.width}", spec.digest, there)
     return table

@@ -24,7 +24,7 @@ def attacks_of(config: StudyConfig) -> dict[str, list[str]]:
     """Attack -> the tuning victims that it made."""
     found: dict[str, list[str]] = {}
     for name, spec in zip(config.victim_names(), config.victims, strict=True):
-        found.setdefault(spec.attack["name"], []).append(name)
+        found.setdefault(spec.attack_name, []).append(name)
     return found
 
 
@@ -36,8 +36,8 @@ def is_exact(config: StudyConfig) -> bool:
 
 def without(config: StudyConfig, attack: str) -> StudyConfig:
     """The study of the others: the attack's victims are held out."""
-    seen = [spec for spec in config.victims if spec.attack["name"] != attack]
-    unseen = [spec for spec in config.victims if spec.attack["name"] == attack]
+    seen = [spec for spec in config.victims if spec.attack_name != attack]
+    unseen = [spec for spec in config.victims if spec.attack_name == attack]
     changes = {
         "name": f"{config.name}-without-{attack}",
         "victims": seen,
@@ -79,7 +79,7 @@ def table_of_studies(
     """
     rows = {}
     for attack, summary in others.items():
-        digests = {spec.digest for spec in config.victims if spec.attack["name"] == attack}
+        digests = {spec.digest for spec in config.victims if spec.attack_name == attack}
         rows[attack] = compared(_confirmed(summary, digests), _confirmed(full, digests))
     return {"exact": True, "scored_on": "test, mean over the confirmation's seeds", "attacks": rows}
 

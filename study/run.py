@@ -349,8 +349,7 @@ def prepare_victims(
                 on_epoch=partial(bars.epoch, bar),
                 on_prepare=partial(bars.preparing, bar),
             )
-            given = spec.weights is not None or spec.imported is not None
-            origin = "cached" if cached else "given" if given else "trained"
+            origin = "cached" if cached else "given" if spec.given else "trained"
             bars.ended(bar, f"victim {name} ({origin}), {described(victims[name])}")
     return victims
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bimask.suspect import file_sha256
-from bimask.victim import Victim
+from bimask.victim import Victim, VictimSpec
 from bimask.victim.files import WEIGHTS
 from study import records
 from study.config import RUNNING, StudyConfig, StudyError, load_config
@@ -37,10 +37,7 @@ class Identity:
     @classmethod
     def of(cls, config: StudyConfig, victims: dict[str, Victim], root: Path) -> Identity:
         """Of a study that begins; its victims are in `root`."""
-        hashes = {
-            name: f"{victim.spec.digest}:{file_sha256(root / victim.spec.digest / WEIGHTS)[:16]}"
-            for name, victim in victims.items()
-        }
+        hashes = {name: f"{v.spec.digest}:{_hash(v.spec, root)[:16]}" for name, v in victims.items()}
         return cls(uuid.uuid4().hex, config.digest, hashes)
 
     @classmethod
@@ -112,3 +109,8 @@ def reopen(
             "another --name."
         )
     return config, folder
+
+
+def _hash(spec: VictimSpec, root: Path) -> str:
+    """Of a victim's weights; of an imported one's manifest, which holds that of its weights."""
+    return spec.imported_sha256 or file_sha256(spec.place(root) / WEIGHTS)

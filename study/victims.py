@@ -48,7 +48,7 @@ def make_suite(suite: Path, out: Path, address: str | None, cpus: int, gpus: flo
     from study.search.victims import Event, make_victims
 
     specs, failed = load_suite(suite), []
-    missing = {name: spec for name, spec in specs.items() if not (out / spec.digest).is_dir()}
+    missing = {name: spec for name, spec in specs.items() if not spec.place(out).is_dir()}
     with VictimBars() as bars:
 
         def on_event(event: Event) -> None:

@@ -28,7 +28,7 @@ def train_victims_command(
     failed = []
     with VictimBars() as bars:
         for name, spec in specs.items():
-            if not build(name, spec, out, where, bars, made=not (out / spec.digest).is_dir()):
+            if not build(name, spec, out, where, bars, made=not spec.place(out).is_dir()):
                 failed.append(name)
     if failed:
         console.print(f"{len(failed)} of {len(specs)} victims failed: {escape('; '.join(failed))}")

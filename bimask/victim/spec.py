@@ -112,6 +112,20 @@ class VictimSpec(NetSpec):
         return self.poisoning_rate == 0
 
     @property
+    def given(self) -> bool:
+        """Whether its weights are from elsewhere, so that nothing is trained."""
+        return self.weights is not None or self.imported is not None
+
+    def place(self, root: Path) -> Path:
+        """Its folder: in `root`, or where it was imported to."""
+        return root / self.digest if self.imported is None else Path(self.imported)
+
+    @property
+    def attack_name(self) -> str:
+        """Of the attack it was made with; of an imported one, whose files may not say, its own name."""
+        return str(self.attack["name"]) if self.imported is None else self.name
+
+    @property
     def name(self) -> str:
         """For people: dataset and attack, or "clean"; of an imported one its folder's name."""
         if self.imported is not None:

@@ -98,11 +98,12 @@ def summarise(
 
 
 def _point(config: StudyConfig, trial: dict[str, Any]) -> dict[str, Any]:
-    """A trial as it stands in the summary: number, parameters, scores and objectives on val."""
+    """A trial as it stands in the summary: number, parameters, scores, objectives and risk on val."""
     return {
         "number": trial["number"],
         "parameters": trial["parameters"],
-        "val": {name: trial[name] for name in (*SCORES, "risk") if name in trial},
+        "val": {name: trial[name] for name in SCORES},
+        "risk": trial.get("risk"),
         "objectives": {name: trial[name] for name in config.directions},
     }
 

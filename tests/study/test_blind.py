@@ -129,7 +129,7 @@ def test_a_blind_study_shows_both_choices(tmp_path):
     found = summary["selection"]
     assert found["used"] == "blind"
     assert summary["chosen"]["number"] == found["blind"]["number"]
-    assert found["blind"]["val"]["risk"] == min(trial["risk"] for trial in trials)
+    assert found["blind"]["risk"] == min(trial["risk"] for trial in trials)
     assert found["oracle"]["val"]["attack_success"] == min(t["attack_success"] for t in trials)
     assert found["regret"]["val"] >= 0
     evidence = trials[0]["scores"]["digits-badnets"]

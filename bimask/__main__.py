@@ -1,4 +1,4 @@
-"""`python -m bimask`: train a victim, look at it, purify it, see before and after."""
+"""`python -m bimask`: train a victim, look at it, audit it, purify it, see before and after."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bimask.commands.audit import audit_command
 from bimask.commands.export import export_command
 from bimask.commands.gallery import gallery_command
 from bimask.commands.interop import export_backdoorbench_command, import_command
@@ -20,6 +21,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 app.command("train-victim")(train_victim_command)
 app.command("train-victims")(train_victims_command)
 app.command("purify")(purify_command)
+app.command("audit")(audit_command)
 app.command("export")(export_command)
 app.command("gallery")(gallery_command)
 app.command("import")(import_command)

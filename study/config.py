@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from bimask.config import PurifyConfig
@@ -43,6 +44,9 @@ LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constrai
 }
 
 
+NEEDS_TRIGGER = {"attack_success", "recovery"}
+
+
 class StudyError(BimaskError):
     """A study cannot be run as asked: one sentence or one line a problem."""
 
@@ -55,6 +59,7 @@ class ReferencePoint(BaseModel):
     attack_success: float = Unit
     recovery: float | None = Field(None, ge=0, le=1)
     pruned_share: float | None = Field(None, ge=0, le=1)
+    risk: float = Field(1, ge=0, le=1)
     seconds: float | None = Field(None, gt=0)
 
 
@@ -89,7 +94,9 @@ class StudyConfig(BaseModel):
     retries: int = Field(3, ge=0, description="times a group is run again whose process or node died")
     device: str = Field("auto", description="auto: cuda where a trial has a GPU share, else cpu")
     sampler: Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"] = "tpe"
-    selection: Literal["oracle"] = Field("oracle", description="scores on val use the true trigger")
+    selection: Literal["oracle", "blind"] = Field(
+        "oracle", description="oracle: by the true trigger on val; blind: by `risk`, from clean images"
+    )
     clean_images_per_class: int = Field(10, ge=1, description="what the defender has")
     report_every: int = Field(10, ge=1, description="rounds between two intermediate reports")
     checkpoint_every: float = Field(60, gt=0, description="seconds of work that a kill may cost")
@@ -124,6 +131,27 @@ class StudyConfig(BaseModel):
     start: list[dict[str, Scalar]] = Field(
         default_factory=list, description="points of the space to try first, say of earlier studies"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blind_objectives(cls, given: Any) -> Any:
+        """Blind selection searches by what it chooses by, unless told otherwise."""
+        if isinstance(given, dict) and given.get("selection") == "blind":
+            return {"objectives": ["clean_accuracy", "risk"]} | given
+        return given
+
+    @model_validator(mode="after")
+    def _blind_stays_blind(self) -> StudyConfig:
+        used = {
+            *self.objectives,
+            *(name[4:] for name in self.constraints.model_dump(exclude_none=True)),
+        }
+        if self.selection == "blind" and (seen := sorted(used & NEEDS_TRIGGER)):
+            raise ValueError(
+                f"`selection: blind` may not use {' and '.join(seen)}, which needs the true trigger; "
+                "use risk"
+            )
+        return self
 
     @field_validator("objectives")
     @classmethod

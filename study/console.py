@@ -14,6 +14,7 @@ from rich.table import Table
 
 from bimask.nets import is_own
 from study import records
+from study.blind import PROMISE
 from study.config import StudyConfig
 from study.objectives import SCORES
 from study.report import REPORT
@@ -91,6 +92,7 @@ def show(
                 for short, name in zip(("ACC", "ASR", "RA"), SCORES, strict=True)
             )
             console.print(f"on test, {label} (trial {trial['number']}): {scores}")
+    _show_selection(console, summary["selection"])
     show_suite(console, summary.get("suite") or {})
     if (folder / REPORT).is_file():
         console.print(f"page:  {folder / REPORT}", soft_wrap=True, highlight=False)
@@ -109,6 +111,23 @@ def show(
         f"{folder / records.BEST} --out {folder / 'cleaned'}{trust}",
         soft_wrap=True,
     )
+
+
+def _show_selection(console: Console, selection: dict[str, Any]) -> None:
+    """Blind choice beside the oracle's, and what the blind one is worth."""
+    used = selection["used"]
+    for who in ("oracle", "blind"):
+        if (trial := selection[who]) is not None:
+            console.print(
+                f"{who} choice{' (used)' if who == used else ''}: trial {trial['number']}, ASR on val "
+                f"{trial['val']['attack_success']:.3f}, on test {trial['test']['attack_success']:.3f}"
+            )
+    if (rank := selection["spearman"]) is not None:
+        console.print(
+            f"blind risk against true ASR: Spearman {rank['rho']:.2f} over {rank['n']} trials"
+        )
+    if used == "blind":
+        console.print(PROMISE, soft_wrap=True)
 
 
 def show_suite(console: Console, suite: dict[str, Any]) -> None:

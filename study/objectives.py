@@ -13,23 +13,35 @@ from bimask.metrics import Scores
 from study.pareto import DIRECTIONS
 
 SCORES = ("clean_accuracy", "attack_success", "recovery")
-ObjectiveName = Literal["clean_accuracy", "attack_success", "recovery", "pruned_share", "seconds"]
+ObjectiveName = Literal[
+    "clean_accuracy", "attack_success", "recovery", "pruned_share", "seconds", "risk"
+]
 Numbers = Mapping[str, float]
 
 # Of one purification, with the best that each can be: what is not known yet may turn out to be this.
-BEST = {"clean_accuracy": 1.0, "attack_success": 0.0, "recovery": 1.0, "pruned_share": 0.0}
+BEST = {
+    "clean_accuracy": 1.0,
+    "attack_success": 0.0,
+    "recovery": 1.0,
+    "pruned_share": 0.0,
+    "risk": 0.0,
+}
 
 
-def numbers_of(scores: Scores, masks: MaskSet, *, before: float) -> dict[str, float]:
+def numbers_of(
+    scores: Scores, masks: MaskSet, *, before: float, said: Numbers | None = None
+) -> dict[str, float]:
     """What objectives and constraints are made of, of one purified model.
 
     `pruned_share` is the share of channels that keep less than half of their output; `accuracy_drop`
-    is against the victim's own clean accuracy `before`, negative where the purified model is better.
+    is against the victim's own clean accuracy `before`, negative where the purified model is better;
+    `risk` is among what a probe said, where there is one.
     """
     return {
         **{name: getattr(scores, name) for name in SCORES},
         "pruned_share": (masks.keep() < 0.5).float().mean().item(),
         "accuracy_drop": before - scores.clean_accuracy,
+        **{name: value for name, value in (said or {}).items() if name == "risk"},
     }
 
 

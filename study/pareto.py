@@ -24,6 +24,7 @@ DIRECTIONS: dict[str, Direction] = {
     "pruned_share": "minimize",
     "seconds": "minimize",
     "accuracy_drop": "minimize",
+    "risk": "minimize",
 }
 OBJECTIVES = {name: DIRECTIONS[name] for name in ("clean_accuracy", "attack_success")}  # the default
 
@@ -134,6 +135,7 @@ def choose(
     *,
     min_clean_accuracy: float,
     violations: Sequence[float] | None = None,
+    by: Literal["attack_success", "risk"] = "attack_success",
 ) -> int | None:
     """Position of the point with least attack success among the feasible that are accurate enough.
 
@@ -141,11 +143,12 @@ def choose(
     choice is always on the front of (clean accuracy, attack success) of the feasible points.
 
     Args:
+        by: what is to be least; "risk" needs no knowledge of the attack.
         violations: 0 for a feasible point, see `feasible_first`; None where nothing is bounded.
     """
     left = [i for i, p in enumerate(points) if p["clean_accuracy"] >= min_clean_accuracy - 1e-12]
     return min(
         [i for i in left if violations is None or violations[i] <= 0],
-        key=lambda i: (points[i]["attack_success"], -points[i]["clean_accuracy"], i),
+        key=lambda i: (points[i][by], -points[i]["clean_accuracy"], i),
         default=None,
     )

@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -52,24 +50,15 @@ def save_model(path: Path, cleaned: Path, config: Path, example: Tensor) -> PyFu
         config: best.yaml, which travels along.
         example: (C, H, W) uint8, the input example.
     """
-    with _quiet():
-        mlflow.pyfunc.save_model(
-            path,
-            python_model=str(CODE),
-            artifacts={"cleaned": str(cleaned), "config": str(config)},
-            code_paths=[str(Path(bimask.__file__).parent)],
-            pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
-            input_example=[as_png(example)],
-        )
-        return mlflow.pyfunc.load_model(str(path))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without MLflow's warning that it does not check the images: `bimask.answering` does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*Any type hint")
-        yield
+    mlflow.pyfunc.save_model(
+        path,
+        python_model=str(CODE),
+        artifacts={"cleaned": str(cleaned), "config": str(config)},
+        code_paths=[str(Path(bimask.__file__).parent)],
+        pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
+        input_example=[as_png(example)],
+    )
+    return mlflow.pyfunc.load_model(str(path))
 
 
 def as_png(image: Tensor) -> str:
@@ -213,8 +202,7 @@ def load_registered(reference: str, uri: str) -> PyFuncModel:
     require_server(uri)
     mlflow.set_tracking_uri(uri)
     try:
-        with _quiet():
-            return mlflow.pyfunc.load_model(reference)
+        return mlflow.pyfunc.load_model(reference)
     except (MlflowException, OSError) as error:
         raise StudyError(
             f"{reference} cannot be loaded from {redacted(uri)} ({str(error)[:200]}); give "

@@ -20,9 +20,10 @@ from bimask.commands.terminal import VictimBars, described
 from bimask.devices import resolve_device
 from bimask.victim import Victim, obtain_victim
 from study import records, search
+from study.blind import blind_metrics, make_probe, steps_of_probe, with_probes
 from study.config import StudyConfig, StudyError, load_config
 from study.confirm import confirm_choice
-from study.console import show, trial_progress, wide_console
+from study.console import progress_bar, show, trial_progress, wide_console
 from study.files import locked, read_lines, write_text
 from study.interrupts import InterruptedStudyError, Interrupts
 from study.mirror import Mirror
@@ -210,7 +211,7 @@ class _Study:
         """Search, choose, report: the summary, and the signal that ended the search, if one did."""
         mirror = Mirror(self.tracker, self._say_what_happens)
         interrupts, patience = Interrupts(), SHORT_PATIENCE
-        cases = cases_of(self.config, self.victims)
+        cases = self._cases()
         try:
             draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
             mirror.log_folder(self.folder / VICTIM_PICTURES)
@@ -245,6 +246,17 @@ class _Study:
                     f"with `python -m study.launch --resume {self.config.name}`.",
                     soft_wrap=True,
                 )
+
+    def _cases(self) -> list[Case]:
+        """The runs of a trial, each with the probe of its victim."""
+        torch.set_num_threads(self.config.cpus_per_trial)  # as for victims: not of the machine's cores
+        probes = {}
+        with progress_bar(self.console) as progress:
+            for name, victim in self.victims.items():
+                task = progress.add_task(f"probing {name}", total=steps_of_probe(victim))
+                on_step = partial(progress.advance, task)
+                probes[name] = make_probe(victim, seed=self.config.seed, on_step=on_step)
+        return with_probes(cases_of(self.config, self.victims), probes)
 
     def _search(self, cases: list[Case], mirror: Mirror, interrupts: Interrupts) -> float:
         """Run what has no record yet; seconds that went into trials."""
@@ -356,7 +368,7 @@ def close(mirror: Tracker | Mirror, folder: Path, summary: dict[str, Any], statu
     if summary["chosen"]:
         metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
         metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
-    metrics |= confirmation_metrics(summary.get("suite") or {})
+    metrics |= confirmation_metrics(summary.get("suite") or {}) | blind_metrics(summary["selection"])
     names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)
     count = {state: summary[f"n_{state.lower()}"] for state in ("COMPLETE", "PRUNED", "FAILED")}
     told = headline(summary, count)

@@ -96,7 +96,9 @@ class Watch:
             self.on_report(trial.position, self.case.key, log, scores)
         if share is not None:
             spent = trial.seconds + self.seconds_each
-            numbers = numbers_of(scores, masks, before=self.case.before) | {"seconds": spent}
+            said = self.case.ask(self.model, masks)
+            numbers = numbers_of(scores, masks, before=self.case.before, said=said)
+            numbers["seconds"] = spent
             trial.rungs[rung(self.case.key, share)] = self.judge.losses(numbers)
             trial.stopped = self.judge.at_rung(self.case, share, numbers)
             if self.kept is not None:

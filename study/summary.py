@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from bimask.config import PurifyConfig
 from bimask.metrics import evaluate
 from bimask.victim import Victim
-from study import leave_out, records, search
+from study import blind, leave_out, records, search
 from study.config import StudyConfig
 from study.objectives import SCORES, mean_of, total_violation
 from study.pareto import ParetoFront, choose, feasible_first
@@ -38,7 +38,12 @@ def summarise(
         for name in SCORES
     }
     bound = before["clean_accuracy"] - config.choose.max_accuracy_drop
-    position = choose(complete, min_clean_accuracy=bound, violations=violations)
+    positions = {
+        who: choose(complete, min_clean_accuracy=bound, violations=violations, by=score)
+        for who, score in blind.CHOSEN_BY.items()
+        if all(score in trial for trial in complete)  # trials of before there were probes have no risk
+    }
+    position = positions[config.selection]
     chosen = None if position is None else complete[position]
     paper = next((t for t in complete if t["preset"] == search.PAPER), None)
     on_front = [competing[i] for i in front.indices]
@@ -65,6 +70,10 @@ def summarise(
         "hypervolume": front.hypervolume(config.reference),
         "reference_point": config.reference,
         "front": [_point(config, t) for t in on_front],
+        "selection": {"used": config.selection}
+        | blind.compare(
+            complete, positions, lambda at: _measured(config, folder, complete[at], victims)
+        ),
         "chosen": chosen and _measured(config, folder, chosen, victims),
         "paper_defaults": paper and _measured(config, folder, paper, victims),
         "victims": {
@@ -89,11 +98,12 @@ def summarise(
 
 
 def _point(config: StudyConfig, trial: dict[str, Any]) -> dict[str, Any]:
-    """A trial as it stands in the summary: number, parameters, scores and objectives on val."""
+    """A trial as it stands in the summary: number, parameters, scores, objectives and risk on val."""
     return {
         "number": trial["number"],
         "parameters": trial["parameters"],
         "val": {name: trial[name] for name in SCORES},
+        "risk": trial.get("risk"),
         "objectives": {name: trial[name] for name in config.directions},
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bimask.config import ENGINE, PurifyConfig
 from bimask.errors import NonFiniteError
+from bimask.evidence import Probe
 from bimask.masks import MaskSet, fold
 from bimask.metrics import EvalSets, Scores, evaluate
 from bimask.population import PopulationPurifier
@@ -39,6 +40,7 @@ class Case:
         clean: the defender's images, (N, C, H, W) float in [0, 1].
         val: evaluation sets to choose on; they know the true trigger (`oracle` selection).
         repeat: which of the victim's runs in a trial this is: each has its own seed and images.
+        probe: what asks a purified model without the attack, see `study.blind`; None asks nothing.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Case:
     clean: Tensor
     val: EvalSets
     repeat: int = 0
+    probe: Probe | None = None
 
     @classmethod
     def of(cls, name: str, victim: Victim, config: StudyConfig, repeat: int = 0) -> Case:
@@ -54,6 +57,17 @@ class Case:
         seed = config.seed + repeat
         clean = splits.train.clean_subset(config.clean_images_per_class, seed=seed)
         return cls(name, victim, clean.floats(), victim.eval_sets(splits, "val"), repeat)
+
+    def to(self, device: torch.device | str) -> Case:
+        """The same with its images on another device; the victim stays."""
+        probe = None if self.probe is None else self.probe.to(device)
+        return replace(self, clean=self.clean.to(device), val=self.val.to(device), probe=probe)
+
+    def ask(self, model: nn.Module, masks: MaskSet) -> dict[str, float]:
+        """What the probe says of the model under its masks, by name; nothing where there is none."""
+        if self.probe is None:
+            return {}
+        return self.probe(fold(model, masks), fold(model, masks, inverse=True)).numbers()
 
     @property
     def before(self) -> float:
@@ -73,7 +87,7 @@ class CaseResult:
     Attributes:
         name: of the victim.
         numbers: what objectives and constraints are made of, see `numbers_of`.
-        evidence: further numbers of the purified model, by name; kept, never an objective.
+        evidence: what the case's probe says of the purified model, by name.
     """
 
     name: str
@@ -144,9 +158,6 @@ class TrialResult:
         return {name: mean_of(mine) for name, mine in runs.items()}
 
 
-Evidence = Callable[[Case, nn.Module], Mapping[str, float]]
-
-
 def run_trials(
     configs: Sequence[PurifyConfig],
     cases: Sequence[Case],
@@ -156,7 +167,6 @@ def run_trials(
     report_every: int = 10,
     on_report: Report | None = None,
     judge: Judge | None = None,
-    evidence: Evidence | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[TrialResult | NonFiniteError]:
     """Purify each case with every configuration, all configurations at once.
@@ -169,7 +179,6 @@ def run_trials(
         on_report: called with the trial's position, the run, the round and its scores on `val`, every
             `report_every` rounds.
         judge: what the numbers come to and when a trial is stopped; by default the mean, and never.
-        evidence: further numbers of every purified model, from its case and the model.
         checkpoints: where the trials' states are kept, and gone on from if they are there.
 
     Returns:
@@ -180,13 +189,13 @@ def run_trials(
     trials = [Standing(position, config) for position, config in enumerate(configs)]
     for case in cases:
         model = copy.deepcopy(case.victim.model).to(device)
-        there = replace(case, clean=case.clean.to(device), val=case.val.to(device))
+        there = case.to(device)
         for group in _populations(trials):
             if running := [trial for trial in group if trial.running]:
                 watch = Watch(there, model, running, judge, report_every, on_report)
                 key = f"{case.key}.{group[0].position}"
                 kept = None if checkpoints is None else checkpoints.place(key)
-                _purify(there, model, running, seed=seed, watch=watch, evidence=evidence, kept=kept)
+                _purify(there, model, running, seed=seed, watch=watch, kept=kept)
         for trial in trials:
             if trial.running:
                 trial.stopped = judge.between(cases, trial.numbers, trial.seconds)
@@ -222,7 +231,6 @@ def _purify(
     *,
     seed: int,
     watch: Watch,
-    evidence: Evidence | None,
     kept: Place | None,
 ) -> None:
     """One run of trials that share a net; every one of them gets its result, or its error."""
@@ -240,25 +248,27 @@ def _purify(
         if isinstance(result, NonFiniteError):
             trial.failure = result
         elif trial.running:
-            cleaned = result.model()
-            scores, masks = evaluate(cleaned, case.val), result.masks.cpu()
+            scores, said = evaluate(result.model(), case.val), case.ask(model, result.masks)
+            masks = result.masks.cpu()
             trial.cases[case.key] = CaseResult(
                 case.name,
                 scores,
                 masks,
                 result.rounds,
                 result.passes,
-                numbers_of(scores, masks, before=case.before),
-                dict(evidence(case, cleaned)) if evidence is not None else {},
+                numbers_of(scores, masks, before=case.before, said=said),
+                said,
             )
     seconds = watch.seconds_each + (kept.seconds / len(running) if kept is not None else 0.0)
     for trial in running:
         trial.seconds += seconds
 
 
-def purified(model: nn.Module, tensors: dict[str, Tensor], config: PurifyConfig) -> nn.Module:
-    """The purified model from saved masks."""
+def purified(
+    model: nn.Module, tensors: dict[str, Tensor], config: PurifyConfig, *, inverse: bool = False
+) -> nn.Module:
+    """The purified model from saved masks, or its inverse twin."""
     masks = MaskSet.from_tensors(
         tensors, sharpness=config.sharpness, straight_through=config.straight_through
     )
-    return fold(model, masks)
+    return fold(model, masks, inverse=inverse)

@@ -72,8 +72,8 @@ def purify_command(
             channels=channels,
             image_size=image_size,
             width=width,
-            mean=_numbers("--mean", mean),
-            std=_numbers("--std", std),
+            mean=numbers("--mean", mean),
+            std=numbers("--std", std),
         )
     else:
         raise SettingError("Give your own model as --model, --net and --clean, or a --victim.")
@@ -116,7 +116,8 @@ def read_settings(config: Path, seed: int | None) -> tuple[PurifyConfig, int]:
     return settings, seed
 
 
-def _numbers(option: str, text: str | None) -> list[float] | None:
+def numbers(option: str, text: str | None) -> list[float] | None:
+    """What an option of numbers with commas says."""
     if text is None:
         return None
     try:

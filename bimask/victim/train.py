@@ -225,6 +225,7 @@ def obtain_victim(
         refuse_if_useless(victim)
         return victim
     checkpoints = root / f".training-{spec.digest}"
+    made_here = not root.exists()
     try:
         victim = train_victim(
             spec, device=device, on_epoch=on_epoch, on_prepare=on_prepare, checkpoints=checkpoints
@@ -232,8 +233,9 @@ def obtain_victim(
         folder = save_victim(victim, root)
     except (VictimRefusedError, NonFiniteError):
         shutil.rmtree(checkpoints, ignore_errors=True)  # it came to its end, whatever that is
-        with suppress(OSError):  # others' victims are in it
-            root.rmdir()
+        if made_here:
+            with suppress(OSError):  # another was put there meanwhile
+                root.rmdir()
         raise
     shutil.rmtree(checkpoints, ignore_errors=True)
     # the same bits as the next time it is asked for

@@ -233,11 +233,13 @@ def blind_choice(
         return None
     risk = pd.Series({number: sum(values) / len(values) for number, values in evidence.items()})
     true = pd.Series({trial["number"]: trial["attack_success"] for trial in complete})
+    selection = summary.get("selection") or {}
     correlation = risk.rank().corr(true.rank())  # Spearman's, ties at their mean rank
     return {
         "risk": risk.to_dict(),
         "spearman": float(correlation),
-        "chosen": (summary.get("blind") or {}).get("number"),
+        "chosen": (selection.get("blind") or summary.get("blind") or {}).get("number"),
+        "oracle": (selection.get("oracle") or summary.get("chosen") or {}).get("number"),
     }
 
 

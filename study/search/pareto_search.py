@@ -96,6 +96,8 @@ class ParetoSearch(Searcher):
             load_if_exists=True,
         )
         known = len(study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING)))
+        if self.config.sampler == "qmc":
+            known = 0  # the storage knows the place in its sequence, under the sequence's seed
         study.sampler = SAMPLERS[self.config.sampler]((self.config.seed + known) % 2**32)
         if "enqueued" not in study.user_attrs:  # a kill may have come before
             study.set_metric_names(list(self.config.directions))  # the axes in dashboards

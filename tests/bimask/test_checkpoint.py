@@ -144,7 +144,7 @@ def test_without_a_part_of_the_state_the_rest_is_another(make, whole, tmp_path, 
         PopulationState(lost, kept.members, kept.seconds).put_into(population)
         return bits_of(population.run()) != whole
 
-    assert any(differs_after(rounds) for rounds in (4, 3, 6, 1, 2, 5))
+    assert any(differs_after(rounds) for rounds in (4, 3, 9, 6, 1, 2, 5))
 
 
 def test_a_state_is_one_file_of_tensors_and_json(make, tmp_path):

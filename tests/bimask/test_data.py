@@ -1,4 +1,5 @@
 import os
+import urllib.request
 
 import numpy as np
 import pytest
@@ -288,6 +289,8 @@ def test_offline_the_folder_to_fill_is_named(tmp_path, monkeypatch, name):
     monkeypatch.delenv("NO_PROXY", raising=False)
     for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody answers there
+    # the opener that urllib makes once remembers its proxies
+    monkeypatch.setattr(urllib.request, "_opener", None)
     with pytest.raises(DataError, match="cannot be downloaded") as caught:
         load_data(name)
     assert str(tmp_path / name) in str(caught.value)

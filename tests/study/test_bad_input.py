@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,8 @@ def test_an_offline_download_names_the_folder_to_fill(refused, tmp_path, monkeyp
     monkeypatch.setenv("BIMASK_CACHE", str(tmp_path / "cache"))
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    # the opener that urllib makes once remembers its proxies
+    monkeypatch.setattr(urllib.request, "_opener", None)
     sentence = refused(with_victim(dataset="cifar10"))
     assert str(tmp_path / "cache" / "cifar10") in sentence
     assert "cannot be downloaded" in sentence

@@ -20,7 +20,7 @@ from study.config import StudyConfig
 from study.tracking import Tracker, tracking_uri
 from study.trial import Case, run_trials
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 STUDY = {
     "name": "faults",

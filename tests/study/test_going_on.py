@@ -107,15 +107,37 @@ def test_a_kill_before_all_is_enqueued_costs_no_preset_and_no_starting_point(tmp
     assert start[1]["mask_lr"] == 0.1
 
 
-def test_each_life_draws_other_suggestions(tmp_path):
-    config = CONFIG.model_copy(update={"sampler": "random", "trials_per_actor": 1, "start": []})
+@pytest.mark.parametrize("sampler", ["random", "tpe", "qmc", "nsga2"])
+def test_each_life_draws_other_suggestions(tmp_path, sampler):
+    config = CONFIG.model_copy(update={"sampler": sampler, "trials_per_actor": 1, "start": []})
+    config = config.model_copy(update={"paper_defaults": False})
     seen, records = [], []
-    for _ in range(6):  # two suggestions, one of them tried
+    for _ in range(6):
         life = Life(tmp_path, records, config)
         ((number, parameters),) = life.suggest()
         seen.append(tuple(parameters.values()))
         records.append(complete(number))
     assert len(set(seen)) == 6
+
+
+def test_a_sequence_that_fills_the_space_goes_on_where_it_was(tmp_path):
+    """Six points are the same from one life and from six of them."""
+    config = CONFIG.model_copy(update={"sampler": "qmc", "trials_per_actor": 1, "start": []})
+    config = config.model_copy(update={"paper_defaults": False})
+    found = []
+    for cuts in (False, True):
+        folder = tmp_path / str(cuts)
+        folder.mkdir()
+        records, points = [], []
+        life = Life(folder, records, config)
+        for _ in range(6):
+            ((number, parameters),) = life.suggest()
+            points.append(parameters)
+            records.append(complete(number))
+            life.searcher.tell(records[-1])
+            life = Life(folder, records, config) if cuts else life
+        found.append(points)
+    assert found[0] == found[1]
 
 
 def test_failed_trials_are_told_and_not_asked_for_again(tmp_path):

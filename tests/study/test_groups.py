@@ -143,7 +143,8 @@ def test_every_member_is_a_trial_of_its_own_everywhere(grouped, outputs):
         assert [metric.step for metric in curve] == [1, 3, 5, 6]
         kept = grouped.folder / "trials" / f"{number:03d}"
         assert {path.name for path in kept.iterdir()} == {
-            f"digits-badnets.{kind}" for kind in ("masks.safetensors", "masks.png", "rounds.json")
+            "purify.yaml",
+            *(f"digits-badnets.{kind}" for kind in ("masks.safetensors", "masks.png", "rounds.json")),
         }
         assert {item.path for item in client.list_artifacts(child.info.run_id)} == {
             path.name for path in kept.iterdir()

@@ -291,7 +291,7 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, capsys):
     dry_run(path, {}, outputs=tmp_path / "outputs", console=Console(width=200))
     shown = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
-    for text in ("mask_lr", "low_frequency", "held out", "to be trained", "0: {'mask_lr': 0.02"):
+    for text in ("mask_lr", "low_frequency", "held out", "to be trained", "'mask_lr': 0.02"):
         assert text in shown
     assert "estimate: a trial" in shown
     assert shown.count("inner_steps': 1") == 5

@@ -14,6 +14,7 @@ HASTY = {"image_size": 8, "width": 2, "epochs": 2, "min_clean_accuracy": 0, "min
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_suite_on_ray_is_that_of_one_process(tmp_path):
     good = [{"poisoning_rate": 0}, {"attack": {"name": "ssba", "steps": 2}}]
     bad = {"attack": {"name": "sig"}, "poisoning_rate": 0.5}

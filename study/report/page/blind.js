@@ -2,15 +2,15 @@
 
 function drawBlind() {
   if (!data.blind) return false;
-  const { risk, spearman, chosen } = data.blind;
-  const [oracle, blind] = [byNumber.get(data.chosen), byNumber.get(chosen)];
+  const { risk, spearman, chosen, oracle: best } = data.blind;
+  const [oracle, blind] = [byNumber.get(best), byNumber.get(chosen)];
   slot("blind-text").textContent = `Over ${count(complete.length, "trial")} the rank correlation (Spearman) of the risk, which needs no attack, `
     + `and the true attack success is ${spearman === null ? "undefined" : spearman.toFixed(2)}.`
     + (oracle && blind ? ` The blind choice loses ${(100 * (blind.attack_success - oracle.attack_success)).toFixed(1)} points of attack success against the oracle's.` : "");
   responsive(slot("blind"), (width) => blindChart(width, risk, chosen));
   slot("blind-legend").append(legendItem("front", "on the front"), legendItem("dominated", "dominated"),
     oracle ? legendItem(roleOf(oracle), "the oracle's choice", true) : "", blind ? legendItem("triangle", "the blind choice") : "");
-  const rows = [["the oracle's", oracle, data.chosen], ["blind", blind, chosen]].filter(([, trial]) => trial);
+  const rows = [["the oracle's", oracle, best], ["blind", blind, chosen]].filter(([, trial]) => trial);
   slot("blind-table").append(table(["choice", "trial", "risk", ...Object.values(SCORES).map((s) => `${s.short} on val`)],
     rows.map(([who, trial, number]) => ({ cells: [who, number, words(risk[number]), ...Object.keys(SCORES).map((key) => percent(trial[key]))] }))));
   return true;

@@ -47,7 +47,7 @@ class VictimSpec(NetSpec):
     lr: float = Field(0.1, gt=0)
     weight_decay: float = Field(5e-4, ge=0)
     optimizer: Literal["sgd", "adamw"] | None = Field(
-        None, description="null is sgd; transformers need adamw, with an `lr` such as 0.001"
+        None, description="null is sgd; transformers need adamw, with an `lr` such as 0.0003"
     )
     warmup: float | None = Field(
         None, gt=0, lt=1, description="share of the steps in which `lr` is reached; null is 0.3"

@@ -34,7 +34,7 @@ def test_a_suite_on_ray_is_that_of_one_process(tmp_path):
             ],
             capture_output=True,
             text=True,
-            env=os.environ | {"COLUMNS": "200"},
+            env=os.environ | {"COLUMNS": "200", "RAY_ADDRESS": "local"},
         )
         return done.returncode, " ".join((done.stdout + done.stderr).split())
 

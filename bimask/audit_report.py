@@ -56,7 +56,7 @@ def as_json(audit: Audit, suspect: Suspect, masked: MaskedEvidence | None) -> di
         "calibration": {key: fitted[key] for key in ("fitted_on", "left_out")},
         "clean_images": len(suspect.clean.images),
         "net": suspect.spec.net,
-        "weights_sha256": suspect.weights_sha256,
+        "suspect": suspect.origin,
     }
 
 

@@ -118,6 +118,7 @@ def _manifest(
     return {
         "suspect": {
             "weights_sha256": suspect.weights_sha256,
+            "victim": suspect.victim,
             "spec": suspect.spec.model_dump(mode="json"),
         },
         "net": suspect.spec.model_dump(mode="json", include={"net", "width", "net_sha256"}),

@@ -50,7 +50,8 @@ class Suspect:
         model: images in [0, 1] -> logits, in eval mode.
         clean: what the defender has.
         classes: names, as many as the model has logits.
-        weights_sha256: of the file the weights came from.
+        weights_sha256: of the file the weights came from; None for a victim's.
+        victim: digest of the victim that it is, or None.
         wrapped: whether that file names its tensors as `model` does, with the normalisation's, or as
             the factory's own net does.
     """
@@ -59,8 +60,14 @@ class Suspect:
     model: Normalised
     clean: CleanImages
     classes: tuple[str, ...]
-    weights_sha256: str
+    weights_sha256: str | None
+    victim: str | None = None
     wrapped: bool = False
+
+    @property
+    def origin(self) -> str:
+        """For people: the weights' file by its hash, or the victim by its digest."""
+        return f"victim {self.victim}" if self.victim else f"weights {self.weights_sha256}"
 
 
 def load_suspect(
@@ -186,6 +193,7 @@ def suspect_of(victim: Victim, splits: Splits, clean_images_per_class: int, *, s
         victim.model,
         CleanImages(clean.images, clean.labels),
         victim.classes,
-        weights_sha256=victim.spec.digest,
+        weights_sha256=None,
+        victim=victim.spec.digest,
         wrapped=True,
     )

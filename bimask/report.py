@@ -67,7 +67,7 @@ def render(
             for name, keep in masks.keeps().items()
         ],
         facts=[
-            ("weights", manifest["suspect"]["weights_sha256"]),
+            ("suspect", suspect.origin),
             *manifest["versions"].items(),
             *purify.items(),
         ],

@@ -69,7 +69,7 @@ def read_candidate(name: str, outputs: Path, trial: int | None) -> Candidate:
         raise StudyError(f"The study {name!r} has no COMPLETE trial {trial}.")
     rows = map(json.loads, (folder / records.TRIALS).read_text().splitlines())
     record = next(row for row in rows if row["number"] == trial)
-    settings = PurifyConfig() if record["preset"] else config.purify_config(record["parameters"])
+    settings = config.purify_config(record["parameters"])
     evidence = evidence_of(folder, summary, trial)
     measured = evidence.commit if evidence is not None else None
     commits = (measured or record["provenance"]["commit"], commit())

@@ -226,7 +226,7 @@ class StudyConfig(BaseModel):
         return self.suite_names()[: len(self.victims)]
 
     def purify_config(self, parameters: dict[str, Any]) -> PurifyConfig:
-        """The defence's settings in a trial: fixed ones, then the searched ones."""
+        """The defence's settings in a trial: fixed ones, then its own, which are all in the paper's."""
         return PurifyConfig.model_validate({**self.fixed, **parameters})
 
 

@@ -33,11 +33,6 @@ def confirm_choice(
     settings = {}
     if summary["chosen"]:
         settings["chosen"] = config.purify_config(summary["chosen"]["parameters"])
-        if (
-            summary["paper_defaults"]
-            and summary["chosen"]["number"] == summary["paper_defaults"]["number"]
-        ):
-            settings["chosen"] = PurifyConfig()
     if config.paper_defaults:
         settings["paper_defaults"] = PurifyConfig()
     jobs = jobs_of(config, settings)

@@ -18,7 +18,7 @@ from bimask.population import PopulationPurifier
 from bimask.victim import VictimSpec
 from study import search
 from study.config import StudyConfig, load_config
-from study.run import check_data
+from study.prepare import check_data
 from study.suite import roles
 from study.warm_start import read_earlier
 
@@ -43,10 +43,7 @@ def dry_run(path: Path, overrides: dict[str, Any], *, outputs: Path, console: Co
     console.print(_space(config))
     console.print(_victims(config, outputs / "victims"))
     members = search.first_points(config, SHOWN, earlier)
-    settings = [
-        PurifyConfig() if m["preset"] == search.PAPER else config.purify_config(m["parameters"])
-        for m in members
-    ]
+    settings = [config.purify_config(member["parameters"]) for member in members]
     console.print(f"the first {len(members)}, if none of them ended before the last began:")
     for member in members:
         shown = "the paper's defaults" if member["preset"] == search.PAPER else member["parameters"]

@@ -43,6 +43,12 @@ def where_it_hung(folder: Path) -> str | None:
     return "{}, line {}, in {}".format(*frames[0]) if frames else None
 
 
+def too_long(seconds: float, place: str | None) -> str:
+    """Why a group of trials failed that the limit of so many seconds ended."""
+    hung = f"; it was at {place}" if place else ""
+    return f"took longer than `trial_timeout` allows ({seconds:g} s){hung}"
+
+
 @contextmanager
 def memory_limit(gib: float | None) -> Iterator[None]:
     """Refuse this process more than so many GiB beyond what it holds now.

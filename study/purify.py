@@ -25,10 +25,9 @@ def resolved(words: list[str], folder: Path) -> list[str]:
 
 
 def _fetched(reference: str, folder: Path) -> str:
-    from study.registry import Registry
+    from study.registry import fetch_config
 
-    name = reference.removeprefix("models:/").partition("@")[0].partition("/")[0]
-    return str(Registry(tracking_uri(OUTPUTS), name).fetch_config(reference, folder))
+    return str(fetch_config(reference, tracking_uri(OUTPUTS), folder))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import yaml
 
-from bimask.config import PurifyConfig
 from study.config import StudyConfig, StudyError
 from study.files import append_lines, copy_folder, read_lines, write_text
 from study.objectives import SCORES
@@ -102,7 +101,7 @@ class Recorder:
 
     def _show_start(self, trial: dict[str, Any]) -> None:
         preset = trial["preset"]
-        settings = self._settings(trial)
+        settings = self.config.purify_config(trial["parameters"])
         tags = {"preset": preset or "search", "study": self.config.name, "commit": commit()}
         tags |= {"study_digest": self.config.digest, "seed": str(self.config.seed)}
         tags |= {f"victim.{name}": digest for name, digest in self.victims.items()}
@@ -144,15 +143,12 @@ class Recorder:
 
     def _write_settings(self, kept: Path, number: int) -> None:
         trial = self.open[number]
-        settings = self._settings(trial)
+        settings = self.config.purify_config(trial["parameters"])
         write_yaml(
             kept / SETTINGS,
             {"purify": settings.model_dump(), "seed": self.config.seed},
             f"trial {number} of study {self.config.name}, every setting",
         )
-
-    def _settings(self, trial: dict[str, Any]) -> PurifyConfig:
-        return PurifyConfig() if trial["preset"] else self.config.purify_config(trial["parameters"])
 
     def pruned(self, number: int, result: dict[str, Any]) -> None:
         """A trial was stopped early: it keeps the scores that it had, and has no objectives."""

@@ -93,15 +93,7 @@ class Registry:
     """
 
     def __init__(self, uri: str, name: str) -> None:
-        require_server(uri)
-        self.client, self.uri, self.name = MlflowClient(uri, uri), uri, name
-        try:
-            self.client.search_registered_models(max_results=1)
-        except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
-            raise StudyError(
-                f"The model registry {redacted(uri)} cannot be opened ({str(error)[:200]}); mend "
-                "MLFLOW_TRACKING_URI."
-            ) from error
+        self.client, self.uri, self.name = _opened(uri), uri, name
 
     def versions(self) -> list[Version]:
         """All versions, oldest first; none where there is no such model."""
@@ -169,42 +161,60 @@ class Registry:
         self.client.set_registered_model_alias(self.name, CHAMPION, earlier)
         return champion.number, earlier
 
-    def fetch_config(self, reference: str, folder: Path) -> Path:
-        """Download the configuration of `models:/NAME@ALIAS` or `models:/NAME/VERSION` to a folder.
 
-        Raises:
-            StudyError: no such version, or one without a configuration.
-        """
-        try:
-            name, at, alias = reference.removeprefix("models:/").partition("@")
-            if at:
-                found = self.client.get_model_version_by_alias(name, alias)
-            else:
-                found = self.client.get_model_version(*name.rsplit("/", 1))
-            return Path(
-                download_artifacts(
-                    f"{found.source}/artifacts/{BEST}", dst_path=str(folder), tracking_uri=self.uri
-                )
-            )
-        except (MlflowException, OSError, TypeError) as error:
-            raise StudyError(
-                f"{reference} has no configuration in {redacted(self.uri)} ({str(error)[:200]}); give "
-                "models:/NAME@champion or models:/NAME/VERSION of a promoted study."
-            ) from error
+def fetch_config(reference: str, uri: str, folder: Path) -> Path:
+    """Download the configuration of `models:/NAME@ALIAS` or `models:/NAME/VERSION` to a folder.
+
+    Raises:
+        StudyError: no such version, or one without a configuration.
+    """
+    return _fetched(reference, uri, f"/artifacts/{BEST}", str(folder))
 
 
 def load_registered(reference: str, uri: str) -> PyFuncModel:
-    """A registered model, by `models:/NAME@champion` or `models:/NAME/VERSION`; its code is run.
+    """A registered model, by `models:/NAME@ALIAS` or `models:/NAME/VERSION`; its code is run.
 
     Raises:
         StudyError: there is none.
     """
-    require_server(uri)
-    mlflow.set_tracking_uri(uri)
+    return mlflow.pyfunc.load_model(str(_fetched(reference, uri)))
+
+
+def _fetched(reference: str, uri: str, part: str = "", folder: str | None = None) -> Path:
+    """A part of a version, downloaded.
+
+    Not by MLflow's own `models:/`, which asks the store that `set_tracking_uri` names: that would stay
+    set, in the environment too, for whatever this process does next.
+    """
     try:
-        return mlflow.pyfunc.load_model(reference)
-    except (MlflowException, OSError) as error:
+        name, at, alias = reference.removeprefix("models:/").partition("@")
+        client = _opened(uri)
+        if at:
+            number = client.get_model_version_by_alias(name, alias).version
+        else:
+            name, number = name.rsplit("/", 1)
+        source = client.get_model_version_download_uri(name, number)
+        return Path(download_artifacts(source + part, dst_path=folder, tracking_uri=uri))
+    except (MlflowException, OSError, ValueError) as error:
         raise StudyError(
-            f"{reference} cannot be loaded from {redacted(uri)} ({str(error)[:200]}); give "
-            "models:/NAME@champion or models:/NAME/VERSION."
+            f"{reference} cannot be fetched from {redacted(uri)} ({str(error)[:200]}); give "
+            "models:/NAME@champion or models:/NAME/VERSION of a promoted study."
         ) from error
+
+
+def _opened(uri: str) -> MlflowClient:
+    """The store's client, which has answered.
+
+    Raises:
+        StudyError: a store that cannot be opened.
+    """
+    require_server(uri)
+    client = MlflowClient(uri, uri)
+    try:
+        client.search_registered_models(max_results=1)
+    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+        raise StudyError(
+            f"The model registry {redacted(uri)} cannot be opened ({str(error)[:200]}); mend "
+            "MLFLOW_TRACKING_URI."
+        ) from error
+    return client

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from contextlib import ExitStack
@@ -16,9 +15,8 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from bimask.commands.terminal import VictimBars, described
 from bimask.devices import resolve_device
-from bimask.victim import Victim, obtain_victim
+from bimask.victim import Victim
 from study import records, search
 from study.blind import blind_metrics, make_probe, steps_of_probe, with_probes
 from study.config import StudyConfig, StudyError, load_config
@@ -28,6 +26,7 @@ from study.files import locked, read_lines, write_text
 from study.interrupts import InterruptedStudyError, Interrupts
 from study.mirror import Mirror
 from study.plots import draw_victims
+from study.prepare import check_data, find_room, prepare_victims, require_writable
 from study.provenance import commit, versions
 from study.report import REPORT, write_report
 from study.report.content import headline
@@ -291,67 +290,6 @@ class _Study:
             "on, and tells it again until it does.",
             soft_wrap=True,
         )
-
-
-def require_writable(outputs: Path) -> None:
-    """Make `outputs`, or say in one sentence why nothing can be written there."""
-    try:
-        outputs.mkdir(parents=True, exist_ok=True)
-        probe = outputs / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise StudyError(
-            f"Cannot write to the folder {outputs} ({error.strerror}); give another with --outputs."
-        ) from error
-
-
-def find_room(config: StudyConfig, wait: float, console: Console) -> int:
-    """How many actors run at once; the wait for the first worker is shown."""
-    with console.status("asking for workers", spinner="dots") as status:
-        began = time.monotonic()
-
-        def on_wait() -> None:
-            waited = (time.monotonic() - began) / 60
-            status.update(f"waiting for the first worker, {waited:.0f} of {wait:g} minutes")
-
-        return search.check_resources(config, wait=wait, on_wait=on_wait)
-
-
-def check_data(config: StudyConfig) -> None:
-    """Refuse data that are missing, too few or no match for attack or net, before any training."""
-    for spec in config.suite:
-        splits = spec.load_data()
-        splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
-        attack = spec.build_attack()
-        if not attack.has_state:  # else the trigger is made with the victim, and refused there
-            attack.triggered(splits.val)
-        spec.fresh_net(splits.train)
-
-
-def prepare_victims(
-    config: StudyConfig, root: Path, device: torch.device, console: Console
-) -> dict[str, Victim]:
-    """Every victim of the study, trained where it is not cached, with a bar of its epochs.
-
-    Training uses as many threads as a trial, so that a victim does not depend on the machine's cores.
-    """
-    torch.set_num_threads(config.cpus_per_trial)
-    victims = {}
-    with VictimBars(console) as bars:
-        for name, spec in zip(config.suite_names(), config.suite, strict=True):
-            bar = f"victim {name}"
-            cached = (root / spec.digest).is_dir()
-            victims[name] = obtain_victim(
-                spec,
-                root,
-                device=device,
-                on_epoch=partial(bars.epoch, bar),
-                on_prepare=partial(bars.preparing, bar),
-            )
-            origin = "cached" if cached else "given" if spec.given else "trained"
-            bars.ended(bar, f"victim {name} ({origin}), {described(victims[name])}")
-    return victims
 
 
 def make_report(folder: Path, victims: Path, console: Console) -> None:

@@ -86,7 +86,7 @@ def summarise(
     if len(leave_out.attacks_of(config)) > 1:
         summary["leave_one_out"] = leave_out.table(config, complete, accuracies)
     if chosen is not None:
-        settings = settings_of(config, chosen)
+        settings = config.purify_config(chosen["parameters"])
         records.write_yaml(
             folder / records.BEST,
             {"purify": settings.model_dump(), "seed": config.seed}
@@ -98,7 +98,7 @@ def summarise(
 
 
 def _point(config: StudyConfig, trial: dict[str, Any]) -> dict[str, Any]:
-    """A trial as it stands in the summary: number, parameters, scores, objectives and risk on val."""
+    """A trial as it stands in the summary: its settings, and scores, objectives and risk on val."""
     return {
         "number": trial["number"],
         "parameters": trial["parameters"],
@@ -108,17 +108,11 @@ def _point(config: StudyConfig, trial: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def settings_of(config: StudyConfig, trial: dict[str, Any]) -> PurifyConfig:
-    """The defence's settings in a trial, from its record or its point."""
-    paper = trial["preset"] == search.PAPER
-    return PurifyConfig() if paper else config.purify_config(trial["parameters"])
-
-
 def _measured(
     config: StudyConfig, folder: Path, trial: dict[str, Any], victims: dict[str, Victim]
 ) -> dict[str, Any]:
     """A trial with its scores on `test`, measured from its saved masks."""
-    settings = settings_of(config, trial)
+    settings = config.purify_config(trial["parameters"])
     per_victim = {
         name: _on_test(folder / "trials" / f"{trial['number']:03d}", name, victim, settings)
         for name, victim in victims.items()

@@ -25,7 +25,7 @@ def main(
     gpus_per_victim: Annotated[float, typer.Option(min=0, help="Share of a GPU.")] = 0,
 ) -> None:
     """Make the victims of a suite on Ray, but for those that OUT has."""
-    from study.run import require_writable  # heavy: after --help and usage errors
+    from study.prepare import require_writable  # heavy: after --help and usage errors
 
     try:
         require_writable(out)

@@ -12,35 +12,42 @@ from rich.table import Table
 
 from bimask.audit import Audit, audit, calibration, steps
 from bimask.audit_report import PAGE, write_report
-from bimask.commands.purify import numbers
+from bimask.commands.suspects import (
+    Channels,
+    Choice,
+    Classes,
+    Clean,
+    CleanImagesPerClass,
+    ImageSize,
+    KnownVictim,
+    Mean,
+    Model,
+    Net,
+    Std,
+    Width,
+)
 from bimask.commands.terminal import Device, TrustCode, console, progress_bar
 from bimask.config import PurifyConfig
 from bimask.devices import resolve_device
-from bimask.errors import SettingError
 from bimask.folders import refuse_existing, whole_folder
 from bimask.masked_evidence import MaskedEvidence, masked_evidence
-from bimask.own_model import Suspect, load_suspect, suspect_of
+from bimask.own_model import Suspect
 from bimask.purify import purify
-from bimask.victim import load_victim
 
 
 def audit_command(
-    model: Annotated[
-        Path | None, typer.Option(help="Your own weights: .safetensors, or tensors in .pt, .pth.")
-    ] = None,
-    net: Annotated[
-        str | None, typer.Option(help="Its net: FILE.py:factory, package.module:factory or a name.")
-    ] = None,
-    clean: Annotated[Path | None, typer.Option(help="Folder of clean pictures.")] = None,
+    model: Model = None,
+    net: Net = None,
+    clean: Clean = None,
     out: Annotated[Path, typer.Option(help="New folder for the report.")] = Path("audit"),
-    classes: Annotated[int | None, typer.Option(help="How many; default: class folders.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels to bring pictures to.")] = None,
-    channels: Annotated[int, typer.Option(help="3, or 1 for grey pictures.")] = 3,
-    width: Annotated[int | None, typer.Option(help="Of the net, where it takes one.")] = None,
-    mean: Annotated[str | None, typer.Option(help="Your normalisation: 0.485,0.456,0.406")] = None,
-    std: Annotated[str | None, typer.Option(help="and 0.229,0.224,0.225; default: none.")] = None,
-    victim: Annotated[Path | None, typer.Option(help="Instead of your own: a victim's folder.")] = None,
-    clean_images_per_class: Annotated[int, typer.Option(help="With --victim.")] = 3,
+    classes: Classes = None,
+    image_size: ImageSize = None,
+    channels: Channels = 3,
+    width: Width = None,
+    mean: Mean = None,
+    std: Std = None,
+    victim: KnownVictim = None,
+    clean_images_per_class: CleanImagesPerClass = 3,
     seed: Annotated[int, typer.Option(help="Of the masks, and of the images with --victim.")] = 0,
     masks: Annotated[
         bool, typer.Option(help="Purify the model, too, and ask its inverse twin.")
@@ -54,23 +61,8 @@ def audit_command(
     """
     refuse_existing(out)
     where = resolve_device(device)
-    if victim is not None and model is None:
-        found = load_victim(victim, own_code=trust_code)
-        suspect = suspect_of(found, found.spec.load_data(), clean_images_per_class, seed=seed)
-    elif model is not None and net is not None and clean is not None and victim is None:
-        suspect = load_suspect(
-            model,
-            net,
-            clean,
-            classes=classes,
-            channels=channels,
-            image_size=image_size,
-            width=width,
-            mean=numbers("--mean", mean),
-            std=numbers("--std", std),
-        )
-    else:
-        raise SettingError("Give your own model as --model, --net and --clean, or a --victim.")
+    choice = Choice(model, net, clean, classes, image_size, channels, width, mean, std, victim)
+    suspect, _ = choice.load(clean_images_per_class, seed=seed, trust_code=trust_code, device=where)
     images, moved = suspect.clean.floats().to(where), suspect.model.to(where)
     with progress_bar("searching triggers", steps(len(suspect.classes), len(images))) as advance:
         result = audit(moved, images, on_step=lambda: advance(1))

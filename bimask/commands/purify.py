@@ -14,37 +14,43 @@ from rich.table import Table
 
 from bimask.before_after import BeforeAfter, before_after
 from bimask.cleaned import MODEL, REPORT, save_cleaned
+from bimask.commands.suspects import (
+    Channels,
+    Choice,
+    Classes,
+    Clean,
+    CleanImagesPerClass,
+    ImageSize,
+    KnownVictim,
+    Mean,
+    Model,
+    Net,
+    Std,
+    Width,
+)
 from bimask.commands.terminal import Device, TrustCode, console, progress_bar, score_table
 from bimask.config import PurifyConfig
 from bimask.devices import resolve_device
 from bimask.errors import SettingError
 from bimask.folders import refuse_existing
-from bimask.metrics import EvalSets, evaluate
-from bimask.own_model import load_suspect, suspect_of
+from bimask.metrics import evaluate
 from bimask.purify import purify
-from bimask.victim import open_victim
 
 
 def purify_command(
     config: Annotated[Path, typer.Option(help="YAML with settings, such as best.yaml.")],
     out: Annotated[Path, typer.Option(help="New folder for the cleaned model.")],
-    model: Annotated[
-        Path | None, typer.Option(help="Your own weights: .safetensors, or tensors in .pt, .pth.")
-    ] = None,
-    net: Annotated[
-        str | None, typer.Option(help="Its net: FILE.py:factory, package.module:factory or a name.")
-    ] = None,
-    clean: Annotated[Path | None, typer.Option(help="Folder of clean pictures.")] = None,
-    classes: Annotated[int | None, typer.Option(help="How many; default: class folders.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels to bring pictures to.")] = None,
-    channels: Annotated[int, typer.Option(help="3, or 1 for grey pictures.")] = 3,
-    width: Annotated[int | None, typer.Option(help="Of the net, where it takes one.")] = None,
-    mean: Annotated[str | None, typer.Option(help="Your normalisation: 0.485,0.456,0.406")] = None,
-    std: Annotated[str | None, typer.Option(help="and 0.229,0.224,0.225; default: none.")] = None,
-    victim: Annotated[
-        Path | None, typer.Option(help="Instead of your own: a victim's folder, trigger known.")
-    ] = None,
-    clean_images_per_class: Annotated[int, typer.Option(help="With --victim.")] = 10,
+    model: Model = None,
+    net: Net = None,
+    clean: Clean = None,
+    classes: Classes = None,
+    image_size: ImageSize = None,
+    channels: Channels = 3,
+    width: Width = None,
+    mean: Mean = None,
+    std: Std = None,
+    victim: KnownVictim = None,
+    clean_images_per_class: CleanImagesPerClass = 10,
     seed: Annotated[int | None, typer.Option(help="Default: the configuration's, or 0.")] = None,
     inverse: Annotated[bool, typer.Option("--inverse", help="Write the inverse twin, too.")] = False,
     device: Device = "auto",
@@ -57,26 +63,8 @@ def purify_command(
     settings, seed = read_settings(config, seed)
     refuse_existing(out)
     where = resolve_device(device)
-    sets: EvalSets | None = None
-    if victim is not None and model is None:
-        found = open_victim(victim, own_code=trust_code, device=where)
-        splits = found.spec.load_data()
-        suspect = suspect_of(found, splits, clean_images_per_class, seed=seed)
-        sets = found.eval_sets(splits, "test")
-    elif model is not None and net is not None and clean is not None and victim is None:
-        suspect = load_suspect(
-            model,
-            net,
-            clean,
-            classes=classes,
-            channels=channels,
-            image_size=image_size,
-            width=width,
-            mean=numbers("--mean", mean),
-            std=numbers("--std", std),
-        )
-    else:
-        raise SettingError("Give your own model as --model, --net and --clean, or a --victim.")
+    choice = Choice(model, net, clean, classes, image_size, channels, width, mean, std, victim)
+    suspect, sets = choice.load(clean_images_per_class, seed=seed, trust_code=trust_code, device=where)
     images = suspect.clean.floats().to(where)
     moved = copy.deepcopy(suspect.model).to(where)
     rounds = settings.initialise_rounds + settings.minimise_rounds + settings.select_rounds
@@ -114,18 +102,6 @@ def read_settings(config: Path, seed: int | None) -> tuple[PurifyConfig, int]:
     if not isinstance(seed, int) or seed < 0:
         raise SettingError(f"`seed` must be a whole number >= 0, got {seed!r}.")
     return settings, seed
-
-
-def numbers(option: str, text: str | None) -> list[float] | None:
-    """What an option of numbers with commas says."""
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise SettingError(
-            f"{option} must be numbers with commas, one a channel, got {text!r}."
-        ) from error
 
 
 def _look_table(looked: BeforeAfter, classes: tuple[str, ...]) -> None:

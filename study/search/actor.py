@@ -13,7 +13,6 @@ import torch
 from ray import tune
 from safetensors.torch import save_file
 
-from bimask.config import PurifyConfig
 from bimask.errors import NonFiniteError
 from bimask.metrics import Scores
 from bimask.purify import RoundLog
@@ -22,7 +21,6 @@ from study.config import StudyConfig
 from study.judge import Judge
 from study.limits import memory_limit, time_limit
 from study.plots import draw_masks
-from study.search.pareto_search import PAPER
 from study.stopping import Rivals
 from study.trial import Case, TrialResult, run_trials
 
@@ -54,12 +52,7 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
         )
 
     results = run_trials(
-        [
-            PurifyConfig.model_validate(member["parameters"])
-            if member["preset"] == PAPER
-            else study.purify_config(member["parameters"])
-            for member in members
-        ],
+        [study.purify_config(member["parameters"]) for member in members],
         cases,
         seed=study.seed,
         device=device,

@@ -23,54 +23,49 @@ ATTEMPTS = 3  # at starting a Ray here
 
 
 def start_ray(address: str | None) -> None:
-    """Join the cluster at `address` (or RAY_ADDRESS, or one running here), else start a local one.
+    """Join Ray at `address`, at RAY_ADDRESS, or as `ray start` left it here, else start one.
 
     Raises:
         StudyError: no cluster answers there, or it runs other versions.
     """
-    where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    where = address or os.environ.get("RAY_ADDRESS")
     try:
-        _require_listener(where)
-        if address is None and where == "this machine":
-            try:
-                _init("auto")
-            except ConnectionError:  # none is running
-                _start()
-        elif where == "local":
-            _start()
-        else:
+        if where is not None:
+            _require_listener(where)
+        try:
             _init(where)
+        except ConnectionError:
+            if where is not None:
+                raise
+            _init("local")  # what `ray start` left here has died since
     except Exception as error:  # Ray raises just that, as well
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
-            f"Cannot join Ray at {where} ({reason}); start it with `ray start --head`, or leave the "
-            "address out to run here."
+            f"Cannot join Ray at {where or 'this machine'} ({reason}); start it with `ray start "
+            "--head`, or leave the address out to run here."
         ) from error
 
 
-def _start() -> None:
-    """A Ray of this process alone; again where a busy machine takes longer than Ray waits."""
+def _init(address: str | None) -> None:
+    """Join; without an address what `ray start` left here, but no Ray of another program's own.
+
+    What starts here has no dashboard, a dozen processes; it is tried again where a busy machine takes
+    longer than Ray waits.
+    """
     for attempt in range(ATTEMPTS):
         try:
-            _init("local")
+            ray.init(
+                address=address,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": {name: os.environ[name] for name in TO_ACTORS}},
+            )
             return
         except Exception as error:
             if "timed out during startup" not in str(error) or attempt + 1 == ATTEMPTS:
                 raise
             ray.shutdown()
-
-
-def _init(address: str) -> None:
-    alone = address == "local"
-    variables = {} if alone else {name: os.environ[name] for name in TO_ACTORS}
-    quiet = {"include_dashboard": False} if alone else {}  # a dozen processes
-    ray.init(
-        address=address,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": variables} if variables else None,
-        **quiet,
-    )
 
 
 def _require_listener(address: str) -> None:

@@ -15,7 +15,7 @@ from ray import tune
 
 from study.config import StudyConfig
 from study.interrupts import Interrupts
-from study.limits import where_it_hung
+from study.limits import too_long, where_it_hung
 from study.records import Recorder
 from study.search import storage as storages
 from study.search.actor import trainable, within_limits
@@ -97,9 +97,7 @@ class _Recording(tune.Callback):
         """The time limit, or the last line of a failed group's traceback: error and sentence."""
         limit = None if self.timeout is None else self.timeout * len(trial.config["members"])
         if limit is not None and time.monotonic() - self.begun[trial.trial_id] >= limit:
-            place = where_it_hung(Path(trial.config["checkpoint"]))
-            hung = f"; it was at {place}" if place else ""
-            return f"took longer than `trial_timeout` allows ({limit:g} s){hung}"
+            return too_long(limit, where_it_hung(Path(trial.config["checkpoint"])))
         path = trial.error_file
         text = Path(path).read_text() if path and Path(path).is_file() else ""
         lines = [line for line in text.splitlines() if line and not line.startswith(" ")]
@@ -118,11 +116,12 @@ def contained(function: Callable[..., None]) -> Callable[..., None]:
     still sees fail is a process or a node that died, and only that is worth another try.
     """
 
-    def run(config: dict[str, Any], **parameters: Any) -> None:
+    def run(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
         try:
-            if place := where_it_hung(Path(config["checkpoint"])):  # the time limit ended it before
-                raise TimeoutError(f"took longer than `trial_timeout` allows; it was at {place}")
-            function(config, **parameters)
+            place = where_it_hung(Path(config["checkpoint"]))
+            if place is not None and study.trial_timeout is not None:  # that ended it before
+                raise TimeoutError(too_long(study.trial_timeout * len(config["members"]), place))
+            function(config, study=study, cases=cases)
         except Exception as error:
             failure = {
                 "reason": traceback.format_exception_only(error)[-1].strip(),

@@ -142,7 +142,7 @@ def test_the_commands_take_an_imported_folder(folder, tmp_path):
     assert done.exit_code == 0, done.output
     about = json.loads((tmp_path / "cleaned" / "manifest.json").read_text())
     assert about["before"]["split"] == about["after"]["split"] == "test"
-    assert about["suspect"]["weights_sha256"] == VictimSpec(imported=str(folder)).digest
+    assert about["suspect"]["victim"] == VictimSpec(imported=str(folder)).digest
     done = CliRunner().invoke(app, ["gallery", str(folder), "--out", str(tmp_path / "picture.png")])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "picture.png").stat().st_size > 1000

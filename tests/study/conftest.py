@@ -76,16 +76,26 @@ REASON = (
     "NonFiniteError: <b>The loss</b> of round 3 is nan.</script><script>document.title='taken'</script>"
 )
 
+SERVERS = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_ADDRESS")
+
 
 @pytest.fixture
 def shipped_studies():
     return sorted((ROOT / "search_spaces").rglob("*.yaml"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_servers_from_outside():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SERVERS:
+            patch.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _no_servers_from_outside(monkeypatch):
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
+def _no_servers_left_behind():
+    yield
+    assert not [name for name in SERVERS if name in os.environ], "the next test would be sent there"
 
 
 def free_port():
@@ -268,7 +278,7 @@ def _files(kept, result):
 def browser():
     """The machine's own Chromium, driven by Playwright."""
     found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
+    if found is None and "CI" not in os.environ:
         pytest.skip("no Chromium on this machine")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found, args=QUIET)

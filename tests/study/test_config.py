@@ -5,7 +5,8 @@ import yaml
 from bimask.attacks import ATTACKS
 from bimask.purify import PurifyConfig
 from study.config import StudyError, load_config
-from study.run import check_data
+from study.prepare import check_data
+from study.search.pareto_search import published
 from study.space import suggest
 
 GOOD = """\
@@ -176,6 +177,11 @@ def test_every_shipped_study_is_valid(shipped_studies):
         config = load_config(path)
         assert yaml.safe_load(path.read_text())["name"] == config.name
         assert path.read_text().startswith("#"), "a study begins with a comment on what it is"
+
+
+def test_the_papers_trial_takes_nothing_of_what_the_others_share(study):
+    config = load_config(study(GOOD))
+    assert config.purify_config(published()) == PurifyConfig() != config.purify_config({})
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))

@@ -10,7 +10,8 @@ import torch
 
 import study as study_package
 from bimask.errors import NonFiniteError
-from study import records, run, search
+from bimask.victim import obtain_victim
+from study import records, search
 from study.config import StudyConfig
 from study.pareto import OBJECTIVES
 from study.tracking import Tracker, tracking_uri
@@ -65,7 +66,7 @@ def outputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def case(outputs):
     config = StudyConfig.model_validate(STUDY)
-    victim = run.obtain_victim(config.victims[0], outputs / "victims")
+    victim = obtain_victim(config.victims[0], outputs / "victims")
     return Case.of("digits-badnets", victim, config)
 
 

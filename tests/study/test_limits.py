@@ -123,7 +123,7 @@ def test_trials_that_hang_swell_or_die_are_failed_with_their_reason_and_the_stud
     assert sorted(found) == list(range(6))
     failed = {number: r["reason"] for number, r in found.items() if r["status"] == "FAILED"}
     assert sorted(failed) == [1, 2, 3]
-    assert "took longer than `trial_timeout` allows; it was at" in failed[1]
+    assert "took longer than `trial_timeout` allows (3 s); it was at" in failed[1]
     assert "memory" in failed[2]
     assert failed[3]
     storage = f"sqlite:///{tmp_path / 'optuna.db'}"

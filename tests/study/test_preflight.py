@@ -2,12 +2,17 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import ray
 import yaml
 
 from study import search
@@ -113,6 +118,47 @@ def test_outside_of_git_the_senders_commit_is_recorded(tmp_path, monkeypatch):
         assert commit() == "0123456789ab"
     finally:
         commit.cache_clear()
+
+
+# --- joined or started ---
+
+
+def address_of_a_study(**variables):
+    """Where a program that was told of no cluster finds its Ray."""
+    code = "import ray; from study import search; search.start_ray(None); "
+    code += "print(ray.get_runtime_context().gcs_address)"
+    words, environment = [sys.executable, "-c", code], os.environ | variables
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    return done.stdout.strip()
+
+
+@pytest.mark.ray
+def test_the_ray_of_another_study_is_left_alone():
+    search.start_ray("local")
+    try:
+        assert address_of_a_study() not in ("", ray.get_runtime_context().gcs_address)
+    finally:
+        search.stop_ray()
+
+
+@pytest.mark.ray
+def test_a_cluster_that_ray_start_left_is_joined():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # its sockets' names must be short
+        words = [shutil.which("ray", path=Path(sys.executable).parent), "start", "--head", "--block"]
+        words += ["--port=0", "--num-cpus=1", "--include-dashboard=false"]
+        here = {"RAY_TMPDIR": folder}
+        head = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=os.environ | here)
+        try:
+            left = Path(folder) / "ray" / "ray_current_cluster"
+            deadline = time.monotonic() + 120
+            while not left.is_file():
+                assert head.poll() is None
+                assert time.monotonic() < deadline, "the head never came up"
+                time.sleep(0.2)
+            assert address_of_a_study(**here) == left.read_text()
+        finally:
+            head.terminate()  # of --block, which takes the processes of its node along
+            head.wait()
 
 
 # --- sent to a cluster ---

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import study as study_package
 from bimask.purify import PurifyConfig
+from bimask.victim import obtain_victim
 from study import records, run, search
 from study.config import StudyConfig
 from study.console import show
@@ -182,7 +183,7 @@ def test_best_yaml_gives_the_chosen_trial_again(finished):
     """The same configuration, seed and images purify to the same scores on test."""
     best = PurifyConfig.from_yaml(finished.folder / "best.yaml")
     config = StudyConfig.model_validate(yaml.safe_load((finished.folder / "study.yaml").read_text()))
-    victim = run.obtain_victim(config.victims[0], finished.outputs / "victims")
+    victim = obtain_victim(config.victims[0], finished.outputs / "victims")
     case = Case.of("digits-badnets", victim, config)
     (result,) = run_trials([best], [case], seed=0)
     chosen = finished.summary["chosen"]
@@ -225,7 +226,7 @@ def test_bad_trials_end_failed_everywhere_and_the_study_goes_on(finished):
     config = StudyConfig.model_validate(raw)
     folder = finished.outputs / name
     folder.mkdir()
-    victim = run.obtain_victim(config.victims[0], finished.outputs / "victims")
+    victim = obtain_victim(config.victims[0], finished.outputs / "victims")
     cases = [Case.of("digits-badnets", victim, config)]
 
     def misbehaving(group, *, study, cases):

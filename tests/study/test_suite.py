@@ -9,7 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from bimask.victim import VictimSpec
+from bimask.victim import VictimSpec, obtain_victim
 from study import leave_out, run, search, suite
 from study.checkpoint import Checkpoints
 from study.config import StudyConfig, StudyError
@@ -177,7 +177,7 @@ def test_the_choice_is_confirmed_on_every_victim_with_seeds_that_no_trial_had(fi
     specs = {
         name: spec for name, spec in zip(config_of().suite_names(), config_of().suite, strict=True)
     }
-    victim = run.obtain_victim(specs[job.victim], finished.folder.parent / "victims")
+    victim = obtain_victim(specs[job.victim], finished.folder.parent / "victims")
     again = suite.confirm(job, victim, config_of())
     assert again["test"]["attack_success"] == pytest.approx(row["test"]["attack_success"], abs=0.02)
 
@@ -208,7 +208,7 @@ def test_a_trial_that_was_stopped_stays_so_when_its_study_is_gone_on_with(finish
     config = config_of()
     specs = zip(config.victim_names(), config.victims, strict=True)
     root = finished.folder.parent / "victims"
-    victims = {name: run.obtain_victim(spec, root) for name, spec in specs}
+    victims = {name: obtain_victim(spec, root) for name, spec in specs}
     hopeless = Rivals(lines={"digits-blended@0.5": [[-1.0, 0.0, -1.0]]})
     settings = [config.purify_config(point) for point in SUITE["start"][:2]]
 

@@ -99,6 +99,10 @@ class PurifyConfig(BaseModel):
     universal_budget: Positive | None = Field(
         None, description="largest perturbation in common; null is budget"
     )
+    class_triggers: Unit = Field(
+        0.0,
+        description="share of images that get a trigger towards a suspicious class, searched before",
+    )
     shift: int = Field(0, ge=0, description="clean images shifted anew each round, pixels at most")
     flip: bool = Field(False, description="clean images flipped at random each round")
     early_batch_size: int | None = Field(

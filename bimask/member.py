@@ -88,6 +88,11 @@ class Member:
         done = self.round + (self.limits.get("minimise", 0) if self.stage == "select" else 0)
         return self.config.inner_steps_at(done / max(1, total - 1))
 
+    @property
+    def reuses_last_pass(self) -> bool:
+        """Whether the inner problem's last answers serve: not where images are replaced after it."""
+        return self.config.reuse_last_pass and not self.config.class_triggers
+
     def likeness(self, images: int) -> tuple[object, ...]:
         """Members that are alike in these go through the round together."""
         c = self.config
@@ -102,6 +107,7 @@ class Member:
             c.reuse_last_pass,
             c.straight_through,
             c.augments,
+            c.class_triggers > 0,
         )
 
 

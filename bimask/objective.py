@@ -28,6 +28,7 @@ from bimask.losses import agree, disagree
 from bimask.member import Member, column
 from bimask.perturbations import Perturbations, of_images
 from bimask.synthesis import TriggerSynthesizer
+from bimask.trigger_pool import TriggerPool
 
 
 class _Term(NamedTuple):
@@ -48,13 +49,19 @@ class Objective:
         images: (n, C, H, W), those of all members.
         clean_logits: the victim's of these, (n, K).
         perturbations: where those of a round start and end.
+        pool: what `class_triggers` are drawn from; None where no member has any.
     """
 
     def __init__(
-        self, blocks: Blocks, images: Tensor, clean_logits: Tensor, perturbations: Perturbations
+        self,
+        blocks: Blocks,
+        images: Tensor,
+        clean_logits: Tensor,
+        perturbations: Perturbations,
+        pool: TriggerPool | None,
     ) -> None:
         self.blocks, self.images, self.clean_logits = blocks, images, clean_logits
-        self.perturbations = perturbations
+        self.perturbations, self.pool = perturbations, pool
 
     def __call__(self, group: list[Member], factors: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The terms, (M,) each, and the gradient of their sum by `factors`.
@@ -84,7 +91,7 @@ class Objective:
             )
         triggered, triggered_logits = self._triggered(group, batches, x, clean, inverse)
         for member in group:
-            steps, reused = member.inner_steps, member.config.reuse_last_pass
+            steps, reused = member.inner_steps, member.reuses_last_pass
             member.passes.add(forward=2 * steps + (4 if reused else 5), backward=2 * steps + 4)
         return self._outer(
             [(x, keep), (triggered, keep), (triggered, inverse), (x, inverse)],
@@ -149,7 +156,8 @@ class Objective:
         n = len(x[0])
         start = self.perturbations.start(group, batches, x)
         deltas, found, answered = torch.empty_like(x), torch.empty_like(x), torch.empty_like(clean)
-        reuse = group[0].config.reuse_last_pass
+        replaced = self._class_triggers(group, x)
+        reuse = group[0].reuses_last_pass
 
         def synthesize_for(part: slice) -> None:
             settings = [member.config for member in group[part]]
@@ -179,6 +187,8 @@ class Objective:
             deltas[part] = triggers.delta
             delta = triggers.last if reuse else triggers.delta
             found[part] = synthesize.perturb(x[part], delta, shared)
+            for row, (chosen, triggered) in enumerate(replaced[part], part.start):
+                found[row, chosen] = triggered
             if reuse:
                 answered[part] = triggers.last_logits
             else:
@@ -188,6 +198,17 @@ class Objective:
         self.blocks.each(synthesize_for, len(group), self.blocks.per_pass(len(group), n))
         self.perturbations.keep(group, batches, start, deltas)
         return found, answered
+
+    def _class_triggers(self, group: list[Member], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each member images drawn anew, (J,), and they with a trigger of the pool, (J, C, H, W)."""
+        if self.pool is None or not group[0].config.class_triggers:
+            return []
+        drawn = []
+        for member, images in zip(group, x, strict=True):
+            count = round(member.config.class_triggers * len(images))
+            chosen = upload(torch.randperm(len(images), generator=member.generator)[:count], x)
+            drawn.append((chosen, self.pool.on(images[chosen], member.generator).to(x)))
+        return drawn
 
     def _both(self, inverse: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """What the inner problem asks: the victim's and the inverse-masked logits of images."""

@@ -12,6 +12,7 @@ No label is used anywhere: only images enter.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -33,6 +34,7 @@ from bimask.objective import Objective
 from bimask.optim import AdamWState, bias_corrections
 from bimask.perturbations import Perturbations
 from bimask.result import PurifyResult, RoundLog
+from bimask.trigger_pool import TriggerPool
 
 OnRound = Callable[[int, RoundLog, MaskSet], bool | None]
 
@@ -54,6 +56,8 @@ class PopulationPurifier:
         configs: one a member, at least one. They share `precision`, `compile`, `memory_format` and
             `fold_batch_norm`, which decide how the one net is prepared.
         generators: CPU, one a member: draws the batches, and the images whose perturbations go on.
+        pool: what `TriggerPool.search` finds in model and images, where it is known from before; it is
+            searched here if a member has `class_triggers` and None is given.
         on_round: called after every round of a member with its number, its log and its masks as they
             are then; a true answer ends the member there.
 
@@ -69,6 +73,7 @@ class PopulationPurifier:
         configs: Sequence[PurifyConfig],
         *,
         generators: Sequence[torch.Generator | None] | None = None,
+        pool: TriggerPool | None = None,
         on_round: OnRound | None = None,
     ) -> None:
         self.started = time.perf_counter()
@@ -131,7 +136,10 @@ class PopulationPurifier:
                     for piece in part.split(self.blocks.images_per_pass(len(part)))
                 ]
             )
-        self.objective = Objective(self.blocks, self.images, clean_logits, self.perturbations)
+        if pool is None and any(config.class_triggers for config in configs):
+            suspect = copy.deepcopy(model).eval().requires_grad_(False)
+            pool = TriggerPool.search(suspect, self.images)
+        self.objective = Objective(self.blocks, self.images, clean_logits, self.perturbations, pool)
         for member in self.members:  # what each would need alone
             member.passes.add(forward=-(-len(images) // member.config.batch_size), backward=0)
 

@@ -51,6 +51,8 @@ MIX = [
     {"universal": 1, "batch_size": 15, "warm_start": 1, "inner_optimizer": "sign", "inner_steps": 3},
     {"universal": 0.3, "inner_steps": 3, "inner_weight_decay": 0.5, "clean_weight": 3},
     {"universal": 0.5, "universal_budget": 0.05, "budget": 0.4, "inner_optimizer": "sign"},
+    {"class_triggers": 0.4, "batch_size": 20, "warm_start": 0.5},
+    {"class_triggers": 0.5, "reuse_last_pass": True, "inner_optimizer": "sign", "shift": 1},
     {"keep": "average", "select_rounds": 5, "clean_weight": 0.5, "mask_lr": 0.1},
     NO_ROUNDS,
 ]

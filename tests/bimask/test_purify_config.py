@@ -42,6 +42,7 @@ def test_the_defaults_are_the_published_settings():
         "warm_start": 0,
         "universal": 0,
         "universal_budget": None,
+        "class_triggers": 0,
         "clean_weight": 1,
         "shift": 0,
         "flip": False,

@@ -99,12 +99,11 @@ def draw_front(
 
 
 def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
-    """A gallery of every victim as NAME.png: what its trigger does, on images of `val`. A suspect has
-    none."""
+    """A gallery of every victim as NAME.png: what its trigger does, on images of `val`."""
     folder.mkdir(exist_ok=True)
     for case in cases:
-        if not isinstance(case.victim, Victim) or not isinstance(case.val, EvalSets):
-            continue
+        assert isinstance(case.victim, Victim)
+        assert isinstance(case.val, EvalSets)
         try:
             picture = gallery(case.victim, case.val)
         except DataError:

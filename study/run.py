@@ -213,8 +213,9 @@ class _Study:
         interrupts, patience = Interrupts(), SHORT_PATIENCE
         cases = self._cases()
         try:
-            draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
-            mirror.log_folder(self.folder / VICTIM_PICTURES)
+            if self.config.suspect is None:  # else nobody knows what its trigger does
+                draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
+                mirror.log_folder(self.folder / VICTIM_PICTURES)
             searching = time.perf_counter()
             in_trials = self._search(cases, mirror, interrupts)
             wall = time.perf_counter() - searching

@@ -41,7 +41,7 @@ from bimask.losses import agree, disagree, selection_cost
 from bimask.masks import MaskSet, keep_factor
 from bimask.member import Member
 from bimask.optim import AdamWState, bias_corrections
-from bimask.perturbations import Perturbations
+from bimask.perturbations import Perturbations, of_images
 from bimask.result import PurifyResult, RoundLog
 from bimask.synthesis import TriggerSynthesizer
 
@@ -315,8 +315,10 @@ class PopulationPurifier:
             shared = None if start.shared is None else start.shared[part]
             synthesize = TriggerSynthesizer(
                 steps=steps,
-                step_size=[c.step_size_of(k) for c, k in zip(settings, steps, strict=True)],
-                budget=[c.budget for c in settings],
+                step_size=of_images(
+                    [c.step_sizes(k) for c, k in zip(settings, steps, strict=True)], shared, x
+                ),
+                budget=of_images([c.budgets for c in settings], shared, x),
                 norm=first.norm,
                 optimizer=first.inner_optimizer,
                 momentum=first.inner_momentum,

@@ -59,7 +59,7 @@ class ReferencePoint(BaseModel):
     attack_success: float | None = Field(None, ge=0, le=1)
     recovery: float | None = Field(None, ge=0, le=1)
     pruned_share: float | None = Field(None, ge=0, le=1)
-    risk: float = Field(1, ge=0, le=1)
+    risk: float = Field(1.0, ge=0, le=1)
     seconds: float | None = Field(None, gt=0)
 
 

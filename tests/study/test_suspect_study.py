@@ -232,6 +232,8 @@ def test_a_suspect_goes_without_saying_blind(at_home):
     path = at_home / "short.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in STUDY.items() if k != "selection"}))
     config = load_config(path)
+    path.write_text(yaml.safe_dump(config.model_dump()))
+    assert load_config(path).digest == config.digest, "it could not be gone on with"
     assert (config.selection, config.objectives) == ("blind", ["clean_accuracy", "risk"])
     assert config.victim_names() == ["suspect"]
 

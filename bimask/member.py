@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from bimask.config import PurifyConfig
+from bimask.devices import upload
 from bimask.errors import NonFiniteError
 from bimask.result import Passes, PurifyResult, RoundLog, Stage
 
@@ -100,3 +103,9 @@ class Member:
             c.straight_through,
             c.augments,
         )
+
+
+def column(value: Callable[[Member], float], members: Sequence[Member], like: Tensor) -> Tensor:
+    """A setting of each member as (M, 1), in the dtype of `like` and where it lives."""
+    host = torch.tensor([value(member) for member in members], dtype=like.dtype)
+    return upload(host, like).view(-1, 1)

@@ -211,8 +211,8 @@ class _Study:
         """Search, choose, report: the summary, and the signal that ended the search, if one did."""
         mirror = Mirror(self.tracker, self._say_what_happens)
         interrupts, patience = Interrupts(), SHORT_PATIENCE
-        cases = self._cases()
         try:
+            cases = self._cases()
             if self.config.suspect is None:  # else nobody knows what its trigger does
                 draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
                 mirror.log_folder(self.folder / VICTIM_PICTURES)

@@ -21,6 +21,7 @@ from torch import nn
 
 from bimask.data import ImageData, Splits
 from bimask.errors import BimaskError, DataError, VictimError, VictimRefusedError
+from bimask.latent import last_layer
 from bimask.metrics import CleanScores, CleanSet, Split, evaluate
 from bimask.nets import check_net, is_own, source_of
 from bimask.own_model import PICTURES, load_suspect, read_clean
@@ -103,7 +104,7 @@ class SuspectSpec(BaseModel):
             DataError: pictures that are too few, in no class folders, or cannot be read.
             VictimError: weights that do not fit; files that changed since the spec was made.
             VictimRefusedError: it is less accurate than `min_clean_accuracy`.
-            SettingError: the net cannot be made.
+            SettingError: the net cannot be made, or its answers are not those of an nn.Linear.
         """
         if _sha256(self.model, self.net, self.clean) != self.sha256:
             raise VictimError(
@@ -129,6 +130,7 @@ class SuspectSpec(BaseModel):
                 f"(`min_clean_accuracy` is {self.min_clean_accuracy:g}); are `mean`, `std` and the "
                 "order of the class folders those of its training?"
             )
+        last_layer(own.model, splits.val.floats()[:2])  # what a probe needs, before anything is begun
         return SuspectModel(self, own.model, own.classes, scores, for_defence)
 
     def load_data(self, for_defence: int) -> Splits:

@@ -152,7 +152,7 @@ class Study:
         assert summary["n_complete"] == summary["n_trials"] == len(numbers)
 
 
-def until(process, holds, seconds=600):
+def until(process, holds, seconds=3600):
     """Wait until something holds, while the process lives."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bimask import ImageData, VictimSpec, load_data, train_victim
-from bimask.errors import BimaskError, DataError, VictimError, VictimRefusedError
+from bimask.errors import BimaskError, DataError, SettingError, VictimError, VictimRefusedError
 from bimask.metrics import CleanScores, CleanSet, evaluate, predict
 from study.blind import PROMISE
 from study.candidate import read_candidate
@@ -36,6 +36,10 @@ def make(num_classes):
         nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
         nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, num_classes),
     )
+
+
+def softened(num_classes):
+    return make(num_classes).append(nn.Softmax(1))
 """
 POINT = {"clean_accuracy": 0.0, "recovery": 0.0}
 CLASSES, PICTURES, FOR_DEFENCE = 4, 13, 4
@@ -269,6 +273,11 @@ def test_files_count_by_their_content(at_home):
     [
         ({"mean": [9.0] * 3}, VictimRefusedError, "order of the class folders"),
         ({"clean": "pictures/0"}, DataError, "in no class folders"),
+        (
+            {"net": "net.py:softened"},
+            SettingError,
+            "give the model without what follows its last layer",
+        ),
     ],
 )
 def test_a_suspect_that_cannot_be_measured_is_refused(at_home, change, error, expected):

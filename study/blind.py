@@ -7,7 +7,6 @@ learns on, which are of the training split, and none of `test`. It sees neither 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,6 @@ from scipy.stats import spearmanr
 from bimask.data import ImageData
 from bimask.evidence import Probe
 from study.suspect import Subject
-from study.trial import Case
 
 PER_CLASS = 16
 CHOSEN_BY: dict[str, Literal["attack_success", "risk"]] = {
@@ -46,11 +44,6 @@ def probe_images(victim: Subject, *, seed: int) -> ImageData:
     val = victim.load_data().val
     smallest = int(torch.bincount(val.labels, minlength=val.num_classes).min())
     return val.clean_subset(min(PER_CLASS, max(1, smallest)), seed=seed)
-
-
-def with_probes(cases: Sequence[Case], probes: Mapping[str, Probe]) -> list[Case]:
-    """Each case with the probe of its victim."""
-    return [replace(case, probe=probes[case.name]) for case in cases]
 
 
 def compare(

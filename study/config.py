@@ -233,6 +233,11 @@ class StudyConfig(BaseModel):
         """The names of those that trials see."""
         return self.suite_names()[: len(self.victims) or 1]
 
+    def may_use(self, setting: str) -> bool:
+        """Whether any trial may have it other than off."""
+        points = [self.fixed, *self.start]
+        return setting in self.space or any(point.get(setting) for point in points)
+
     def purify_config(self, parameters: dict[str, Any]) -> PurifyConfig:
         """The defence's settings in a trial: fixed ones, then its own, which are all in the paper's."""
         return PurifyConfig.model_validate({**self.fixed, **parameters})

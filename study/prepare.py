@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +13,15 @@ import torch
 from rich.console import Console
 
 from bimask.commands.terminal import VictimBars, described
+from bimask.trigger_pool import TriggerPool
 from bimask.victim import obtain_victim
 from study import search
+from study.blind import make_probe, steps_of_probe
 from study.config import StudyConfig, StudyError
+from study.console import progress_bar
+from study.suite import cases_of
 from study.suspect import NAME, Subject, SuspectSpec
+from study.trial import Case
 
 
 def require_writable(outputs: Path) -> None:
@@ -96,3 +103,21 @@ def _prepare_suspect(spec: SuspectSpec, for_defence: int, console: Console) -> S
         highlight=False,
     )
     return suspect
+
+
+def prepare_cases(config: StudyConfig, victims: Mapping[str, Subject], console: Console) -> list[Case]:
+    """The runs of a trial, each with the probe of its victim and with triggers to learn against."""
+    torch.set_num_threads(config.cpus_per_trial)  # as for victims
+    cases = cases_of(config, victims)
+    probes, pools = {}, {}
+    with progress_bar(console) as progress:
+        for name, victim in {case.name: case.victim for case in cases}.items():
+            task = progress.add_task(f"probing {name}", total=steps_of_probe(victim))
+            on_step = partial(progress.advance, task)
+            probes[name] = make_probe(victim, seed=config.seed, on_step=on_step)
+        for case in cases if config.may_use("class_triggers") else []:
+            steps = TriggerPool.steps(len(case.victim.classes), len(case.clean))
+            task = progress.add_task(f"searching triggers for {case.key}", total=steps)
+            on_step = partial(progress.advance, task)
+            pools[case.key] = TriggerPool.search(case.victim.model, case.clean, on_step=on_step)
+    return [replace(case, probe=probes[case.name], pool=pools.get(case.key)) for case in cases]

@@ -7,31 +7,35 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
 from bimask.devices import resolve_device
 from bimask.victim import Victim
 from study import records, search
-from study.blind import blind_metrics, make_probe, steps_of_probe, with_probes
+from study.blind import blind_metrics
 from study.config import StudyConfig, StudyError, load_config
 from study.confirm import confirm_choice
-from study.console import progress_bar, show, trial_progress, wide_console
+from study.console import show, trial_progress, wide_console
 from study.files import locked, read_lines, write_text
 from study.interrupts import InterruptedStudyError, Interrupts
 from study.mirror import Mirror
 from study.plots import draw_victims
-from study.prepare import check_data, find_room, prepare_victims, require_writable
+from study.prepare import (
+    check_data,
+    find_room,
+    prepare_cases,
+    prepare_victims,
+    require_writable,
+)
 from study.provenance import commit, versions
 from study.report import REPORT, write_report
 from study.report.content import headline
 from study.session import Identity, begin, reopen
-from study.suite import cases_of, confirmation_metrics
+from study.suite import confirmation_metrics
 from study.summary import FRONT_PICTURE, summarise
 from study.suspect import Subject
 from study.tracking import Status, Tracker, redacted, require_server, tracking_uri
@@ -212,7 +216,7 @@ class _Study:
         mirror = Mirror(self.tracker, self._say_what_happens)
         interrupts, patience = Interrupts(), SHORT_PATIENCE
         try:
-            cases = self._cases()
+            cases = prepare_cases(self.config, self.victims, self.console)
             if self.config.suspect is None:  # else nobody knows what its trigger does
                 draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
                 mirror.log_folder(self.folder / VICTIM_PICTURES)
@@ -248,17 +252,6 @@ class _Study:
                     f"with `python -m study.launch --resume {self.config.name}`.",
                     soft_wrap=True,
                 )
-
-    def _cases(self) -> list[Case]:
-        """The runs of a trial, each with the probe of its victim."""
-        torch.set_num_threads(self.config.cpus_per_trial)  # as for victims: not of the machine's cores
-        probes = {}
-        with progress_bar(self.console) as progress:
-            for name, victim in self.victims.items():
-                task = progress.add_task(f"probing {name}", total=steps_of_probe(victim))
-                on_step = partial(progress.advance, task)
-                probes[name] = make_probe(victim, seed=self.config.seed, on_step=on_step)
-        return with_probes(cases_of(self.config, self.victims), probes)
 
     def _search(self, cases: list[Case], mirror: Mirror, interrupts: Interrupts) -> float:
         """Run what has no record yet; seconds that went into trials."""

@@ -22,6 +22,7 @@ from bimask.masks import MaskSet, fold
 from bimask.metrics import CleanScores, CleanSet, EvalSets, Scores, evaluate
 from bimask.population import PopulationPurifier
 from bimask.result import Passes, RoundLog
+from bimask.trigger_pool import TriggerPool
 from study.checkpoint import Checkpoints, Place
 from study.config import StudyConfig
 from study.judge import Judge
@@ -42,6 +43,7 @@ class Case:
             suspect, of which nobody does.
         repeat: which of the victim's runs in a trial this is: each has its own seed and images.
         probe: what asks a purified model without the attack, see `study.blind`; None asks nothing.
+        pool: the triggers that `class_triggers` are drawn from; None where no trial has any.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Case:
     val: EvalSets | CleanSet
     repeat: int = 0
     probe: Probe | None = None
+    pool: TriggerPool | None = None
 
     @classmethod
     def of(cls, name: str, victim: Subject, config: StudyConfig, repeat: int = 0) -> Case:
@@ -62,7 +65,9 @@ class Case:
     def to(self, device: torch.device | str) -> Case:
         """The same with its images on another device; the victim stays."""
         probe = None if self.probe is None else self.probe.to(device)
-        return replace(self, clean=self.clean.to(device), val=self.val.to(device), probe=probe)
+        pool = None if self.pool is None else self.pool.to(device)
+        clean, val = self.clean.to(device), self.val.to(device)
+        return replace(self, clean=clean, val=val, probe=probe, pool=pool)
 
     def ask(self, model: nn.Module, masks: MaskSet) -> dict[str, float]:
         """What the probe says of the model under its masks, by name; nothing where there is none."""
@@ -240,6 +245,7 @@ def _purify(
         case.clean,
         [trial.config for trial in running],
         generators=[torch.Generator().manual_seed(seed + case.repeat) for _ in running],
+        pool=case.pool,
         on_round=watch,
     )
     if kept is not None:

@@ -60,7 +60,6 @@ SUITE = {
         "minimise_rounds": 2,
         "select_rounds": 4,
         "initial_selection": 0.8,
-        "class_triggers": 0.3,
     },
     "space": {
         "mask_lr": {"kind": "float", "low": 0.02, "high": 0.4, "log": True},

@@ -64,7 +64,10 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
         else None,
     )
     reports: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    place = config.get("checkpoint")  # where nodes share a folder: one with a full disk has room there
+    if place is not None:
+        Path(place).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         for member, result in zip(members, results, strict=True):
             number = member["number"]
             if isinstance(result, NonFiniteError):

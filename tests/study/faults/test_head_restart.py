@@ -19,7 +19,7 @@ from study.config import StudyConfig
 from study.trial import Case, run_trials
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PATIENCE = 600  # seconds
 
 STUDY = {
@@ -64,16 +64,8 @@ def cluster_in(home):
     return process, address
 
 
-def kill_all(process):
+def kill_all(process, descendants):
     """SIGKILL to a process and all that it has started: a machine that loses its power."""
-
-    def descendants(pid):
-        found = [pid]
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                found += descendants(int(child))
-        return found
-
     for pid in descendants(process.pid):
         os.kill(pid, signal.SIGSTOP)  # none may see another die
     for pid in reversed(descendants(process.pid)):
@@ -81,7 +73,7 @@ def kill_all(process):
     process.wait()
 
 
-def test_a_study_goes_on_on_another_cluster_when_its_head_is_gone(tmp_path):
+def test_a_study_goes_on_on_another_cluster_when_its_head_is_gone(tmp_path, descendants):
     folder = tmp_path / "outputs/restarted"
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
 
@@ -102,9 +94,9 @@ def test_a_study_goes_on_on_another_cluster_when_its_head_is_gone(tmp_path):
             assert driver.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        kill_all(driver)
+        kill_all(driver, descendants)
     finally:
-        kill_all(cluster)
+        kill_all(cluster, descendants)
     before = known()
     assert 5 <= len(before) < 24
     cut = {int(path.parent.name) for path in folder.glob("checkpoints/*/*.safetensors")} - set(before)
@@ -115,7 +107,7 @@ def test_a_study_goes_on_on_another_cluster_when_its_head_is_gone(tmp_path):
         driver = launch("--resume", "restarted", "--address", address)
         assert driver.wait(PATIENCE) == 0, (tmp_path / "log").read_text()
     finally:
-        kill_all(cluster)
+        kill_all(cluster, descendants)
     assert len((folder / "trials.jsonl").read_text().splitlines()) == 24
     assert sorted(known()) == list(range(24))
     assert {record["status"] for record in known().values()} == {"COMPLETE"}

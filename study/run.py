@@ -33,6 +33,7 @@ from study.report.content import headline
 from study.session import Identity, begin, reopen
 from study.suite import cases_of, confirmation_metrics
 from study.summary import FRONT_PICTURE, summarise
+from study.suspect import Subject
 from study.tracking import Status, Tracker, redacted, require_server, tracking_uri
 from study.trial import Case
 from study.warm_start import Earlier, read_earlier
@@ -163,7 +164,7 @@ def _begin(
     folder: Path,
     identity: Identity,
     tracker: Tracker,
-    victims: dict[str, Victim],
+    victims: dict[str, Subject],
 ) -> None:
     """Make the study's folder and open the parent run: both, or nothing stays."""
     begin(folder, config, identity)
@@ -175,7 +176,7 @@ def _begin(
 
 
 def _start_in_mlflow(
-    config: StudyConfig, identity: Identity, tracker: Tracker, victims: dict[str, Victim]
+    config: StudyConfig, identity: Identity, tracker: Tracker, victims: dict[str, Subject]
 ) -> None:
     tracker.start_study(
         config.name,
@@ -194,7 +195,7 @@ class _Study:
 
     config: StudyConfig
     folder: Path
-    suite: dict[str, Victim]
+    suite: dict[str, Subject]
     earlier: Earlier
     tracker: Tracker
     console: Console
@@ -202,7 +203,7 @@ class _Study:
     storage: str | None
 
     @property
-    def victims(self) -> dict[str, Victim]:
+    def victims(self) -> dict[str, Subject]:
         """Those that trials see."""
         return {name: self.suite[name] for name in self.config.victim_names()}
 
@@ -210,10 +211,11 @@ class _Study:
         """Search, choose, report: the summary, and the signal that ended the search, if one did."""
         mirror = Mirror(self.tracker, self._say_what_happens)
         interrupts, patience = Interrupts(), SHORT_PATIENCE
-        cases = self._cases()
         try:
-            draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
-            mirror.log_folder(self.folder / VICTIM_PICTURES)
+            cases = self._cases()
+            if self.config.suspect is None:  # else nobody knows what its trigger does
+                draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
+                mirror.log_folder(self.folder / VICTIM_PICTURES)
             searching = time.perf_counter()
             in_trials = self._search(cases, mirror, interrupts)
             wall = time.perf_counter() - searching
@@ -225,7 +227,8 @@ class _Study:
                 "harness": max(0.0, wall * self.concurrency - in_trials),
             }
             if interrupts.signal is None:
-                suite = confirm_choice(self.config, self.folder, summary, self.suite, self.console)
+                known = {name: one for name, one in self.suite.items() if isinstance(one, Victim)}
+                suite = confirm_choice(self.config, self.folder, summary, known, self.console)
                 summary |= {} if suite is None else {"suite": suite}
             summary["seconds"]["total"] = time.perf_counter() - started
             write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -305,6 +308,8 @@ def close(mirror: Tracker | Mirror, folder: Path, summary: dict[str, Any], statu
     metrics = {"hypervolume": summary["hypervolume"], "n_failed": summary["n_failed"]}
     if summary["chosen"]:
         metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
+        if (risk := summary["chosen"]["risk"]) is not None:
+            metrics["chosen/risk"] = risk
         metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
     metrics |= confirmation_metrics(summary.get("suite") or {}) | blind_metrics(summary["selection"])
     names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)

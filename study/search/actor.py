@@ -16,7 +16,7 @@ from ray import tune
 from safetensors.torch import save_file
 
 from bimask.errors import NonFiniteError
-from bimask.metrics import Scores
+from bimask.metrics import CleanScores, Scores
 from bimask.purify import RoundLog
 from study.checkpoint import Checkpoints
 from study.config import StudyConfig
@@ -75,7 +75,7 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
     members = config["members"]
     device = study.device_of_a_trial
 
-    def report(member: int, victim: str, log: RoundLog, scores: Scores) -> None:
+    def report(member: int, victim: str, log: RoundLog, scores: Scores | CleanScores) -> None:
         number = members[member]["number"]
         tune.report(
             {"number": number, "victim": victim, "step": log.step, "loss": log.loss, **asdict(scores)}

@@ -15,7 +15,7 @@ import ray
 
 from study.search import storage as storages
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 END = 7  # states that are kept of a trial: one a round, and one when all is done
 # Ray declares a node dead that does not answer for about this long; its default is a minute.
@@ -36,6 +36,7 @@ def test_nodes_that_are_killed_cost_no_trial_and_no_bit(disturbed):
     ran.require_bits(4, 13, 1, 23)
 
 
+@pytest.mark.slow
 def test_a_trial_goes_on_from_a_bucket_where_nodes_share_no_folder(tmp_path, disturbed):
     """What a trial left on its node goes with it; a folder behind a URI stands for the bucket."""
     bucket = (tmp_path / "bucket").as_uri()
@@ -55,6 +56,7 @@ def test_a_trial_goes_on_from_a_bucket_where_nodes_share_no_folder(tmp_path, dis
     assert not (tmp_path / "bucket/faults/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_and_nodes_that_freeze_count_nothing_twice(
     disturbed, descendants, monkeypatch
 ):
@@ -94,6 +96,7 @@ def test_a_process_that_dies_and_nodes_that_freeze_count_nothing_twice(
     ran.require_bits(2, 3, 5, 11)
 
 
+@pytest.mark.slow
 def test_an_object_store_that_spills_costs_nothing(disturbed):
     """Victims are in the head's store when it overflows, and a node that comes later fetches them."""
     size = 60 * 2**20
@@ -131,6 +134,7 @@ def small_disk():
     path.rmdir()
 
 
+@pytest.mark.slow
 def test_a_node_whose_disk_fills_up_loses_no_trial(disturbed, small_disk):
     """Its own disk, which holds all that Ray and temporary files write there, has no byte left."""
 

@@ -143,7 +143,8 @@ def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
                 f"The victim {folder} is built by the code {net_name!r}, which may do anything; if you "
                 "trust it, allow it with `own_code=True` or --trust-code."
             )
-        spec = VictimSpec.model_validate(manifest["spec"])
+        # what it does not say of its pictures is not asked of those that are there now
+        spec = VictimSpec.model_validate({"dataset_sha256": None} | manifest["spec"])
         scores: dict[Split, Scores] = {
             "val": Scores(**manifest["scores"]["val"]),
             "test": Scores(**manifest["scores"]["test"]),

@@ -130,6 +130,26 @@ class NetSpec(BaseModel):
             std=std,
         )
 
+    def require_at_most(self, numbers: int, channels: int, classes: int, size: int | None) -> None:
+        """Refuse a net that is larger than its file of weights, before memory is taken for it.
+
+        Own nets are let pass: their code is trusted, or was not run.
+
+        Raises:
+            VictimError: it has more than so many numbers.
+            SettingError: it cannot be made.
+        """
+        if is_own(self.net):
+            return
+        with torch.device("meta"):
+            net = self.net_of([0.0] * channels, [1.0] * channels, channels, classes, size)
+        asked = sum(value.numel() for value in net.state_dict().values())
+        if asked > numbers:
+            raise VictimError(
+                f"{self.net} of width {self.width} for {classes} classes has {asked} numbers, but its "
+                f"file of weights holds {numbers}: they do not fit."
+            )
+
 
 def statistics(data: ImageData) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation in [0, 1] units; a constant channel gets 1."""

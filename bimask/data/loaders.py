@@ -208,14 +208,14 @@ def _content(path: Path, _stamp: str) -> str:
 
 def _common_size(files: list[str], path: Path) -> int:
     """The one square size of all pictures, or an error that asks for one."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     sizes = set()
     for file in files:
         try:
             with Image.open(file) as picture:  # reads the header only
                 sizes.add(picture.size)
-        except (UnidentifiedImageError, OSError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise _unreadable(file, error) from error
     width, height = next(iter(sizes))
     if len(sizes) > 1 or width != height:
@@ -230,7 +230,7 @@ def _decode(
     samples: list[tuple[str, int]], classes: tuple[str, ...], size: int, name: str
 ) -> ImageData:
     """Pictures as RGB of size x size, decoded once; the second time they come from the cache."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     stamp = _stamp(samples, size)
     cached = cache_folder() / "decoded" / f"{name}-{size}-{stamp[:16]}.safetensors"
@@ -248,7 +248,7 @@ def _decode(
                 if rgb.size != (size, size):
                     rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
                 images[row] = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-        except (UnidentifiedImageError, OSError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise _unreadable(file, error) from error
     labels = torch.tensor([label for _, label in samples])
     cached.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +270,7 @@ def _stamp(samples: list[tuple[str, int]], size: int) -> str:
     return stamp.hexdigest()
 
 
-def _unreadable(file: str, error: OSError) -> DataError:
+def _unreadable(file: str, error: Exception) -> DataError:
     return DataError(f"Cannot read the picture {file}: {error}.")
 
 

@@ -67,7 +67,7 @@ def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: d
     return {
         "name": study["name"],
         "headline": headline(summary, Counter(trial["status"] for trial in trials)),
-        "victims": _victims(study, summary, complete),
+        "victims": _victims(summary, complete),
         "parameters": [{"name": name, **parameter.model_dump()} for name, parameter in space.items()],
         "objectives": objectives,
         "left": left,
@@ -194,9 +194,7 @@ def _before(summary: Mapping[str, Any], split: str) -> dict[str, float] | None:
     return {name: rule(name, [s[name] for s in scores]) for name in known_scores(scores[0])}
 
 
-def _victims(
-    study: dict[str, Any], summary: dict[str, Any], complete: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _victims(summary: dict[str, Any], complete: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each victim with its own scores; of a study that was cut off only the names."""
     if study.get("suspect") is not None:
         return [{"name": NAME, "net": study["suspect"]["net"]}]
@@ -204,12 +202,9 @@ def _victims(
     return [
         {
             "name": name,
-            "net": spec["net"],
-            "attack": spec["attack"]["name"],
-            "poisoning_rate": spec["poisoning_rate"],
             "before": {split: known[name][split] for split in ("val", "test")} if summary else None,
         }
-        for name, spec in zip(known, study["victims"], strict=False)
+        for name in known
     ]
 
 

@@ -160,7 +160,7 @@ def went(tmp_path_factory):
         down += "ray exec cluster/local.yaml 'bash ~/bimask/cluster/mlflow.sh stop' && "
         seen.down = in_shell(cluster, "you", f"{down} ray down -y cluster/local.yaml", timeout=600)
         seen.left = {host: listening(cluster, host) for host in names[1:]}
-        ps = "ps ax -o args | grep -E '[r]aylet|[g]cs_server|[m]lflow|ray::' || true"
+        ps = "ps ax -o args | grep -E '[r]aylet|[g]cs_server|[m]lflow|[r]ay::' || true"
         seen.processes = {host: in_shell(cluster, host, ps).stdout for host in names[1:]}
     seen.namespaces = hosts.run("ip", "netns")
     return seen

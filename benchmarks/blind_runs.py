@@ -90,7 +90,7 @@ def run(attack: str) -> None:
             }
             save_file(tensors, folder / f"{number:03d}.safetensors")
             (folder / f"{number:03d}.json").write_text(json.dumps(scores, indent=1) + "\n")
-            print(attack, number, round(ended.scores.attack_success, 3), flush=True)
+            print(attack, number, round(ended.numbers["attack_success"], 3), flush=True)
 
 
 def judged(attack: str) -> Iterator[Judged]:

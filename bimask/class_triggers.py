@@ -16,9 +16,10 @@ families:
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -167,12 +168,17 @@ class ClassTriggers:
         """Every class's trigger on every image: (N, C, H, W) in [0, 1] -> (K, N, C, H, W)."""
         return torch.cat([part(images) for part in self.parts])
 
+    def to(self, device: torch.device | str) -> ClassTriggers:
+        """The same on another device."""
+        return replace(self, parts=tuple(copy.deepcopy(part).to(device) for part in self.parts))
+
 
 def find_class_triggers(
     model: nn.Module,
     images: Tensor,
     family: Family,
     *,
+    towards: Tensor | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> ClassTriggers:
     """The triggers of a family, towards every class of `model`; the same call gives the same triggers.
@@ -182,7 +188,8 @@ def find_class_triggers(
     Args:
         model: images in [0, 1] -> logits (N, K), in eval mode; it is left as it is.
         images: (N, C, H, W) in [0, 1], clean, of the model's device, and best of all classes.
-        on_step: called after each of `steps_of(family, K, N)` steps.
+        towards: the classes, (K',), None for all.
+        on_step: called after each of `steps_of(family, K', N)` steps.
 
     Raises:
         DataError: no images.
@@ -191,9 +198,11 @@ def find_class_triggers(
         raise DataError("Triggers need at least one clean image, got none.")
     with torch.no_grad():
         logits = model(images)
-    answers, classes = logits.argmax(1), logits.shape[1]
+    answers = logits.argmax(1)
+    if towards is None:
+        towards = torch.arange(logits.shape[1], device=images.device)
     prices, successes, parts = [], [], []
-    for chunk in torch.arange(classes, device=images.device).split(_classes_at_once(len(images))):
+    for chunk in towards.split(_classes_at_once(len(images))):
         triggers = FAMILIES[family](len(chunk), tuple(images.shape[1:])).to(images)
         price, success = _search(model, images, triggers, chunk, answers, on_step)
         prices.append(price)

@@ -96,6 +96,13 @@ class PurifyConfig(BaseModel):
     clip_images: bool = Field(False, description="keep perturbed images in [0, 1]")
     warm_start: Unit = Field(0.0, description="share of images whose perturbation goes on, not from 0")
     universal: Unit = Field(0.0, description="share of images that get one perturbation in common")
+    universal_budget: Positive | None = Field(
+        None, description="largest perturbation in common; null is budget"
+    )
+    class_triggers: Unit = Field(
+        0.0,
+        description="share of images that get a trigger towards a suspicious class, searched before",
+    )
     shift: int = Field(0, ge=0, description="clean images shifted anew each round, pixels at most")
     flip: bool = Field(False, description="clean images flipped at random each round")
     early_batch_size: int | None = Field(
@@ -125,9 +132,17 @@ class PurifyConfig(BaseModel):
         grown = progress * (self.inner_steps - self.inner_steps_at_start)
         return round(self.inner_steps_at_start + grown)
 
-    def step_size_of(self, steps: int) -> float:
-        """The length of one of `steps` inner steps."""
-        return self.budget / steps if self.step_size is None else self.step_size
+    @property
+    def budgets(self) -> tuple[float, float]:
+        """Of an image's own perturbation, and of the one in common."""
+        return self.budget, self.universal_budget or self.budget
+
+    def step_sizes(self, steps: int) -> tuple[float, float]:
+        """The length of one of `steps` inner steps, for the two budgets."""
+        own, common = self.budgets
+        if self.step_size is not None:
+            return self.step_size, self.step_size
+        return own / steps, common / steps
 
     @property
     def augments(self) -> bool:
@@ -142,7 +157,7 @@ class PurifyConfig(BaseModel):
     @property
     def resolved_step_size(self) -> float:
         """The length of one of all inner steps."""
-        return self.step_size_of(self.inner_steps)
+        return self.step_sizes(self.inner_steps)[0]
 
     def unreachable_budget(self) -> str | None:
         """One sentence if step size x steps cannot reach the budget, else None.
@@ -154,12 +169,14 @@ class PurifyConfig(BaseModel):
             return None  # the next round goes on from where this one ends
         reach = self.resolved_step_size * self.inner_steps
         bounded = self.norm == "linf" or self.inner_optimizer == "sign"
-        if not bounded or reach >= self.budget * (1 - 1e-9):
+        budget = max(self.budgets)
+        if self.step_size is None or not bounded or reach >= budget * (1 - 1e-9):
             return None
+        name = "budget" if budget == self.budget else "universal_budget"
         return (
-            f"The budget {self.budget:g} is never reached: {self.inner_steps} steps of "
+            f"The {name} {budget:g} is never reached: {self.inner_steps} steps of "
             f"{self.resolved_step_size:g} end at {reach:g} at most; raise `step_size` or "
-            f"`inner_steps`, or lower `budget` to {reach:g}."
+            f"`inner_steps`, or lower `{name}` to {reach:g}."
         )
 
     @classmethod

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from bimask.config import PurifyConfig
+from bimask.devices import upload
 from bimask.errors import NonFiniteError
 from bimask.result import Passes, PurifyResult, RoundLog, Stage
 
@@ -85,6 +88,11 @@ class Member:
         done = self.round + (self.limits.get("minimise", 0) if self.stage == "select" else 0)
         return self.config.inner_steps_at(done / max(1, total - 1))
 
+    @property
+    def reuses_last_pass(self) -> bool:
+        """Whether the inner problem's last answers serve: not where images are replaced after it."""
+        return self.config.reuse_last_pass and not self.config.class_triggers
+
     def likeness(self, images: int) -> tuple[object, ...]:
         """Members that are alike in these go through the round together."""
         c = self.config
@@ -99,4 +107,11 @@ class Member:
             c.reuse_last_pass,
             c.straight_through,
             c.augments,
+            c.class_triggers > 0,
         )
+
+
+def column(value: Callable[[Member], float], members: Sequence[Member], like: Tensor) -> Tensor:
+    """A setting of each member as (M, 1), in the dtype of `like` and where it lives."""
+    host = torch.tensor([value(member) for member in members], dtype=like.dtype)
+    return upload(host, like).view(-1, 1)

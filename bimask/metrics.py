@@ -1,6 +1,7 @@
 """Clean accuracy, attack success rate, recovery accuracy, and what is derived from two of each.
 
-All values are fractions. Attack success and recovery count the same images: under all-to-one those
+All values are fractions. Of a model whose trigger nobody knows there is the clean accuracy alone
+(`CleanSet`, `CleanScores`). Attack success and recovery count the same images: under all-to-one those
 whose true class is not the target. They do not add up to 1; the rest is `misdirected`.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,31 @@ class EvalSets:
     def to(self, device: torch.device | str) -> EvalSets:
         """The same on another device."""
         return EvalSets(self.clean.to(device), self.triggered.to(device), self.split)
+
+
+@dataclass(frozen=True)
+class CleanSet:
+    """Clean images of one split, for a model whose trigger nobody knows."""
+
+    clean: ImageData
+    split: Split
+
+    def to(self, device: torch.device | str) -> CleanSet:
+        """The same on another device."""
+        return CleanSet(self.clean.to(device), self.split)
+
+
+@dataclass(frozen=True)
+class CleanScores:
+    """What is known of a model without its trigger: no attack success, no recovery."""
+
+    clean_accuracy: float
+    n_clean: int
+    split: Split
+
+    def arr(self, before: CleanScores) -> float:
+        """As `Scores.arr`."""
+        return _one_minus_ratio(self.clean_accuracy, before.clean_accuracy)
 
 
 @dataclass(frozen=True)
@@ -155,19 +181,33 @@ def _floats(images: Tensor, dtype: torch.dtype) -> Tensor:
     return (images.float() / 255).to(dtype, memory_format=torch.channels_last)
 
 
+@overload
+def evaluate(
+    model: nn.Module, sets: EvalSets, *, batch_size: int | None = ..., precision: Precision = ...
+) -> Scores: ...
+@overload
+def evaluate(
+    model: nn.Module, sets: CleanSet, *, batch_size: int | None = ..., precision: Precision = ...
+) -> CleanScores: ...
 def evaluate(
     model: nn.Module,
-    sets: EvalSets,
+    sets: EvalSets | CleanSet,
     *,
     batch_size: int | None = None,
     precision: Precision = "float32",
-) -> Scores:
+) -> Scores | CleanScores:
     """Score `model` on one split; images and model on one device. Arguments as of `predict`.
 
     Raises:
         DataError: an empty set, whose scores would be undefined.
         NonFiniteError: logits that are NaN or infinite.
     """
+    if isinstance(sets, CleanSet):
+        if not len(sets.clean):
+            raise DataError(f"Scores need clean images, got none in split {sets.split!r}.")
+        answers = predict(model, sets.clean.images, batch_size=batch_size, precision=precision)
+        right = _share(answers, sets.clean.labels)
+        return CleanScores(right, len(sets.clean), sets.split)
     triggered = sets.triggered
     if not len(sets.clean) or not len(triggered.images):
         raise DataError(
@@ -176,15 +216,15 @@ def evaluate(
         )
     answers = predict(model, sets.clean.images, batch_size=batch_size, precision=precision)
     under_attack = predict(model, triggered.images, batch_size=batch_size, precision=precision)
-
-    def share(got: Tensor, wanted: Tensor) -> float:
-        return (got == wanted).sum().item() / len(wanted)
-
     return Scores(
-        clean_accuracy=share(answers, sets.clean.labels),
-        attack_success=share(under_attack, triggered.attack_labels),
-        recovery=share(under_attack, triggered.true_labels),
+        clean_accuracy=_share(answers, sets.clean.labels),
+        attack_success=_share(under_attack, triggered.attack_labels),
+        recovery=_share(under_attack, triggered.true_labels),
         n_clean=len(sets.clean),
         n_triggered=len(triggered.images),
         split=sets.split,
     )
+
+
+def _share(got: Tensor, wanted: Tensor) -> float:
+    return (got == wanted).sum().item() / len(wanted)

@@ -87,5 +87,21 @@ class Perturbations:
             self.own[where] = ended
 
 
+def of_images(
+    values: list[tuple[float, float]], shared: Tensor | None, like: Tensor
+) -> list[float] | Tensor:
+    """What each member's images go by: its first number, its second where they share a perturbation.
+
+    Args:
+        values: (own, common), M of them.
+        shared: (M, N, 1, 1, 1) booleans; None where no image shares.
+    """
+    own = [first for first, _ in values]
+    if shared is None:
+        return own
+    columns = upload(torch.tensor(values, dtype=like.dtype), like).T.view(2, -1, 1, 1, 1, 1)
+    return torch.where(shared, columns[1], columns[0])
+
+
 def _where(batches: list[Tensor] | None, row: int) -> Tensor | slice:
     return slice(None) if batches is None else batches[row]

@@ -5,45 +5,36 @@ of the tensors of masks, perturbations and moments. Members may stand at differe
 stop early or fail; none changes the numbers of another: in float32 and bfloat16 a member ends with the
 bits of a run alone, in float64 with its numbers but for rounding.
 
-Dunnett, Arablouei, Miller, Dedeoglu, Jurdak, "Backdoor Mitigation via Invertible Pruning Masks",
-NeurIPS 2025 (arXiv 2509.15497). f is the frozen victim, f_a the masked, f_abar the inverse-masked
-model, x clean images, d the inner problem's perturbations (`bimask.synthesis`).
-
-    initialise   agree(f_a(x), f(x)) + disagree(f_abar(x), f(x)) + selection cost          (eq. 4)
-    minimise     agree(f_a(x), f(x)) + agree(f_a(x+d), f(x)) + agree(f_abar(x+d), f(x+d))
-                 + disagree(f_abar(x+d), f(x)) + disagree(f_abar(x), f(x))             (eqs. 6, 7)
-    select       the same + selection cost
-
-`clean_weight` multiplies agree(f_a(x), f(x)); it is 1 in the paper.
+What a round minimises is in `bimask.objective`, where a member stands in `bimask.member`.
 
 No label is used anywhere: only images enter.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bimask.blocks import Blocks, slices
+from bimask.blocks import Blocks
 from bimask.config import ENGINE, BudgetWarning, PurifyConfig
-from bimask.data import augment
 from bimask.devices import upload
 from bimask.errors import NonFiniteError, SettingError
 from bimask.frozen import FrozenNet
-from bimask.losses import agree, disagree, selection_cost
+from bimask.losses import selection_cost
 from bimask.masks import MaskSet, keep_factor
-from bimask.member import Member
+from bimask.member import Member, column
+from bimask.objective import Objective
 from bimask.optim import AdamWState, bias_corrections
 from bimask.perturbations import Perturbations
 from bimask.result import PurifyResult, RoundLog
-from bimask.synthesis import TriggerSynthesizer
+from bimask.trigger_pool import TriggerPool
 
 OnRound = Callable[[int, RoundLog, MaskSet], bool | None]
 
@@ -53,16 +44,6 @@ OnRound = Callable[[int, RoundLog, MaskSet], bool | None]
 # below what single precision sees. Apple's GPUs have no double.
 def _fine(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-class _Term(NamedTuple):
-    """A term of the outer loss: what the blocks from `first` on are compared with, and how."""
-
-    name: str
-    first: int
-    loss: Callable[..., Tensor]
-    target: Tensor
-    weight: Tensor | None = None  # (M,); None is 1
 
 
 class PopulationPurifier:
@@ -75,6 +56,8 @@ class PopulationPurifier:
         configs: one a member, at least one. They share `precision`, `compile`, `memory_format` and
             `fold_batch_norm`, which decide how the one net is prepared.
         generators: CPU, one a member: draws the batches, and the images whose perturbations go on.
+        pool: what `TriggerPool.search` finds in model and images, where it is known from before; it is
+            searched here if a member has `class_triggers` and None is given.
         on_round: called after every round of a member with its number, its log and its masks as they
             are then; a true answer ends the member there.
 
@@ -90,6 +73,7 @@ class PopulationPurifier:
         configs: Sequence[PurifyConfig],
         *,
         generators: Sequence[torch.Generator | None] | None = None,
+        pool: TriggerPool | None = None,
         on_round: OnRound | None = None,
     ) -> None:
         self.started = time.perf_counter()
@@ -106,7 +90,7 @@ class PopulationPurifier:
         self.model, self.on_round = model, on_round
         self.blank = MaskSet.for_model(model)
         like = self.blank.mask
-        self.fine = _fine(images.device)
+        self.fine = torch.empty(0, dtype=_fine(images.device), device=images.device)
         self.images = images.to(like).contiguous(memory_format=torch.channels_last)
         net = FrozenNet(
             model,
@@ -122,7 +106,7 @@ class PopulationPurifier:
             self.images.device,
             size=engine.images_per_pass,
             threads=1 if engine.compile else min(torch.get_num_threads(), len(configs)),
-            fine=self.fine,
+            fine=self.fine.dtype,
         )
         self.members = [
             Member(row, config, generator)
@@ -145,13 +129,17 @@ class PopulationPurifier:
         self.perturbations = Perturbations(configs, self.images)
         largest = max(member.config.batch_size for member in self.members)
         with torch.no_grad():
-            self.clean_logits = torch.cat(
+            clean_logits = torch.cat(
                 [
                     self.blocks.answer(piece[None])[0]
                     for part in self.images.split(largest)
                     for piece in part.split(self.blocks.images_per_pass(len(part)))
                 ]
             )
+        if pool is None and any(config.class_triggers for config in configs):
+            suspect = copy.deepcopy(model).eval().requires_grad_(False)
+            pool = TriggerPool.search(suspect, self.images)
+        self.objective = Objective(self.blocks, self.images, clean_logits, self.perturbations, pool)
         for member in self.members:  # what each would need alone
             member.passes.add(forward=-(-len(images) // member.config.batch_size), backward=0)
 
@@ -190,7 +178,7 @@ class PopulationPurifier:
         cost = weight * selection_cost(s.split(list(self.blank.sites.values()), dim=1))
 
         factors = torch.stack([keep, inverse])
-        terms, gradient = self._terms(group, factors.detach())
+        terms, gradient = self.objective(group, factors.detach())
         terms["selection_cost"] = cost.detach()
         (slope,) = torch.autograd.grad([factors, cost], variables, [gradient, torch.ones_like(cost)])
         losses = torch.stack(list(terms.values()))
@@ -214,198 +202,11 @@ class PopulationPurifier:
         for member, values in zip(group, losses.T.tolist(), strict=True):
             self._log(member, dict(zip(terms, values, strict=True)))
 
-    def _terms(self, group: list[Member], factors: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The terms of the outer loss, (M,) each, and the gradient of their sum by `factors`.
-
-        Args:
-            factors: (2, M, C), keep and inverse.
-        """
-        batches = self._draw(group)
-        x = self._batch(self.images, group, batches)
-        clean = self._batch(self.clean_logits, group, batches)
-        if group[0].config.augments:
-            x, clean = self._augmented(group, x)
-        keep, inverse = factors
-        m = len(group)
-        weight = self._column(lambda member: member.config.clean_weight, group).squeeze(1)
-        if group[0].inner_steps == 0:
-            for member in group:
-                member.passes.add(forward=2, backward=2)
-            return self._outer(
-                [(x, keep), (x, inverse)],
-                [
-                    _Term("clean_agree", 0, agree, clean, weight),
-                    _Term("inverse_clean_disagree", m, disagree, clean),
-                ],
-                group,
-            )
-        triggered, triggered_logits = self._triggered(group, batches, x, clean, inverse)
-        for member in group:
-            steps, reused = member.inner_steps, member.config.reuse_last_pass
-            member.passes.add(forward=2 * steps + (4 if reused else 5), backward=2 * steps + 4)
-        return self._outer(
-            [(x, keep), (triggered, keep), (triggered, inverse), (x, inverse)],
-            [
-                _Term("clean_agree", 0, agree, clean, weight),
-                _Term("triggered_agree", m, agree, clean),
-                _Term("inverse_triggered_agree", 2 * m, agree, triggered_logits),
-                _Term("inverse_triggered_disagree", 2 * m, disagree, clean),
-                _Term("inverse_clean_disagree", 3 * m, disagree, clean),
-            ],
-            group,
-        )
-
-    def _outer(
-        self, sources: list[tuple[Tensor, Tensor]], terms: list[_Term], group: list[Member]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Every source's images under its factors, in passes of bounded size.
-
-        Args:
-            sources: images (M, N, C, H, W) and factors (M, C), M blocks each.
-            terms: their `first` counts blocks over all sources.
-        """
-        m, n = len(group), sources[0][0].shape[1]
-        images = torch.cat([source for source, _ in sources])
-        factors = torch.cat([factor for _, factor in sources])
-        form = group[0].config.loss_form
-        values = {term.name: factors.new_zeros(m) for term in terms}
-        gradient = torch.zeros_like(factors)
-
-        def one_pass(span: slice) -> None:
-            low, high = span.start, span.stop
-            factor = factors[span].requires_grad_()
-            for part in slices(n, self.blocks.images_per_pass(n)):  # one for all images, as a rule
-                logits = self.blocks.answer(images[span, part], factor)
-                losses = []
-                for term in terms:
-                    start, stop = max(term.first, low), min(term.first + m, high)
-                    if start < stop:
-                        mine = slice(start - term.first, stop - term.first)
-                        got, wanted = logits[start - low : stop - low], term.target[mine, part]
-                        share = (part.stop - part.start) / n
-                        loss = term.loss(got, wanted, form=form) * share
-                        if term.weight is not None:
-                            loss = loss * term.weight[mine]
-                        values[term.name][mine] += loss.detach()
-                        losses.append(loss)
-                gradient[span] += torch.autograd.grad(torch.cat(losses).sum(), factor)[0]
-
-        self.blocks.each(one_pass, len(images), self.blocks.per_pass(m, n))
-        keep, inverse = gradient.view(len(sources), m, -1).split(len(sources) // 2)
-        return values, torch.stack([keep.sum(0), inverse.sum(0)])
-
-    def _triggered(
-        self,
-        group: list[Member],
-        batches: list[Tensor] | None,
-        x: Tensor,
-        clean: Tensor,
-        inverse: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Images with fresh triggers, (M, N, C, H, W), and the victim's logits of them, (M, N, K)."""
-        n = len(x[0])
-        start = self.perturbations.start(group, batches, x)
-        deltas, found, answered = torch.empty_like(x), torch.empty_like(x), torch.empty_like(clean)
-        reuse = group[0].config.reuse_last_pass
-
-        def synthesize_for(part: slice) -> None:
-            settings = [member.config for member in group[part]]
-            steps = [member.inner_steps for member in group[part]]
-            first = settings[0]
-            shared = None if start.shared is None else start.shared[part]
-            synthesize = TriggerSynthesizer(
-                steps=steps,
-                step_size=[c.step_size_of(k) for c, k in zip(settings, steps, strict=True)],
-                budget=[c.budget for c in settings],
-                norm=first.norm,
-                optimizer=first.inner_optimizer,
-                momentum=first.inner_momentum,
-                weight_decay=[c.inner_weight_decay for c in settings],
-                clip_images=first.clip_images,
-                form=first.loss_form,
-            )
-            triggers = synthesize(
-                self._both(inverse[part]),
-                x[part],
-                clean[part],
-                start=None if start.delta is None else start.delta[part],
-                shared=shared,
-            )
-            deltas[part] = triggers.delta
-            delta = triggers.last if reuse else triggers.delta
-            found[part] = synthesize.perturb(x[part], delta, shared)
-            if reuse:
-                answered[part] = triggers.last_logits
-            else:
-                with torch.no_grad():
-                    answered[part] = self.blocks.answer(found[part], None)
-
-        self.blocks.each(synthesize_for, len(group), self.blocks.per_pass(len(group), n))
-        self.perturbations.keep(group, batches, start, deltas)
-        return found, answered
-
-    def _both(self, inverse: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """What the inner problem asks: the victim's and the inverse-masked logits of images."""
-
-        def answers(images: Tensor) -> tuple[Tensor, Tensor]:
-            m, n = images.shape[:2]
-            factors = torch.cat([torch.ones_like(inverse[:m]), inverse[:m]])
-            stacked = torch.cat([images, images])
-            logits = torch.cat(
-                [
-                    self.blocks.answer(stacked[part], factors[part])
-                    for part in slices(2 * m, self.blocks.per_pass(m, n))
-                ]
-            )
-            return logits[:m], logits[m:]
-
-        return answers
-
-    def _augmented(self, group: list[Member], x: Tensor) -> tuple[Tensor, Tensor]:
-        """The images changed, each member's by its own generator, and the victim's logits of them."""
-        changed = torch.stack(
-            [
-                augment(
-                    images,
-                    shift=member.config.shift,
-                    flip=member.config.flip,
-                    generator=member.generator,
-                )
-                for member, images in zip(group, x, strict=True)
-            ]
-        )
-        for member in group:
-            member.passes.add(forward=1, backward=0)
-
-        @torch.no_grad()
-        def answered(part: slice) -> Tensor:
-            return self.blocks.answer(changed[part], None)
-
-        most = self.blocks.per_pass(len(group), x.shape[1])
-        return changed, torch.cat(self.blocks.each(answered, len(group), most))
-
-    def _draw(self, group: list[Member]) -> list[Tensor] | None:
-        """A fresh subset for each member, without replacement; None where that is everything."""
-        n = len(self.images)
-        if group[0].batch_size >= n:
-            return None
-        return [
-            upload(torch.randperm(n, generator=m.generator)[: m.batch_size], self.images) for m in group
-        ]
-
-    def _batch(self, values: Tensor, group: list[Member], batches: list[Tensor] | None) -> Tensor:
-        """The members' own rows of `values` (n, ...): (M, N, ...)."""
-        if batches is None:
-            return values.expand(len(group), *values.shape)
-        return torch.stack([values[batch] for batch in batches])
-
     def _rows(self, group: list[Member]) -> Tensor:
         return upload(torch.tensor([member.row for member in group]), self.images)
 
     def _column(self, value: Callable[[Member], float], members: list[Member]) -> Tensor:
-        """A setting of each member as (M, 1), in double."""
-        host = torch.tensor([value(member) for member in members], dtype=self.fine)
-        return upload(host, self.images).view(-1, 1)
+        return column(value, members, self.fine)
 
     def _keep_best(self, group: list[Member], rows: Tensor, state: Tensor, losses: Tensor) -> None:
         """Keep the masks of the least loss of the stage, on the device."""

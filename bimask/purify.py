@@ -12,6 +12,7 @@ from bimask.errors import NonFiniteError
 from bimask.masks import MaskSet
 from bimask.population import PopulationPurifier
 from bimask.result import Passes, PurifyResult, RoundLog, Stage
+from bimask.trigger_pool import TriggerPool
 
 __all__ = ["Passes", "PurifyResult", "RoundLog", "Stage", "purify"]
 
@@ -22,6 +23,7 @@ def purify(
     config: PurifyConfig | None = None,
     *,
     generator: torch.Generator | None = None,
+    pool: TriggerPool | None = None,
     on_round: Callable[[RoundLog, MaskSet], bool | None] | None = None,
 ) -> PurifyResult:
     """Learn the masks that remove a backdoor from `model`: a population of one.
@@ -32,6 +34,7 @@ def purify(
         images: clean images (N, C, H, W), float in [0, 1]. No labels.
         config: settings; None means the published ones.
         generator: CPU; draws the batches, and the images whose perturbations go on.
+        pool: see `PopulationPurifier`.
         on_round: called after every round with its log and the masks as they are then; a true answer
             ends the run there.
 
@@ -43,7 +46,7 @@ def purify(
 
     of_member = None if on_round is None else lambda _member, log, masks: on_round(log, masks)
     population = PopulationPurifier(
-        model, images, [config or PurifyConfig()], generators=[generator], on_round=of_member
+        model, images, [config or PurifyConfig()], generators=[generator], pool=pool, on_round=of_member
     )
     (result,) = population.run()
     if isinstance(result, NonFiniteError):

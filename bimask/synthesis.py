@@ -50,9 +50,9 @@ class TriggerSynthesizer:
     Args:
         steps: gradient steps, >= 1; the paper uses 20. Members: a list that does not rise.
         step_size: AdamW's learning rate, or the length of one sign step, in [0, 1] pixel units.
-            Members: a list.
+            Members: a list, or of each image, (M, N, 1, 1, 1).
         budget: largest norm of d, in [0, 1] pixel units: for "linf" of a pixel, for "l2" of an image.
-            Members: a list.
+            Members: a list, or of each image, (M, N, 1, 1, 1).
         norm: "linf" or "l2".
         optimizer: "adamw" as published, or "sign": d -= step_size * sign(gradient), for "l2" the
             gradient divided by its norm.
@@ -66,8 +66,8 @@ class TriggerSynthesizer:
         self,
         *,
         steps: int | Sequence[int] = 20,
-        step_size: float | Sequence[float] = 0.001,
-        budget: float | Sequence[float] = 1.0,
+        step_size: float | Sequence[float] | Tensor = 0.001,
+        budget: float | Sequence[float] | Tensor = 1.0,
         norm: Norm = "linf",
         optimizer: InnerOptimizer = "adamw",
         momentum: float = 0.0,
@@ -184,8 +184,10 @@ class TriggerSynthesizer:
             delta.copy_(clipped if shared is None else torch.where(shared, delta, clipped))
 
 
-def _column(value: float | Sequence[float], images: Tensor) -> Tensor:
-    """A number as a scalar tensor, one for each member as (M, 1, 1, 1, 1)."""
+def _column(value: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
+    """A number as a scalar tensor, one for each member as (M, 1, 1, 1, 1), a tensor as it is."""
+    if isinstance(value, Tensor):
+        return value
     column = upload(value, images)
     return column.view(-1, 1, 1, 1, 1) if column.ndim else column
 

@@ -7,7 +7,6 @@ learns on, which are of the training split, and none of `test`. It sees neither 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,8 +14,7 @@ from scipy.stats import spearmanr
 
 from bimask.data import ImageData
 from bimask.evidence import Probe
-from bimask.victim import Victim
-from study.trial import Case
+from study.suspect import Subject
 
 PER_CLASS = 16
 CHOSEN_BY: dict[str, Literal["attack_success", "risk"]] = {
@@ -25,32 +23,27 @@ CHOSEN_BY: dict[str, Literal["attack_success", "risk"]] = {
 }
 PROMISE = (
     "Blind selection ranks settings by how little of the suspect model's short cuts they leave, as far "
-    "as triggers made without the attack can show it. It measures no attack success rate and proves no "
-    "backdoor gone: an attack whose trigger is unlike every trigger made here stays unseen."
+    "as triggers made without the attack can show it; it measures no attack success rate and proves no "
+    "backdoor gone, since an attack whose trigger is unlike every trigger made here stays unseen."
 )
 
 
-def make_probe(victim: Victim, *, seed: int, on_step: Callable[[], None] | None = None) -> Probe:
+def make_probe(victim: Subject, *, seed: int, on_step: Callable[[], None] | None = None) -> Probe:
     """The probe of a victim; the same seed makes the same one."""
     return Probe(victim.model, probe_images(victim, seed=seed).floats(), on_step=on_step)
 
 
-def steps_of_probe(victim: Victim) -> int:
+def steps_of_probe(victim: Subject) -> int:
     """How often `make_probe` calls `on_step`."""
     images = probe_images(victim, seed=0)
     return Probe.steps(images.num_classes, len(images))
 
 
-def probe_images(victim: Victim, *, seed: int) -> ImageData:
+def probe_images(victim: Subject, *, seed: int) -> ImageData:
     """The clean images of `val` that a probe is made of; fewer where a class has fewer."""
-    val = victim.spec.load_data().val
+    val = victim.load_data().val
     smallest = int(torch.bincount(val.labels, minlength=val.num_classes).min())
     return val.clean_subset(min(PER_CLASS, max(1, smallest)), seed=seed)
-
-
-def with_probes(cases: Sequence[Case], probes: Mapping[str, Probe]) -> list[Case]:
-    """Each case with the probe of its victim."""
-    return [replace(case, probe=probes[case.name]) for case in cases]
 
 
 def compare(
@@ -61,7 +54,8 @@ def compare(
     """Blind choice beside the oracle's.
 
     Args:
-        complete: all COMPLETE trials, with `attack_success` and, unless it was never asked, `risk`.
+        complete: all COMPLETE trials, with `attack_success`, unless nobody knows it, and `risk`, unless
+            it was never asked.
         chosen: "oracle" and "blind" -> position of what each chooses, or None.
         measured: position -> that trial with its scores on `test`.
 
@@ -84,7 +78,8 @@ def compare(
 
 def rank_correlation(trials: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     """Spearman's rho of risk and attack success; None for fewer than three trials or no variation."""
-    pairs = [(trial["risk"], trial["attack_success"]) for trial in trials if "risk" in trial]
+    both = [trial for trial in trials if {"risk", "attack_success"} <= set(trial)]
+    pairs = [(trial["risk"], trial["attack_success"]) for trial in both]
     if len(pairs) < 3 or any(len(set(column)) == 1 for column in zip(*pairs, strict=True)):
         return None
     found = spearmanr(pairs)

@@ -55,6 +55,11 @@ def read_candidate(name: str, outputs: Path, trial: int | None) -> Candidate:
     folder = outputs / name
     table = records.load(name, outputs)  # says if there is no such study
     config = load_config(folder / records.STUDY)
+    if config.suspect is not None:
+        raise StudyError(
+            f"The study {name!r} is of a suspect, whose attack success nobody can measure, so no "
+            f"gate can be judged; use its {records.BEST} with `python -m bimask purify`."
+        )
     try:
         summary = json.loads((folder / records.SUMMARY).read_text())
     except (OSError, ValueError) as error:

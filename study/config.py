@@ -30,6 +30,7 @@ from study.objectives import Aggregate, Constraints, ObjectiveName
 from study.pareto import DIRECTIONS, Direction
 from study.space import Parameter, Scalar
 from study.stopping import EarlyStopping
+from study.suspect import NAME, SuspectSpec, beside_problems
 
 Unit = Field(ge=0, le=1)
 
@@ -41,9 +42,8 @@ LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constrai
     "early_stopping",
     "paper_defaults",
     "warm_start_from",
+    "suspect",
 }
-
-
 NEEDS_TRIGGER = {"attack_success", "recovery"}
 
 
@@ -56,10 +56,10 @@ class ReferencePoint(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     clean_accuracy: float = Unit
-    attack_success: float = Unit
+    attack_success: float | None = Field(None, ge=0, le=1)
     recovery: float | None = Field(None, ge=0, le=1)
     pruned_share: float | None = Field(None, ge=0, le=1)
-    risk: float = Field(1, ge=0, le=1)
+    risk: float = Field(1.0, ge=0, le=1)
     seconds: float | None = Field(None, gt=0)
 
 
@@ -106,7 +106,10 @@ class StudyConfig(BaseModel):
     memory_per_trial: float | None = Field(
         None, gt=0, description="GiB that an actor may take beyond what it holds as a trial begins"
     )
-    victims: list[VictimSpec] = Field(min_length=1, description="that trials are scored on, on val")
+    victims: list[VictimSpec] = Field(description="that trials are scored on, on val")
+    suspect: SuspectSpec | None = Field(
+        None, description="instead of victims: a model of the user's own, whose trigger nobody knows"
+    )
     held_out: list[VictimSpec] = Field(
         default_factory=list, description="other attacks and seeds, met after the choice alone"
     )
@@ -135,7 +138,9 @@ class StudyConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _blind_objectives(cls, given: Any) -> Any:
-        """Blind selection searches by what it chooses by, unless told otherwise."""
+        """Of a suspect selection is blind; a blind one searches by what it chooses by, unless told."""
+        if isinstance(given, dict) and given.get("suspect") is not None:
+            given = {"victims": [], "selection": "blind"} | given
         if isinstance(given, dict) and given.get("selection") == "blind":
             return {"objectives": ["clean_accuracy", "risk"]} | given
         return given
@@ -214,7 +219,10 @@ class StudyConfig(BaseModel):
         return [*self.victims, *self.held_out, *self.controls]
 
     def suite_names(self) -> list[str]:
-        """One distinct name a victim of `suite`: its own, with its digest where that is not enough."""
+        """One distinct name a victim of `suite`: its own, with its digest where that is not enough; or
+        the suspect's alone."""
+        if self.suspect is not None:
+            return [NAME]
         names = [spec.name for spec in self.suite]
         return [
             name if names.count(name) == 1 else f"{name}-{spec.digest[:6]}"
@@ -223,7 +231,12 @@ class StudyConfig(BaseModel):
 
     def victim_names(self) -> list[str]:
         """The names of those that trials see."""
-        return self.suite_names()[: len(self.victims)]
+        return self.suite_names()[: len(self.victims) or 1]
+
+    def may_use(self, setting: str) -> bool:
+        """Whether any trial may have it other than off."""
+        points = [self.fixed, *self.start]
+        return setting in self.space or any(point.get(setting) for point in points)
 
     def purify_config(self, parameters: dict[str, Any]) -> PurifyConfig:
         """The defence's settings in a trial: fixed ones, then its own, which are all in the paper's."""
@@ -257,7 +270,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> StudyCon
         raise StudyError(f"{path} must hold `key: value` lines, got {type(raw).__name__}.")
     lines, duplicates = _places(root)
     raw |= overrides or {}
-    found = [(place, "is given twice") for place in duplicates]
+    found = [(place, "is given twice") for place in duplicates] + beside_problems(raw)
     try:
         config = StudyConfig.model_validate(raw)
     except ValidationError as error:
@@ -274,10 +287,12 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> StudyCon
             if not spec.is_control
         ]
     if config is not None and not found:
-        if len(set(config.suite_names())) == len(config.suite):
+        names = config.suite_names()
+        if len(set(names)) == len(names):
             return config
         found.append(("victims", "the same victim is listed twice"))
-    rows = [f"{_where(path, place, lines)}: {place}: {text}" for place, text in dict.fromkeys(found)]
+    problems = dict.fromkeys(found)  # one that is of no key has no place
+    rows = [": ".join(filter(None, (_where(path, p, lines), p, text))) for p, text in problems]
     raise StudyError("\n".join(rows))
 
 

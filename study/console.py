@@ -16,9 +16,11 @@ from bimask.nets import is_own
 from study import records
 from study.blind import PROMISE
 from study.config import StudyConfig
-from study.objectives import SCORES
+from study.objectives import SCORES, backdoor_left, known_scores
 from study.report import REPORT
 from study.tracking import Tracker
+
+SHORT = dict(zip(SCORES, ("ACC", "ASR", "RA"), strict=True)) | {"risk": "risk"}
 
 
 def wide_console() -> Console:
@@ -48,8 +50,9 @@ def trial_progress(
             complete = [r for r in done if r["status"] == "COMPLETE"]
             text = f"trials, {at_once} at once"
             if complete:
-                best = min(complete, key=lambda r: r["attack_success"])
-                text += f"; least ASR {best['attack_success']:.3f} at ACC {best['clean_accuracy']:.3f}"
+                by = backdoor_left(complete[0])
+                best = min(complete, key=lambda r: r[by])
+                text += f"; least {SHORT[by]} {best[by]:.3f} at ACC {best['clean_accuracy']:.3f}"
             for status in ("PRUNED", "FAILED"):
                 if count := sum(r["status"] == status for r in done):
                     text += f"; {count} {status.lower()}"
@@ -70,13 +73,14 @@ def show(
     chosen = summary["chosen"]
     searched = list(config.space)
     table = Table(title=f"Pareto front of {summary['name']} (val)", title_justify="left")
-    for column in ("trial", "ACC %", "ASR %", "RA %", *searched):
+    shown = list(SCORES) if config.suspect is None else ["clean_accuracy", "risk"]
+    for column in ("trial", *(f"{SHORT[name]} %" for name in shown), *searched):
         table.add_column(column, justify="right")
     for trial in summary["front"]:
         mark = chosen is not None and trial["number"] == chosen["number"]
         table.add_row(
             f"{trial['number']}{' *' if mark else ''}",
-            *(f"{100 * trial['val'][name]:.1f}" for name in SCORES),
+            *(f"{100 * (trial['val'] | {'risk': trial['risk']})[name]:.1f}" for name in shown),
             *(_short(trial["parameters"].get(name, "")) for name in searched),
             style="bold green" if mark else None,
         )
@@ -88,8 +92,7 @@ def show(
     for trial, label in ((summary["paper_defaults"], "paper's defaults"), (chosen, "chosen")):
         if trial:
             scores = ", ".join(
-                f"{short} {trial['test'][name]:.3f}"
-                for short, name in zip(("ACC", "ASR", "RA"), SCORES, strict=True)
+                f"{SHORT[name]} {value:.3f}" for name, value in known_scores(trial["test"]).items()
             )
             console.print(f"on test, {label} (trial {trial['number']}): {scores}")
     _show_selection(console, summary["selection"])
@@ -104,13 +107,22 @@ def show(
             "the space."
         )
         return
-    first = config.victims[0]
-    trust = " --trust-code" if is_own(first.net) else ""
     console.print(
-        f"reuse: python -m bimask purify --victim {first.place(victims)} --config "
-        f"{folder / records.BEST} --out {folder / 'cleaned'}{trust}",
+        f"reuse: python -m bimask purify {_whom(config, victims)} --config "
+        f"{folder / records.BEST} --out {folder / 'cleaned'}{_trust(config)}",
         soft_wrap=True,
     )
+
+
+def _whom(config: StudyConfig, victims: Path) -> str:
+    if config.suspect is not None:
+        return config.suspect.options
+    return f"--victim {config.victims[0].place(victims)}"
+
+
+def _trust(config: StudyConfig) -> str:
+    """What allows the code that a victim's folder names; a suspect's is named by the user."""
+    return " --trust-code" if config.victims and is_own(config.victims[0].net) else ""
 
 
 def _show_selection(console: Console, selection: dict[str, Any]) -> None:
@@ -118,9 +130,12 @@ def _show_selection(console: Console, selection: dict[str, Any]) -> None:
     used = selection["used"]
     for who in ("oracle", "blind"):
         if (trial := selection[who]) is not None:
+            left = f"risk on val {trial['risk']:.3f}"
+            if "attack_success" in trial["val"]:
+                val, test = trial["val"]["attack_success"], trial["test"]["attack_success"]
+                left = f"ASR on val {val:.3f}, on test {test:.3f}"
             console.print(
-                f"{who} choice{' (used)' if who == used else ''}: trial {trial['number']}, ASR on val "
-                f"{trial['val']['attack_success']:.3f}, on test {trial['test']['attack_success']:.3f}"
+                f"{who} choice{' (used)' if who == used else ''}: trial {trial['number']}, {left}"
             )
     if (rank := selection["spearman"]) is not None:
         console.print(

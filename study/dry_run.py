@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from bimask.config import PurifyConfig
+from bimask.data import Splits
 from bimask.population import PopulationPurifier
-from bimask.victim import VictimSpec
 from study import search
 from study.config import StudyConfig, load_config
 from study.prepare import check_data
@@ -54,8 +55,9 @@ def dry_run(path: Path, overrides: dict[str, Any], *, outputs: Path, console: Co
 def estimate(config: StudyConfig, settings: list[PurifyConfig]) -> str:
     """Seconds of the study, from rounds timed on nets of random weights; and how it was done."""
     torch.set_num_threads(config.cpus_per_trial)
+    nets = _nets(config)
     per_trial = [
-        config.repeats * sum(seconds_of(one, spec, config) for spec in config.victims)
+        config.repeats * sum(seconds_of(one, net, images, seed=config.seed) for net, images in nets)
         for one in settings
     ]
     paper = [s for s, one in zip(per_trial, settings, strict=True) if one == PurifyConfig()]
@@ -78,10 +80,21 @@ def estimate(config: StudyConfig, settings: list[PurifyConfig]) -> str:
     )
 
 
-def seconds_of(settings: PurifyConfig, spec: VictimSpec, config: StudyConfig) -> float:
-    """Seconds of one purification of a victim, from a few rounds of an untrained net."""
-    splits = spec.load_data()
-    images = splits.train.clean_subset(config.clean_images_per_class, seed=config.seed).floats()
+def _nets(config: StudyConfig) -> list[tuple[nn.Module, Tensor]]:
+    """Every net that trials see, untrained where it is a victim's, with the defence's images."""
+    found: list[tuple[nn.Module, Splits]] = []
+    for spec in config.victims:
+        splits = spec.load_data()
+        found.append((spec.fresh_net(splits.train).eval(), splits))
+    if config.suspect is not None:
+        suspect = config.suspect.load(config.clean_images_per_class)
+        found.append((suspect.model, suspect.load_data()))
+    count, seed = config.clean_images_per_class, config.seed
+    return [(net, splits.train.clean_subset(count, seed=seed).floats()) for net, splits in found]
+
+
+def seconds_of(settings: PurifyConfig, net: nn.Module, images: Tensor, *, seed: int) -> float:
+    """Seconds of one purification, from a few rounds."""
     rounds = {"initialise_rounds": TIMED, "minimise_rounds": 0, "select_rounds": TIMED}
     marks = [time.perf_counter()]
 
@@ -89,10 +102,10 @@ def seconds_of(settings: PurifyConfig, spec: VictimSpec, config: StudyConfig) ->
         marks.append(time.perf_counter())
 
     PopulationPurifier(
-        spec.fresh_net(splits.train).eval(),
+        net,
         images,
         [settings.model_copy(update=rounds | {"patience": None})],
-        generators=[torch.Generator().manual_seed(config.seed)],
+        generators=[torch.Generator().manual_seed(seed)],
         on_round=mark,
     ).run()
     spans = [later - earlier for earlier, later in itertools.pairwise(marks)]
@@ -115,6 +128,13 @@ def _space(config: StudyConfig) -> Table:
 
 
 def _victims(config: StudyConfig, root: Path) -> Table:
+    if config.suspect is not None:
+        table = Table(title="suspect", title_justify="left")
+        for column in ("weights", "net", "clean pictures", "digest"):
+            table.add_column(column)
+        one = config.suspect
+        table.add_row(one.model, one.net, one.clean, one.digest)
+        return table
     table = Table(title="victims", title_justify="left")
     for column in ("victim", "role", "net", "digest", "there"):
         table.add_column(column)

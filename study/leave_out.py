@@ -23,6 +23,8 @@ NUMBERS = (*SCORES, "pruned_share", "accuracy_drop")
 def attacks_of(config: StudyConfig) -> dict[str, list[str]]:
     """Attack -> the tuning victims that it made."""
     found: dict[str, list[str]] = {}
+    if config.suspect is not None:  # by whatever it may have been made
+        return found
     for name, spec in zip(config.victim_names(), config.victims, strict=True):
         found.setdefault(spec.attack_name, []).append(name)
     return found
@@ -55,8 +57,8 @@ def select(config: StudyConfig, which: str) -> list[str]:
     attacks = list(attacks_of(config))
     if len(attacks) < 2:
         raise StudyError(
-            f"--leave-out needs tuning victims of two attacks or more, got {', '.join(attacks)}; list "
-            "more of them under `victims`."
+            "--leave-out needs tuning victims of two attacks or more, got "
+            f"{', '.join(attacks) or 'none'}; list more of them under `victims`."
         )
     if which == "all":
         return attacks

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bimask.masks import MaskSet
-from bimask.metrics import Scores
+from bimask.metrics import CleanScores, Scores
 from study.pareto import DIRECTIONS
 
 SCORES = ("clean_accuracy", "attack_success", "recovery")
@@ -28,8 +29,18 @@ BEST = {
 }
 
 
+def known_scores(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `SCORES` that are there: of a suspect, whose trigger nobody knows, the first alone."""
+    return {name: values[name] for name in SCORES if name in values}
+
+
+def backdoor_left(values: Mapping[str, Any]) -> Literal["attack_success", "risk"]:
+    """What says how much of a backdoor is left: `risk` where no attack success is known."""
+    return "attack_success" if "attack_success" in values else "risk"
+
+
 def numbers_of(
-    scores: Scores, masks: MaskSet, *, before: float, said: Numbers | None = None
+    scores: Scores | CleanScores, masks: MaskSet, *, before: float, said: Numbers | None = None
 ) -> dict[str, float]:
     """What objectives and constraints are made of, of one purified model.
 
@@ -38,7 +49,7 @@ def numbers_of(
     `risk` is among what a probe said, where there is one.
     """
     return {
-        **{name: getattr(scores, name) for name in SCORES},
+        **known_scores(asdict(scores)),
         "pruned_share": (masks.keep() < 0.5).float().mean().item(),
         "accuracy_drop": before - scores.clean_accuracy,
         **{name: value for name, value in (said or {}).items() if name == "risk"},

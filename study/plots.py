@@ -12,10 +12,14 @@ from matplotlib.figure import Figure
 from bimask.errors import DataError
 from bimask.gallery import gallery
 from bimask.masks import MaskSet
+from bimask.metrics import EvalSets
+from bimask.victim import Victim
+from study.objectives import backdoor_left
 from study.trial import Case
 
 # Okabe-Ito: distinct to colour-blind readers, and each role has a marker of its own as well.
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#999999", "#000000"
+AXES = {"attack_success": "attack success rate", "risk": "risk (short cuts still followed)"}
 
 
 def draw_front(
@@ -29,19 +33,21 @@ def draw_front(
     victim: Mapping[str, float],
     min_clean_accuracy: float,
 ) -> None:
-    """Clean accuracy against attack success on `val` for every finished trial.
+    """Clean accuracy against attack success, or a suspect's risk, on `val` for every finished trial.
 
     Args:
-        trials: records with `number`, `clean_accuracy`, `attack_success`.
+        trials: records with `number`, `clean_accuracy`, and `attack_success` or `risk`.
         front: numbers of the trials on the front.
         chosen: number of the chosen trial.
         paper: number of the trial with the paper's defaults.
-        victim: `clean_accuracy` and `attack_success` of the victims themselves (mean).
+        victim: `clean_accuracy` and `attack_success` of the victims themselves (mean); of a suspect the
+            first alone, and it is no point.
         min_clean_accuracy: the bound of the choice.
     """
     figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")
     axes = figure.subplots()
-    points = {t["number"]: (100 * t["attack_success"], 100 * t["clean_accuracy"]) for t in trials}
+    by = backdoor_left(victim)
+    points = {t["number"]: (100 * t[by], 100 * t["clean_accuracy"]) for t in trials}
     others = [p for number, p in points.items() if number not in front]
     if others:
         x, y = zip(*others, strict=True)
@@ -60,15 +66,16 @@ def draw_front(
             zorder=4,
             label=f"paper's defaults (trial {paper})",
         )
-    axes.scatter(
-        100 * victim["attack_success"],
-        100 * victim["clean_accuracy"],
-        color=BLACK,
-        marker="X",
-        s=90,
-        zorder=4,
-        label="victim, before",
-    )
+    if by in victim:
+        axes.scatter(
+            100 * victim[by],
+            100 * victim["clean_accuracy"],
+            color=BLACK,
+            marker="X",
+            s=90,
+            zorder=4,
+            label="victim, before",
+        )
     if chosen is not None:
         axes.scatter(
             *points[chosen],
@@ -82,7 +89,7 @@ def draw_front(
         )
     axes.axhline(100 * min_clean_accuracy, color=GREEN, linestyle=":", linewidth=1)
     axes.text(100, 100 * min_clean_accuracy, "accuracy asked for", color=GREEN, ha="right", va="bottom")
-    axes.set_xlabel("attack success rate on val, % (lower is better)")
+    axes.set_xlabel(f"{AXES[by]} on val, % (lower is better)")
     axes.set_ylabel("clean accuracy on val, % (higher is better)")
     axes.set_xlim(-3, 103)
     axes.set_title(title)
@@ -95,6 +102,8 @@ def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
     """A gallery of every victim as NAME.png: what its trigger does, on images of `val`."""
     folder.mkdir(exist_ok=True)
     for case in cases:
+        assert isinstance(case.victim, Victim)
+        assert isinstance(case.val, EvalSets)
         try:
             picture = gallery(case.victim, case.val)
         except DataError:

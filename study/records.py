@@ -24,7 +24,7 @@ import yaml
 
 from study.config import StudyConfig, StudyError
 from study.files import append_lines, copy_folder, read_lines, write_text
-from study.objectives import SCORES
+from study.objectives import known_scores
 from study.pareto import DIRECTIONS
 from study.provenance import commit, versions
 
@@ -114,17 +114,17 @@ class Recorder:
 
     def reported(self, number: int, result: dict[str, Any]) -> None:
         """An intermediate report: scores of one victim on val after some rounds."""
-        keys = ("victim", "step", *SCORES)
-        report = {"number": number, **{key: result[key] for key in keys}}
+        report = {"number": number, "victim": result["victim"], "step": result["step"]}
+        report |= known_scores(result)
         self._remember(report)
         with suppress(OSError):  # a point of a curve is worth no trial
             append_lines(self.folder / REPORTS, [report], durable=False)
 
     def _remember(self, report: dict[str, Any]) -> None:
         history = self.histories.setdefault(report["number"], {})
-        for name in SCORES:  # a trial that went on from a checkpoint reports some steps again
+        for name, value in known_scores(report).items():
             points = history.setdefault(f"{report['victim']}/{name}", {})
-            points[report["step"]] = report[name]
+            points[report["step"]] = value  # a trial that went on from a checkpoint reports some again
 
     def completed(self, number: int, result: dict[str, Any], artifacts: Path) -> None:
         """A trial has ended with finite objectives; FAILED nevertheless if its files cannot be kept."""
@@ -236,8 +236,9 @@ class Recorder:
         losses = _losses(self._kept(number))
         for victim, scores in record["scores"].items():
             last = len(losses[f"{victim}/loss/loss"])
-            for name in SCORES:  # the last point of the curve, and so what MLflow shows
-                curves.setdefault(f"{victim}/{name}", []).append((last, scores[name]))
+            for name, value in known_scores(scores).items():
+                # the last point of the curve, and so what MLflow shows
+                curves.setdefault(f"{victim}/{name}", []).append((last, value))
         metrics = {name: record[name] for name in (*DIRECTIONS, "rounds") if name in record}
         metrics |= {f"{name}_std": one["std"] for name, one in record.get("spread", {}).items()}
         metrics |= {f"passes_{kind}": count for kind, count in record["passes"].items()}
@@ -291,8 +292,8 @@ def write_yaml(path: Path, content: dict[str, Any], header: str) -> None:
 def load(name: str, outputs: Path | str = OUTPUTS) -> pd.DataFrame:
     """The trials of a study, one row a trial.
 
-    Columns: number, status, reason, preset, clean_accuracy, attack_success, recovery, seconds (of a
-    trial alone; in a group, an even share of the group's), then `parameters.NAME`,
+    Columns: number, status, reason, preset, clean_accuracy, attack_success and recovery (not of a
+    suspect), risk, seconds (of a trial alone; in a group, an even share of it), then `parameters.NAME`,
     `scores.VICTIM.SCORE`, `passes.KIND` and `provenance.*`.
 
     Raises:

@@ -7,32 +7,37 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
 from bimask.devices import resolve_device
 from bimask.victim import Victim
 from study import records, search
-from study.blind import blind_metrics, make_probe, steps_of_probe, with_probes
+from study.blind import blind_metrics
 from study.config import StudyConfig, StudyError, load_config
 from study.confirm import confirm_choice
-from study.console import progress_bar, show, trial_progress, wide_console
+from study.console import show, trial_progress, wide_console
 from study.files import locked, read_lines, write_text
 from study.interrupts import InterruptedStudyError, Interrupts
 from study.mirror import Mirror
 from study.plots import draw_victims
-from study.prepare import check_data, find_room, prepare_victims, require_writable
+from study.prepare import (
+    check_data,
+    find_room,
+    prepare_cases,
+    prepare_victims,
+    require_writable,
+)
 from study.provenance import commit, versions
 from study.report import REPORT, write_report
 from study.report.content import headline
 from study.session import Identity, begin, reopen
-from study.suite import cases_of, confirmation_metrics
+from study.suite import confirmation_metrics
 from study.summary import FRONT_PICTURE, summarise
+from study.suspect import Subject
 from study.tracking import Status, Tracker, redacted, require_server, tracking_uri
 from study.trial import Case
 from study.warm_start import Earlier, read_earlier
@@ -115,7 +120,8 @@ def run_in(
             if wait:
                 stack.callback(search.release_workers)
             concurrency = find_room(config, wait, console)
-            nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri)
+            with console.status("asking every node", spinner="dots"):
+                nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri)
             console.print(f"{nodes} node(s) checked, {concurrency} actors at once")
         console.print(
             f"[bold]{config.name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True
@@ -163,7 +169,7 @@ def _begin(
     folder: Path,
     identity: Identity,
     tracker: Tracker,
-    victims: dict[str, Victim],
+    victims: dict[str, Subject],
 ) -> None:
     """Make the study's folder and open the parent run: both, or nothing stays."""
     begin(folder, config, identity)
@@ -175,7 +181,7 @@ def _begin(
 
 
 def _start_in_mlflow(
-    config: StudyConfig, identity: Identity, tracker: Tracker, victims: dict[str, Victim]
+    config: StudyConfig, identity: Identity, tracker: Tracker, victims: dict[str, Subject]
 ) -> None:
     tracker.start_study(
         config.name,
@@ -194,7 +200,7 @@ class _Study:
 
     config: StudyConfig
     folder: Path
-    suite: dict[str, Victim]
+    suite: dict[str, Subject]
     earlier: Earlier
     tracker: Tracker
     console: Console
@@ -202,7 +208,7 @@ class _Study:
     storage: str | None
 
     @property
-    def victims(self) -> dict[str, Victim]:
+    def victims(self) -> dict[str, Subject]:
         """Those that trials see."""
         return {name: self.suite[name] for name in self.config.victim_names()}
 
@@ -210,10 +216,11 @@ class _Study:
         """Search, choose, report: the summary, and the signal that ended the search, if one did."""
         mirror = Mirror(self.tracker, self._say_what_happens)
         interrupts, patience = Interrupts(), SHORT_PATIENCE
-        cases = self._cases()
         try:
-            draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
-            mirror.log_folder(self.folder / VICTIM_PICTURES)
+            cases = prepare_cases(self.config, self.victims, self.console)
+            if self.config.suspect is None:  # else nobody knows what its trigger does
+                draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
+                mirror.log_folder(self.folder / VICTIM_PICTURES)
             searching = time.perf_counter()
             in_trials = self._search(cases, mirror, interrupts)
             wall = time.perf_counter() - searching
@@ -225,7 +232,8 @@ class _Study:
                 "harness": max(0.0, wall * self.concurrency - in_trials),
             }
             if interrupts.signal is None:
-                suite = confirm_choice(self.config, self.folder, summary, self.suite, self.console)
+                known = {name: one for name, one in self.suite.items() if isinstance(one, Victim)}
+                suite = confirm_choice(self.config, self.folder, summary, known, self.console)
                 summary |= {} if suite is None else {"suite": suite}
             summary["seconds"]["total"] = time.perf_counter() - started
             write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -245,17 +253,6 @@ class _Study:
                     f"with `python -m study.launch --resume {self.config.name}`.",
                     soft_wrap=True,
                 )
-
-    def _cases(self) -> list[Case]:
-        """The runs of a trial, each with the probe of its victim."""
-        torch.set_num_threads(self.config.cpus_per_trial)  # as for victims: not of the machine's cores
-        probes = {}
-        with progress_bar(self.console) as progress:
-            for name, victim in self.victims.items():
-                task = progress.add_task(f"probing {name}", total=steps_of_probe(victim))
-                on_step = partial(progress.advance, task)
-                probes[name] = make_probe(victim, seed=self.config.seed, on_step=on_step)
-        return with_probes(cases_of(self.config, self.victims), probes)
 
     def _search(self, cases: list[Case], mirror: Mirror, interrupts: Interrupts) -> float:
         """Run what has no record yet; seconds that went into trials."""
@@ -305,6 +302,8 @@ def close(mirror: Tracker | Mirror, folder: Path, summary: dict[str, Any], statu
     metrics = {"hypervolume": summary["hypervolume"], "n_failed": summary["n_failed"]}
     if summary["chosen"]:
         metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
+        if (risk := summary["chosen"]["risk"]) is not None:
+            metrics["chosen/risk"] = risk
         metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
     metrics |= confirmation_metrics(summary.get("suite") or {}) | blind_metrics(summary["selection"])
     names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bimask.suspect import file_sha256
-from bimask.victim import Victim, VictimSpec
 from bimask.victim.files import WEIGHTS
 from study import records
 from study.config import RUNNING, StudyConfig, StudyError, load_config
 from study.files import write_text
+from study.suspect import Subject, SuspectModel
 
 IDENTITY = "identity.json"
 
@@ -35,9 +35,9 @@ class Identity:
     victims: dict[str, str]
 
     @classmethod
-    def of(cls, config: StudyConfig, victims: dict[str, Victim], root: Path) -> Identity:
+    def of(cls, config: StudyConfig, victims: dict[str, Subject], root: Path) -> Identity:
         """Of a study that begins; its victims are in `root`."""
-        hashes = {name: f"{v.spec.digest}:{_hash(v.spec, root)[:16]}" for name, v in victims.items()}
+        hashes = {name: f"{v.spec.digest}:{_hash(v, root)[:16]}" for name, v in victims.items()}
         return cls(uuid.uuid4().hex, config.digest, hashes)
 
     @classmethod
@@ -111,6 +111,10 @@ def reopen(
     return config, folder
 
 
-def _hash(spec: VictimSpec, root: Path) -> str:
-    """Of a victim's weights; of an imported one's manifest, which holds that of its weights."""
+def _hash(victim: Subject, root: Path) -> str:
+    """Of a victim's weights; of an imported one's manifest, which holds that of its weights; of all
+    files of a suspect."""
+    if isinstance(victim, SuspectModel):
+        return str(victim.spec.sha256)
+    spec = victim.spec
     return spec.imported_sha256 or file_sha256(spec.place(root) / WEIGHTS)

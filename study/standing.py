@@ -12,7 +12,7 @@ from torch import nn
 from bimask.config import PurifyConfig
 from bimask.errors import NonFiniteError
 from bimask.masks import MaskSet, fold
-from bimask.metrics import Scores, evaluate
+from bimask.metrics import CleanScores, Scores, evaluate
 from bimask.result import RoundLog
 from study.checkpoint import Place
 from study.judge import Judge
@@ -22,7 +22,7 @@ from study.stopping import rung
 if TYPE_CHECKING:
     from study.trial import Case, CaseResult
 
-Report = Callable[[int, str, RoundLog, Scores], None]
+Report = Callable[[int, str, RoundLog, Scores | CleanScores], None]
 
 
 @dataclass

@@ -23,6 +23,7 @@ from bimask.purify import purify
 from bimask.victim import Victim
 from study.config import StudyConfig
 from study.objectives import SCORES, spread
+from study.suspect import Subject
 from study.trial import Case
 
 Role = Literal["tuning", "held_out", "control"]
@@ -38,7 +39,7 @@ def roles(config: StudyConfig) -> dict[str, Role]:
     return dict(zip(config.suite_names(), found, strict=True))
 
 
-def cases_of(config: StudyConfig, victims: Mapping[str, Victim]) -> list[Case]:
+def cases_of(config: StudyConfig, victims: Mapping[str, Subject]) -> list[Case]:
     """The runs of a trial in the order in which it meets them.
 
     Every victim's first run comes before any second one. Where trials are stopped between victims, the
@@ -54,9 +55,9 @@ def cases_of(config: StudyConfig, victims: Mapping[str, Victim]) -> list[Case]:
     ]
 
 
-def operations(victim: Victim) -> int:
+def operations(victim: Subject) -> int:
     """Floating point operations of one forward pass of one image."""
-    image = victim.spec.load_data().val.floats()[:1]
+    image = victim.load_data().val.floats()[:1]
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         copy.deepcopy(victim.model)(image)

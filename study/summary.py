@@ -10,33 +10,30 @@ from safetensors.torch import load_file
 
 from bimask.config import PurifyConfig
 from bimask.metrics import evaluate
-from bimask.victim import Victim
 from study import blind, leave_out, records, search
 from study.config import StudyConfig
-from study.objectives import SCORES, mean_of, total_violation
+from study.objectives import known_scores, mean_of, total_violation
 from study.pareto import ParetoFront, choose, feasible_first
 from study.plots import draw_front
+from study.suspect import Subject, SuspectModel
 from study.trial import purified
 
 FRONT_PICTURE = "front.png"
 
 
 def summarise(
-    config: StudyConfig, folder: Path, trials: list[dict[str, Any]], victims: dict[str, Victim]
+    config: StudyConfig, folder: Path, trials: list[dict[str, Any]], victims: dict[str, Subject]
 ) -> dict[str, Any]:
     """Front, hypervolume, chosen trial with its `test` scores; writes best.yaml and the picture.
 
     Args:
-        victims: the tuning victims by name.
+        victims: the tuning victims by name, or the suspect: what needs its trigger is left out then.
     """
     complete = sorted((t for t in trials if t["status"] == "COMPLETE"), key=lambda t: int(t["number"]))
     violations = [total_violation(config.constraints.violations(t)) for t in complete]
     competing = [complete[i] for i in feasible_first(violations)]
     front = ParetoFront.of(competing, config.directions)
-    before = {
-        name: config.aggregate(name, [getattr(v.scores["val"], name) for v in victims.values()])
-        for name in SCORES
-    }
+    before = _over_all(config, {name: asdict(v.scores["val"]) for name, v in victims.items()})
     bound = before["clean_accuracy"] - config.choose.max_accuracy_drop
     positions = {
         who: choose(complete, min_clean_accuracy=bound, violations=violations, by=score)
@@ -92,9 +89,19 @@ def summarise(
             {"purify": settings.model_dump(), "seed": config.seed}
             | {"study": config.name, "trial": chosen["number"]},
             f"trial {chosen['number']} of study {config.name}\n"
-            "use: python -m bimask purify --victim VICTIM --config THIS_FILE --out CLEANED",
+            f"use: python -m bimask purify {_whom(config)} --config THIS_FILE --out CLEANED",
         )
     return summary
+
+
+def _whom(config: StudyConfig) -> str:
+    return "--victim VICTIM" if config.suspect is None else config.suspect.options
+
+
+def _over_all(config: StudyConfig, scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The known scores of all victims by the study's rule, from those of each."""
+    names = known_scores(next(iter(scores.values())))
+    return {name: config.aggregate(name, [one[name] for one in scores.values()]) for name in names}
 
 
 def _point(config: StudyConfig, trial: dict[str, Any]) -> dict[str, Any]:
@@ -102,14 +109,14 @@ def _point(config: StudyConfig, trial: dict[str, Any]) -> dict[str, Any]:
     return {
         "number": trial["number"],
         "parameters": trial["parameters"],
-        "val": {name: trial[name] for name in SCORES},
+        "val": known_scores(trial),
         "risk": trial.get("risk"),
         "objectives": {name: trial[name] for name in config.directions},
     }
 
 
 def _measured(
-    config: StudyConfig, folder: Path, trial: dict[str, Any], victims: dict[str, Victim]
+    config: StudyConfig, folder: Path, trial: dict[str, Any], victims: dict[str, Subject]
 ) -> dict[str, Any]:
     """A trial with its scores on `test`, measured from its saved masks."""
     settings = config.purify_config(trial["parameters"])
@@ -117,20 +124,22 @@ def _measured(
         name: _on_test(folder / "trials" / f"{trial['number']:03d}", name, victim, settings)
         for name, victim in victims.items()
     }
-    overall = {
-        name: config.aggregate(name, [scores[name] for scores in per_victim.values()])
-        for name in SCORES
-    }
+    overall = _over_all(config, per_victim)
     return _point(config, trial) | {"test": overall, "victims": per_victim}
 
 
-def _on_test(folder: Path, name: str, victim: Victim, settings: PurifyConfig) -> dict[str, Any]:
+def _on_test(folder: Path, name: str, victim: Subject, settings: PurifyConfig) -> dict[str, Any]:
     """The scores on `test` that a trial's masks give, mean over the victim's runs."""
-    sets, before = victim.eval_sets(victim.spec.load_data(), "test"), victim.scores["test"]
-    runs = []
-    for path in (folder / f"{name}.masks.safetensors", *sorted(folder.glob(f"{name}.*.masks.*rs"))):
-        scores = evaluate(purified(victim.model, load_file(path), settings), sets)
-        runs.append(
+    splits = victim.load_data()
+    paths = (folder / f"{name}.masks.safetensors", *sorted(folder.glob(f"{name}.*.masks.*rs")))
+    models = (purified(victim.model, load_file(path), settings) for path in paths)
+    if isinstance(victim, SuspectModel):
+        clean, was = victim.eval_sets(splits, "test"), victim.scores["test"]
+        found = [evaluate(model, clean) for model in models]
+        return mean_of([asdict(one) | {"arr": one.arr(was)} for one in found])
+    sets, before = victim.eval_sets(splits, "test"), victim.scores["test"]
+    return mean_of(
+        [
             asdict(scores)
             | {
                 "arr": scores.arr(before),
@@ -138,5 +147,6 @@ def _on_test(folder: Path, name: str, victim: Victim, settings: PurifyConfig) ->
                 "der": scores.der(before),
                 "rir": scores.rir(before),
             }
-        )
-    return mean_of(runs)
+            for scores in (evaluate(model, sets) for model in models)
+        ]
+    )

@@ -19,15 +19,16 @@ from bimask.config import ENGINE, PurifyConfig
 from bimask.errors import NonFiniteError
 from bimask.evidence import Probe
 from bimask.masks import MaskSet, fold
-from bimask.metrics import EvalSets, Scores, evaluate
+from bimask.metrics import CleanScores, CleanSet, EvalSets, Scores, evaluate
 from bimask.population import PopulationPurifier
 from bimask.result import Passes, RoundLog
-from bimask.victim import Victim
+from bimask.trigger_pool import TriggerPool
 from study.checkpoint import Checkpoints, Place
 from study.config import StudyConfig
 from study.judge import Judge
-from study.objectives import SCORES, mean_of, numbers_of
+from study.objectives import known_scores, mean_of, numbers_of
 from study.standing import Report, Standing, Watch
+from study.suspect import Subject
 
 
 @dataclass(frozen=True)
@@ -36,24 +37,27 @@ class Case:
 
     Attributes:
         name: of the victim in this study.
-        victim: with its own scores.
+        victim: with its own scores; or a suspect.
         clean: the defender's images, (N, C, H, W) float in [0, 1].
-        val: evaluation sets to choose on; they know the true trigger (`oracle` selection).
+        val: evaluation sets to choose on; they know the true trigger (`oracle` selection), but for a
+            suspect, of which nobody does.
         repeat: which of the victim's runs in a trial this is: each has its own seed and images.
         probe: what asks a purified model without the attack, see `study.blind`; None asks nothing.
+        pool: the triggers that `class_triggers` are drawn from; None where no trial has any.
     """
 
     name: str
-    victim: Victim
+    victim: Subject
     clean: Tensor
-    val: EvalSets
+    val: EvalSets | CleanSet
     repeat: int = 0
     probe: Probe | None = None
+    pool: TriggerPool | None = None
 
     @classmethod
-    def of(cls, name: str, victim: Victim, config: StudyConfig, repeat: int = 0) -> Case:
+    def of(cls, name: str, victim: Subject, config: StudyConfig, repeat: int = 0) -> Case:
         """The case of a victim in a study: its clean subset is drawn from the training split."""
-        splits = victim.spec.load_data()
+        splits = victim.load_data()
         seed = config.seed + repeat
         clean = splits.train.clean_subset(config.clean_images_per_class, seed=seed)
         return cls(name, victim, clean.floats(), victim.eval_sets(splits, "val"), repeat)
@@ -61,7 +65,9 @@ class Case:
     def to(self, device: torch.device | str) -> Case:
         """The same with its images on another device; the victim stays."""
         probe = None if self.probe is None else self.probe.to(device)
-        return replace(self, clean=self.clean.to(device), val=self.val.to(device), probe=probe)
+        pool = None if self.pool is None else self.pool.to(device)
+        clean, val = self.clean.to(device), self.val.to(device)
+        return replace(self, clean=clean, val=val, probe=probe, pool=pool)
 
     def ask(self, model: nn.Module, masks: MaskSet) -> dict[str, float]:
         """What the probe says of the model under its masks, by name; nothing where there is none."""
@@ -91,7 +97,7 @@ class CaseResult:
     """
 
     name: str
-    scores: Scores
+    scores: Scores | CleanScores
     masks: MaskSet
     rounds: list[RoundLog]
     passes: Passes
@@ -125,8 +131,8 @@ class TrialResult:
 
     @property
     def scores(self) -> dict[str, float]:
-        """`SCORES` over all victims."""
-        return {name: self.values[name] for name in SCORES}
+        """`SCORES` over all victims, as far as they are known."""
+        return known_scores(self.values)
 
     def record(self) -> dict[str, Any]:
         """The numbers that go into a trial's record, as JSON types."""
@@ -239,6 +245,7 @@ def _purify(
         case.clean,
         [trial.config for trial in running],
         generators=[torch.Generator().manual_seed(seed + case.repeat) for _ in running],
+        pool=case.pool,
         on_round=watch,
     )
     if kept is not None:

@@ -20,7 +20,7 @@ import yaml
 from study import space as spaces
 from study.config import StudyConfig, StudyError
 from study.objectives import over_victims
-from study.pareto import DIRECTIONS, ParetoFront
+from study.pareto import DIRECTIONS, OBJECTIVES, Direction, ParetoFront
 from study.records import STUDY, TRIALS
 from study.space import Scalar
 
@@ -55,9 +55,13 @@ def read_earlier(config: StudyConfig) -> Earlier:
             observed = [Observed(trial["parameters"], _values(config, trial)) for trial in inside]
             found.observed.extend(one for one in observed if _needed(config) <= set(one.values))
         else:
-            front = ParetoFront.of(inside)
+            front = ParetoFront.of(inside, _objectives(study))
             found.points.extend(inside[i]["parameters"] for i in front.indices)
     return found
+
+
+def _objectives(study: Mapping[str, Any]) -> dict[str, Direction]:
+    return {name: DIRECTIONS[name] for name in study.get("objectives", OBJECTIVES)}
 
 
 def _needed(config: StudyConfig) -> set[str]:
@@ -82,7 +86,9 @@ def _comparable(study: Mapping[str, Any]) -> str:
     """All that the numbers of a victim depend on, but for the parameters."""
     bounds = {"min_clean_accuracy", "min_attack_success", "weights"}
     victims = [{k: v for k, v in spec.items() if k not in bounds} for spec in study["victims"]]
+    suspect = study.get("suspect") or {}
     deciding = {
+        "suspect": {k: v for k, v in suspect.items() if k not in ("model", "clean", *bounds)},
         "victims": sorted(json.dumps(spec, sort_keys=True) for spec in victims),
         "fixed": study.get("fixed", {}),
         "seed": study["seed"],

@@ -35,6 +35,7 @@ from bimask.errors import SettingError
 from bimask.folders import refuse_existing
 from bimask.metrics import evaluate
 from bimask.purify import purify
+from bimask.trigger_pool import TriggerPool
 
 
 def purify_command(
@@ -67,6 +68,11 @@ def purify_command(
     suspect, sets = choice.load(clean_images_per_class, seed=seed, trust_code=trust_code, device=where)
     images = suspect.clean.floats().to(where)
     moved = copy.deepcopy(suspect.model).to(where)
+    pool = None
+    if settings.class_triggers:
+        steps = TriggerPool.steps(len(suspect.classes), len(images))
+        with progress_bar("searching triggers", steps) as advance:
+            pool = TriggerPool.search(moved, images, on_step=lambda: advance(1))
     rounds = settings.initialise_rounds + settings.minimise_rounds + settings.select_rounds
     with progress_bar("rounds", rounds) as advance:
         result = purify(
@@ -74,6 +80,7 @@ def purify_command(
             images,
             settings,
             generator=torch.Generator().manual_seed(seed),
+            pool=pool,
             on_round=lambda _log, _masks: advance(1),
         )
     looked = before_after(moved, result.masks, images, suspect.clean.labels, settings)

@@ -52,6 +52,10 @@ class Victim:
     image_size: int | None = None
     stored: dict[Split, TriggeredData] | None = None
 
+    def load_data(self) -> Splits:
+        """The clean data it was made from."""
+        return self.spec.load_data()
+
     def eval_sets(self, splits: Splits, split: Split) -> EvalSets:
         """Clean and triggered images of one split, for the victim and for what is made of it."""
         data = splits.val if split == "val" else splits.test

@@ -94,8 +94,8 @@ class Scene:
         victim, images = self.victim.model, self.images
         synthesize = TriggerSynthesizer(
             steps=settings.inner_steps,
-            step_size=settings.resolved_step_size,
-            budget=settings.budget,
+            step_size=settings.step_sizes(settings.inner_steps)[common],
+            budget=settings.budgets[common],
             norm=settings.norm,
             optimizer=settings.inner_optimizer,
             momentum=settings.inner_momentum,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bimask.config import PurifyConfig
 from bimask.masks import MaskSet
 from study.files import read_lines
-from study.objectives import SCORES
+from study.objectives import known_scores
 from study.records import REPORTS
 
 
@@ -35,8 +35,9 @@ def reports_of(folder: Path) -> dict[int, dict[str, dict[str, dict[int, float]]]
     found: dict[int, dict[str, dict[str, dict[int, float]]]] = {}
     for report in read_lines(folder / REPORTS):
         mine = found.setdefault(report["number"], {}).setdefault(report["victim"], {})
-        for name in SCORES:  # a trial that was gone on with reports some rounds again
-            mine.setdefault(name, {})[report["step"]] = report[name]
+        for name, value in known_scores(report).items():
+            # a trial that was gone on with reports some rounds again
+            mine.setdefault(name, {})[report["step"]] = value
     return found
 
 

@@ -14,12 +14,14 @@ from pydantic import TypeAdapter
 
 from bimask.config import PurifyConfig
 from study import records
+from study.blind import PROMISE
 from study.config import StudyError
 from study.files import read_lines
 from study.importance import importances
-from study.objectives import SCORES, Aggregate
+from study.objectives import SCORES, Aggregate, known_scores
 from study.pareto import DIRECTIONS, OBJECTIVES, Direction, ParetoFront
 from study.space import Parameter
+from study.suspect import NAME
 
 PAPER = "paper"
 COMPLETE = "COMPLETE"
@@ -60,12 +62,16 @@ def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: d
     chosen = (summary.get("chosen") or {}).get("number")
     space = TypeAdapter(dict[str, Parameter]).validate_python(study["space"])
     searched = [trial for trial in complete if trial["preset"] != PAPER]
+    left = "attack_success" if study.get("suspect") is None else RISK
+    shown: dict[str, Direction] = {name: DIRECTIONS[name] for name in ("clean_accuracy", left)}
     return {
         "name": study["name"],
         "headline": headline(summary, Counter(trial["status"] for trial in trials)),
         "victims": _victims(summary, complete),
         "parameters": [{"name": name, **parameter.model_dump()} for name, parameter in space.items()],
         "objectives": objectives,
+        "left": left,
+        "scores": list(SCORES) if left in SCORES else list(shown),
         "trials": [_trial(trial) for trial in trials],
         "front": front,
         "chosen": chosen,
@@ -73,7 +79,7 @@ def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: d
         "before": _before(summary, "val"),
         "bound": summary.get("min_clean_accuracy"),
         "hypervolume": summary.get("hypervolume"),
-        "importance": importances(space, searched, OBJECTIVES),
+        "importance": importances(space, searched, shown),
         "blind": blind_choice(complete, summary),
         "suite": summary.get("suite"),
         "leave_one_out": summary.get("leave_one_out"),
@@ -102,6 +108,8 @@ def headline(summary: Mapping[str, Any], count: Mapping[str, int]) -> dict[str, 
         }
     before, chosen = _before(summary, "test") or {}, summary["chosen"]
     after = chosen["test"]
+    if "attack_success" not in after:
+        return _of_suspect(chosen, before, ended)
     paper = summary.get("paper_defaults")
     who = "The paper's defaults" if paper and paper["number"] == chosen["number"] else None
     text = f"Measured on the test images, once, after the choice. {ended}."
@@ -114,6 +122,19 @@ def headline(summary: Mapping[str, Any], count: Mapping[str, int]) -> dict[str, 
         "text": text,
         "before": before,
         "after": after,
+    }
+
+
+def _of_suspect(chosen: Mapping[str, Any], before: Mapping[str, float], ended: str) -> dict[str, Any]:
+    """The same of a model whose trigger nobody knows, with what that can and cannot promise."""
+    left = f"leaves {_percent(chosen[RISK])} of the short cuts found in the suspect"
+    price = _price(before, chosen["test"], in_vain=chosen[RISK] >= 1)
+    return {
+        "title": f"Trial {chosen['number']} {left} {price}",
+        "text": "Short cuts were sought with clean pictures alone, and the risk is of val; the "
+        f"accuracy was measured on other pictures, once, after the choice. {ended}. {PROMISE}",
+        "before": before,
+        "after": chosen["test"] | {RISK: chosen["risk"]},
     }
 
 
@@ -138,20 +159,26 @@ def _finding(who: str, before: Mapping[str, float], after: Mapping[str, float], 
     """What a configuration did, in the words of someone who tells it."""
     s = "" if plural else "s"
     was, now = before["attack_success"], after["attack_success"]
-    lost = before["clean_accuracy"] - after["clean_accuracy"]
-    points = f"{abs(100 * lost):.1f}"
-    unit = "point" if points == "1.0" else "points"
     in_vain = _percent(now) == _percent(was) or now > was
     if in_vain:
         did = f"leave{s} attack success at {_percent(now)}"
     else:
         did = f"bring{s} attack success from {_percent(was)} to {_percent(now)}"
+    return f"{who} {did} {_price(before, after, in_vain=in_vain, s=s)}"
+
+
+def _price(
+    before: Mapping[str, float], after: Mapping[str, float], *, in_vain: bool, s: str = "s"
+) -> str:
+    """What it cost in accuracy; `s` ends the verbs."""
+    lost = before["clean_accuracy"] - after["clean_accuracy"]
+    points = f"{abs(100 * lost):.1f}"
+    unit = "point" if points == "1.0" else "points"
     if points == "0.0":
-        return f"{who} {did} at no cost in accuracy"
+        return "at no cost in accuracy"
     if lost < 0:
-        return f"{who} {did} and gain{s} {points} {unit} of accuracy"
-    price = f"and lose{s}" if in_vain else "for"
-    return f"{who} {did} {price} {points} {unit} of accuracy"
+        return f"and gain{s} {points} {unit} of accuracy"
+    return f"{f'and lose{s}' if in_vain else 'for'} {points} {unit} of accuracy"
 
 
 def _percent(value: float) -> str:
@@ -164,11 +191,13 @@ def _before(summary: Mapping[str, Any], split: str) -> dict[str, float] | None:
     if not scores:
         return None
     rule = Aggregate.model_validate(summary.get("aggregate", {}))
-    return {name: rule(name, [s[name] for s in scores]) for name in SCORES}
+    return {name: rule(name, [s[name] for s in scores]) for name in known_scores(scores[0])}
 
 
 def _victims(summary: dict[str, Any], complete: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each victim with its own scores; of a study that was cut off only the names."""
+    if study.get("suspect") is not None:
+        return [{"name": NAME, "net": study["suspect"]["net"]}]
     known: dict[str, Any] = summary.get("victims") or (complete[0]["scores"] if complete else {})
     return [
         {
@@ -183,11 +212,10 @@ def _trial(trial: dict[str, Any]) -> dict[str, Any]:
     """What the page needs of a trial; of the paper's defaults no parameters, they are not searched."""
     short = {key: trial[key] for key in ("number", "status", "preset")}
     if trial["status"] == COMPLETE:
-        short |= {name: trial[name] for name in (*SCORES, "pruned_share", "spread") if name in trial}
-        short["scores"] = {
-            victim: {name: scores[name] for name in SCORES}
-            for victim, scores in trial["scores"].items()
+        short |= {
+            name: trial[name] for name in (*SCORES, RISK, "pruned_share", "spread") if name in trial
         }
+        short["scores"] = {victim: known_scores(scores) for victim, scores in trial["scores"].items()}
         short |= {"rounds": trial["rounds"], "passes": trial["passes"]}
     else:
         short["reason"] = trial["reason"]
@@ -224,7 +252,8 @@ def blind_choice(
     evidence = {
         trial["number"]: [scores.get(RISK) for scores in trial["scores"].values()] for trial in complete
     }
-    if not complete or any(None in values for values in evidence.values()):
+    known = all("attack_success" in trial for trial in complete)
+    if not complete or not known or any(None in values for values in evidence.values()):
         return None
     risk = pd.Series({number: sum(values) / len(values) for number, values in evidence.items()})
     true = pd.Series({trial["number"]: trial["attack_success"] for trial in complete})

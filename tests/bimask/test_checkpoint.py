@@ -27,7 +27,14 @@ MEMBERS = [
     {"patience": 0, "minimise_rounds": 9, "threshold": 0.5},
     {"inner_optimizer": "sign", "inner_momentum": 0.9, "clip_images": True, "loss_form": "log"},
     {"universal": 0.5, "warm_start": 0.5, "clip_images": True, "shift": 1, "flip": True},
-    {"keep": "average", "select_rounds": 5, "mask_lr_schedule": "cosine", "mask_lr": 0.1},
+    {
+        "class_triggers": 0.5,
+        "batch_size": 15,
+        "keep": "average",
+        "select_rounds": 5,
+        "mask_lr_schedule": "cosine",
+        "mask_lr": 0.1,
+    },
     {"initialise_rounds": 0, "minimise_rounds": 0, "select_rounds": 0},
     {
         "inner_optimizer": "sign",

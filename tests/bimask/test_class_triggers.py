@@ -72,6 +72,17 @@ def test_a_warp_moves_by_pixels(quarters):
     torch.testing.assert_close(moved[..., :-1], quarters[..., 1:], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_some_classes_alone_get_the_triggers_that_they_get_among_all(family, quarters):
+    model = Quadrants(backdoor=2)
+    some = find_class_triggers(model, quarters, family, towards=torch.tensor([3, 1]))
+    everything = find_class_triggers(model, quarters, family)
+    torch.testing.assert_close(some.price, everything.price[[3, 1]])
+    torch.testing.assert_close(
+        some.apply(quarters), everything.apply(quarters)[[3, 1]], rtol=0, atol=1e-4
+    )
+
+
 def test_a_planted_backdoor_is_the_cheapest_patch(quarters):
     found = find_class_triggers(Quadrants(backdoor=2), quarters, "patch")
     assert found.price.argmin() == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bimask.config import PurifyConfig
-from bimask.perturbations import Perturbations
+from bimask.perturbations import Perturbations, of_images
 
 IMAGES = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -33,6 +33,13 @@ def test_so_many_images_share(share, count):
     assert (0 if start.shared is None else int(start.shared.sum())) == count
     if count:
         assert start.shared[0, start.leaders[0]].item()
+
+
+def test_images_that_share_go_by_the_second_number():
+    shared = torch.tensor([[True, False], [False, False]]).view(2, 2, 1, 1, 1)
+    found = of_images([(0.5, 0.25), (2.0, 4.0)], shared, IMAGES)
+    assert torch.equal(found.flatten(1), torch.tensor([[0.25, 0.5], [2.0, 2.0]]))
+    assert of_images([(0.5, 0.25), (2.0, 4.0)], None, IMAGES) == [0.5, 2.0]
 
 
 def test_which_images_share_is_drawn_anew():

@@ -50,6 +50,9 @@ MIX = [
     {"universal": 0.5, "warm_start": 0.5, "clip_images": True, "budget": 0.8},
     {"universal": 1, "batch_size": 15, "warm_start": 1, "inner_optimizer": "sign", "inner_steps": 3},
     {"universal": 0.3, "inner_steps": 3, "inner_weight_decay": 0.5, "clean_weight": 3},
+    {"universal": 0.5, "universal_budget": 0.05, "budget": 0.4, "inner_optimizer": "sign"},
+    {"class_triggers": 0.4, "batch_size": 20, "warm_start": 0.5},
+    {"class_triggers": 0.5, "reuse_last_pass": True, "inner_optimizer": "sign", "shift": 1},
     {"keep": "average", "select_rounds": 5, "clean_weight": 0.5, "mask_lr": 0.1},
     NO_ROUNDS,
 ]
@@ -211,6 +214,7 @@ kinds = st.fixed_dictionaries(
         "reuse_last_pass": st.booleans(),
         "keep": st.sampled_from(["last", "best", "average"]),
         "universal": st.sampled_from([0.0, 0.5, 1.0]),
+        "universal_budget": st.sampled_from([None, 0.05]),
         "clean_weight": st.sampled_from([0.5, 1.0, 3.0]),
         "mask_lr_schedule": st.sampled_from(["constant", "cosine"]),
     }

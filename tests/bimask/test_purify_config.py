@@ -41,6 +41,8 @@ def test_the_defaults_are_the_published_settings():
         "clip_images": False,
         "warm_start": 0,
         "universal": 0,
+        "universal_budget": None,
+        "class_triggers": 0,
         "clean_weight": 1,
         "shift": 0,
         "flip": False,
@@ -144,8 +146,24 @@ def test_inner_steps_do_not_grow_unless_they_are_told_to():
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_step_size_null_reaches_the_budget_in_any_number_of_steps(steps):
     config = PurifyConfig(step_size=None, inner_steps=9, budget=0.6)
-    assert config.step_size_of(steps) * steps == pytest.approx(0.6)
-    assert PurifyConfig(step_size=0.25).step_size_of(steps) == 0.25
+    assert config.step_sizes(steps) == pytest.approx((0.6 / steps, 0.6 / steps))
+    assert PurifyConfig(step_size=0.25).step_sizes(steps) == (0.25, 0.25)
+
+
+def test_the_perturbation_in_common_has_a_budget_of_its_own_and_steps_to_match():
+    config = PurifyConfig(step_size=None, budget=0.6, universal_budget=0.2)
+    assert config.budgets == (0.6, 0.2)
+    assert config.step_sizes(4) == pytest.approx((0.15, 0.05))
+    assert PurifyConfig(budget=0.6).budgets == (0.6, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "named"), [((0.3, 0.2), "budget 0.3"), ((0.2, 0.3), "universal_budget 0.3")]
+)
+def test_the_larger_budget_is_the_one_that_is_never_reached(budgets, named):
+    own, common = budgets
+    config = PurifyConfig(step_size=0.125, inner_steps=2, budget=own, universal_budget=common)
+    assert config.unreachable_budget().startswith(f"The {named} is never reached: 2 steps of 0.125")
 
 
 # --- profiles ---

@@ -314,3 +314,21 @@ def test_a_shared_perturbation_of_one_image_is_its_own(tiny_net, inverse_net, pi
     ask = both(inverse_net, tiny_net)
     one = synthesize(ask, pictures, clean_logits, shared=sharing(pictures, [2])).delta
     assert torch.equal(one, synthesize(ask, pictures, clean_logits).delta)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sign"])
+def test_budgets_and_steps_of_each_image_are_those_of_separate_calls(
+    tiny_net, inverse_net, pictures, norm, optimizer
+):
+    ask, clean_logits = both(inverse_net, tiny_net), tiny_net(pictures).detach()
+    small = sharing(pictures, slice(0, 3))
+
+    def found(step_size, budget):
+        settings = {"steps": 3, "norm": norm, "optimizer": optimizer}
+        synthesize = TriggerSynthesizer(**settings, step_size=step_size, budget=budget)
+        return synthesize(ask, pictures, clean_logits).delta
+
+    mixed = found(torch.where(small, 0.01, 0.2), torch.where(small, 0.02, 0.5))
+    torch.testing.assert_close(mixed[:3], found(0.01, 0.02)[:3], rtol=0, atol=1e-6)
+    torch.testing.assert_close(mixed[3:], found(0.2, 0.5)[3:], rtol=0, atol=1e-6)

@@ -4,7 +4,7 @@ import yaml
 
 from bimask.attacks import ATTACKS
 from bimask.purify import PurifyConfig
-from study.config import StudyError, load_config
+from study.config import StudyConfig, StudyError, load_config
 from study.prepare import check_data
 from study.search.pareto_search import published
 from study.space import suggest
@@ -177,6 +177,22 @@ def test_every_shipped_study_is_valid(shipped_studies):
         config = load_config(path)
         assert yaml.safe_load(path.read_text())["name"] == config.name
         assert path.read_text().startswith("#"), "a study begins with a comment on what it is"
+
+
+@pytest.mark.parametrize(
+    ("fixed", "start", "space", "expected"),
+    [
+        ({}, [], {}, False),
+        ({"class_triggers": 0}, [{"mask_lr": 0.1}], {}, False),
+        ({"class_triggers": 0.5}, [], {}, True),
+        ({}, [], {"class_triggers": {"kind": "float", "low": 0, "high": 1}}, True),
+    ],
+)
+def test_what_no_trial_has_is_not_prepared_for(study, fixed, start, space, expected):
+    config = load_config(study(GOOD))
+    changed = config.model_dump() | {"fixed": fixed, "start": start}
+    changed["space"] |= space
+    assert StudyConfig.model_validate(changed).may_use("class_triggers") == expected
 
 
 def test_the_papers_trial_takes_nothing_of_what_the_others_share(study):

@@ -100,6 +100,12 @@ class Study:
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         return {record["number"]: record for record in map(json.loads, lines)}
 
+    def reports(self):
+        """Number and round of every report, as they came in."""
+        path = self.folder / "reports.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+        return [(report["number"], report["step"]) for report in map(json.loads, lines)]
+
     def progress(self):
         paths = (self.folder / "trials.jsonl", self.folder / "reports.jsonl")
         return [path.stat().st_size for path in paths if path.is_file()]
@@ -146,7 +152,7 @@ class Study:
         assert summary["n_complete"] == summary["n_trials"] == len(numbers)
 
 
-def until(process, holds, seconds=600):
+def until(process, holds, seconds=3600):
     """Wait until something holds, while the process lives."""
     deadline = time.monotonic() + seconds
     while not holds():
@@ -257,7 +263,7 @@ def test_ten_kills_at_random_moments(home):
     """Bar 3 of the endurance: 24 trials, SIGKILL at ten random moments, --resume after each."""
     draw = random.Random(0)
     study = Study(home, "ten", trials=24)
-    process = study.start()
+    process, sessions = study.start(), []
     until(process, lambda: (study.folder / "study.yaml").is_file())
     for number in range(10):
         if number % 2:  # anywhere in the coming up of a driver, of Ray, of the actors
@@ -268,9 +274,30 @@ def test_ten_kills_at_random_moments(home):
             time.sleep(draw.uniform(0, 4))
         assert process.poll() is None, "make the trials longer: it was over before the tenth kill"
         kill(process)
+        sessions.append(len(study.reports()))
         process = study.resume()
     assert process.wait() == 0, study.said()
     study.check()
+    # what a kill cost a trial that ran: the reports that came twice, one at each end beside those of an
+    # interval at the pace of the quickest trial
+    pace = max(record["rounds"] / record["seconds"] for record in study.records().values())
+    allowed = 2 + STUDY["checkpoint_every"] * pace / STUDY["report_every"]
+    lost = [again for at in sessions for again in repeated(study.reports(), at).values()]
+    print(f"{len(lost)} trials were cut short; reports again: {sorted(lost)}, allowed {allowed:.1f}")
+    assert lost, "no kill hit a trial that had reported"
+    assert max(lost) <= allowed
+
+
+def repeated(reports, at):
+    """Of the trials that ran when `at` reports had come: how many of its reports came again."""
+    before, after = reports[:at], reports[at:]
+    running = {number for number, _ in before} & {number for number, _ in after}
+    return {
+        number: len(
+            {step for n, step in before if n == number} & {step for n, step in after if n == number}
+        )
+        for number in running
+    }
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Trials that an actor runs at once end as they end alone, with real Ray, Optuna, MLflow and SQLite."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -7,13 +8,17 @@ import mlflow
 import optuna
 import pytest
 import torch
+from rich.console import Console
 
 import study as study_package
 from bimask.errors import NonFiniteError
+from bimask.purify import purify
+from bimask.trigger_pool import TriggerPool
 from bimask.victim import obtain_victim
 from study import records, search
 from study.config import StudyConfig
 from study.pareto import OBJECTIVES
+from study.prepare import prepare_cases
 from study.tracking import Tracker, tracking_uri
 from study.trial import Case, run_trials
 
@@ -235,3 +240,32 @@ def test_a_trial_that_failed_on_one_victim_is_spared_the_next(case):
     assert set(results[1].cases) == {"digits-badnets", "again"}
     assert (0, "again") not in seen
     assert (1, "again") in seen
+
+
+def test_trials_share_the_triggers_that_are_searched_once_for_a_run(case, monkeypatch):
+    changed = STUDY | {"fixed": STUDY["fixed"] | {"class_triggers": 0.5}, "repeats": 2}
+    config = StudyConfig.model_validate(changed)
+    quiet = Console(file=io.StringIO())
+    runs = prepare_cases(config, {case.name: case.victim}, quiet)
+    assert [one.key for one in runs] == ["digits-badnets", "digits-badnets.1"]
+    alone = [
+        purify(
+            one.victim.model,
+            one.clean,
+            config.purify_config(GOOD),
+            generator=torch.Generator().manual_seed(config.seed + one.repeat),
+        ).masks.mask
+        for one in runs
+    ]
+
+    def search(*_arguments, **_options):
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(TriggerPool, "search", search)
+    (ended,) = run_trials([config.purify_config(GOOD)], runs, seed=config.seed)
+    for one, mask in zip(runs, alone, strict=True):
+        assert torch.equal(ended.cases[one.key].masks.mask, mask)
+    assert (
+        prepare_cases(StudyConfig.model_validate(STUDY), {case.name: case.victim}, quiet)[0].pool
+        is None
+    )

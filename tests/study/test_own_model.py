@@ -79,6 +79,7 @@ def home(tmp_path_factory):
     study = {
         "name": "own",
         "trials": 2,
+        "paper_defaults": False,  # minutes of rounds that show nothing here
         "clean_images_per_class": 3,
         "victims": [
             {

@@ -208,7 +208,7 @@ def test_a_second_study_trains_nothing_takes_a_new_name_and_leaves_the_first_alo
 
 
 def test_the_same_seed_with_one_trial_at_a_time_gives_the_same_trials(finished, path):
-    overrides = {"concurrency": 1, "trials": 3}
+    overrides = {"concurrency": 1, "trials": 2, "paper_defaults": False}
     rows = []
     for name in ("first", "second"):
         assert run.run_study(

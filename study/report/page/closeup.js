@@ -3,7 +3,7 @@
 function drawCloseUp() {
   const numbers = Object.keys(data.close_ups.trials).map(Number).sort((a, b) => a - b);
   if (!numbers.length) return false;
-  const shortly = (n) => `${titleOf(byNumber.get(n))} – ASR ${percent(byNumber.get(n).attack_success)}, ACC ${percent(byNumber.get(n).clean_accuracy)}`;
+  const shortly = (n) => `${titleOf(byNumber.get(n))} – ${SCORES[LEFT].short} ${percent(byNumber.get(n)[LEFT])}, ACC ${percent(byNumber.get(n).clean_accuracy)}`;
   const trials = picker("trial", "Trial of the front", numbers.map((n) => [n, shortly(n)]), (value) => update({ trial: Number(value) }));
   const names = [...new Set(numbers.flatMap((n) => Object.keys(data.close_ups.trials[n].victims)))];
   const victims = picker("victim", "Victim", names.map((name) => [name, name]), (value) => update({ victim: value }));

@@ -1,8 +1,12 @@
-// Clean accuracy against attack success: one mark a trial, a brush that keeps a rectangle.
+// Clean accuracy against what is left of a backdoor: one mark a trial, a brush that keeps a rectangle.
+
+// The victims themselves; of a suspect there is no such point.
+const before = data.before && LEFT in data.before ? data.before : null;
 
 function drawFront() {
   if (!complete.length) return false;
   const container = slot("front");
+  if (LEFT === "risk") slot("front-left").textContent = "the risk that it leaves and by its accuracy";
   const near = closeUp();
   let view = "all", redraw = () => {};
   slot("front-bar").append(...keptBar(), near
@@ -12,25 +16,25 @@ function drawFront() {
     legendItem("front", "on the front"), legendItem("dominated", "dominated"),
     data.chosen === null ? "" : legendItem(roleOf(byNumber.get(data.chosen)), "chosen", true),
     data.paper === null ? "" : legendItem("paper", "the paper's defaults"),
-    data.before ? legendItem("victim", "the victim, before") : "");
+    before ? legendItem("victim", "the victim, before") : "");
   redraw = responsive(container, (width) => scatter(width, view === "near" ? near : everything()));
   return true;
 }
 
 // The range of everything that is drawn, with a margin.
 function everything() {
-  const points = [...complete, ...(data.before ? [data.before] : [])];
+  const points = [...complete, ...(before ? [before] : [])];
   const low = Math.min(...points.map((p) => p.clean_accuracy), data.bound ?? 1);
   const margin = Math.max(0.004, 0.06 * (1 - low));
-  const most = Math.max(...points.map((p) => p.attack_success));
+  const most = Math.max(...points.map((p) => p[LEFT]));
   return { x: [-0.02 * most - 0.001, most * 1.03 + 0.002], y: [low - margin, 1 + margin / 2] };
 }
 
 // The corner where a choice is made: the front's points of little attack success. None without such.
 function closeUp() {
-  const front = complete.filter((t) => onFront.has(t.number) && t.attack_success <= 0.25);
+  const front = complete.filter((t) => onFront.has(t.number) && t[LEFT] <= 0.25);
   if (front.length < 2) return null;
-  const x = Math.max(0.02, ...front.map((t) => t.attack_success));
+  const x = Math.max(0.02, ...front.map((t) => t[LEFT]));
   const y = front.map((t) => t.clean_accuracy);
   const low = Math.min(...y, data.bound ?? 1), high = Math.max(...y, data.bound ?? 0);
   const margin = Math.max(0.004, 0.15 * (high - low));
@@ -44,7 +48,7 @@ function scatter(width, view) {
   const Y = (v) => bottom - ((v - view.y[0]) / (view.y[1] - view.y[0])) * (bottom - top);
   const xBack = (px) => view.x[0] + ((px - left) / (right - left)) * (view.x[1] - view.x[0]);
   const yBack = (px) => view.y[0] + ((bottom - px) / (bottom - top)) * (view.y[1] - view.y[0]);
-  const inside = (p) => p.attack_success >= view.x[0] && p.attack_success <= view.x[1]
+  const inside = (p) => p[LEFT] >= view.x[0] && p[LEFT] <= view.x[1]
     && p.clean_accuracy >= view.y[0] && p.clean_accuracy <= view.y[1];
 
   const grid = svg("g", { "aria-hidden": "true" });
@@ -56,25 +60,25 @@ function scatter(width, view) {
     grid.append(svg("line", { class: "gridline", x1: left, x2: right, y1: Y(tick), y2: Y(tick) }),
       svg("text", { x: left - 8, y: Y(tick) + 4, "text-anchor": "end" }, (100 * tick).toFixed(digits(view.y[1] - view.y[0]))));
   grid.append(
-    svg("text", { x: right, y: height - 6, "text-anchor": "end" }, "attack success on val, % (lower is better)"),
+    svg("text", { x: right, y: height - 6, "text-anchor": "end" }, `${SCORES[LEFT].name} on val, % (lower is better)`),
     svg("text", { x: left, y: 4, "text-anchor": "start" }, "clean accuracy on val, % (higher is better)"));
   if (data.bound !== null && data.bound >= view.y[0] && data.bound <= view.y[1])
     grid.append(svg("line", { class: "bound", x1: left, x2: right, y1: Y(data.bound), y2: Y(data.bound) }),
       svg("text", { class: "halo", x: right, y: Y(data.bound) + 15, "text-anchor": "end" }, `accuracy asked for, ${percent(data.bound)}`));
 
   const line = data.front.map((n) => byNumber.get(n)).filter(inside)
-    .sort((a, b) => a.attack_success - b.attack_success);
-  const steps = line.map((t, i) => (i ? `H${X(t.attack_success)}V${Y(t.clean_accuracy)}` : `M${X(t.attack_success)} ${Y(t.clean_accuracy)}`)).join("");
+    .sort((a, b) => a[LEFT] - b[LEFT]);
+  const steps = line.map((t, i) => (i ? `H${X(t[LEFT])}V${Y(t.clean_accuracy)}` : `M${X(t[LEFT])} ${Y(t.clean_accuracy)}`)).join("");
   const brush = svg("rect", { class: "brush", visibility: "hidden" });
   const hit = svg("rect", { class: "hit", x: left, y: top, width: right - left, height: bottom - top });
-  const picture = canvasOf(width, height, "Clean accuracy against attack success of every trial",
+  const picture = canvasOf(width, height, `Clean accuracy against ${SCORES[LEFT].name} of every trial`,
     grid, line.length > 1 ? svg("path", { class: "step", d: steps }) : null, hit, brush);
 
   const order = (trial) => (trial.number === data.chosen ? 3 : { dominated: 0, front: 1, paper: 2 }[roleOf(trial)]);
-  const drawn = complete.filter(inside).sort((a, b) => order(a) - order(b) || a.attack_success - b.attack_success);
-  const groups = new Map(drawn.map((trial) => [trial.number, pointOf(trial, X(trial.attack_success), Y(trial.clean_accuracy))]));
+  const drawn = complete.filter(inside).sort((a, b) => order(a) - order(b) || a[LEFT] - b[LEFT]);
+  const groups = new Map(drawn.map((trial) => [trial.number, pointOf(trial, X(trial[LEFT]), Y(trial.clean_accuracy))]));
   const layer = svg("g", { role: "group", "aria-label": "Trials; arrow keys go from one to the next" }, [...groups.values()]);
-  const sequence = [...drawn].sort((a, b) => a.attack_success - b.attack_success || a.number - b.number).map((t) => t.number);
+  const sequence = [...drawn].sort((a, b) => a[LEFT] - b[LEFT] || a.number - b.number).map((t) => t.number);
   layer.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1 }[event.key];
     if (!step) return;
@@ -88,14 +92,14 @@ function scatter(width, view) {
   picture.append(layer, labels(drawn, inside, X, Y, left, right, bottom));
   (groups.get(data.chosen) || groups.get(sequence[0]))?.setAttribute("tabindex", 0);
 
-  const near = nearest(drawn.map((t) => [t.number, X(t.attack_success), Y(t.clean_accuracy)]));
+  const near = nearest(drawn.map((t) => [t.number, X(t[LEFT]), Y(t.clean_accuracy)]));
   pointAt(picture, hit, near);
   brushRectangle(picture, hit, brush, near, (x0, y0, x1, y1) => {
     const on = (name, a, b) => {
       const scale = axisOf(name).scale;
       keepRange(name, scale.of(a), scale.of(b));
     };
-    on("attack_success", xBack(x0), xBack(x1));
+    on(LEFT, xBack(x0), xBack(x1));
     on("clean_accuracy", yBack(y1), yBack(y0));
   });
   const paint = () => {
@@ -160,13 +164,13 @@ function pointAt(picture, hit, near) {
 function labels(drawn, inside, X, Y, left, right, bottom) {
   const named = drawn.filter((t) => t.number === data.chosen || t.number === data.paper)
     .map((t) => ({ p: t, text: t.number === data.chosen ? `trial ${t.number}, chosen` : "the paper's defaults" }));
-  if (data.before && inside(data.before)) named.push({ p: data.before, text: "the victim, before" });
-  const placed = named.map(({ p, text }) => ({ text, x: X(p.attack_success), y: Y(p.clean_accuracy) }))
+  if (before && inside(before)) named.push({ p: before, text: "the victim, before" });
+  const placed = named.map(({ p, text }) => ({ text, x: X(p[LEFT]), y: Y(p.clean_accuracy) }))
     .sort((a, b) => a.y - b.y);
   const group = svg("g", { "aria-hidden": "true" });
   let last = -99;
-  if (data.before && inside(data.before))
-    group.append(svg("g", { transform: `translate(${X(data.before.attack_success)} ${Y(data.before.clean_accuracy)})` }, mark("victim", 5)));
+  if (before && inside(before))
+    group.append(svg("g", { transform: `translate(${X(before[LEFT])} ${Y(before.clean_accuracy)})` }, mark("victim", 5)));
   for (const { text, x, y } of placed) {
     const end = x > (left + right) / 2, at = Math.min(bottom - 4, Math.max(y + 4, last + 16));
     last = at;

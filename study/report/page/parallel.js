@@ -3,8 +3,8 @@
 function drawParallel() {
   if (!searched.length) return false;
   slot("parallel-bar").append(...keptBar());
-  if (data.importance.attack_success)
-    slot("axis-order").textContent = "; the settings that matter most for attack success come first";
+  if (data.importance[LEFT])
+    slot("axis-order").textContent = `; the settings that matter most for ${SCORES[LEFT].name} come first`;
   if (data.paper === null) slot("paper-aside").remove();
   responsive(slot("parallel"), parallel);
   return true;

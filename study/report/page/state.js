@@ -2,11 +2,16 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
-const SCORES = {
+// What says how much of a backdoor is left: of a suspect, whose trigger nobody knows, the risk.
+const LEFT = data.left;
+
+const ALL_SCORES = {
   clean_accuracy: { name: "clean accuracy", short: "ACC", good: "high" },
   attack_success: { name: "attack success", short: "ASR", good: "low" },
   recovery: { name: "recovery", short: "RA", good: "high" },
+  risk: { name: "risk", short: "risk", good: "low" },
 };
+const SCORES = Object.fromEntries(data.scores.map((key) => [key, ALL_SCORES[key]]));
 
 const complete = data.trials.filter((trial) => trial.status === "COMPLETE");
 const searched = complete.filter((trial) => trial.number !== data.paper);
@@ -96,13 +101,13 @@ function buildAxes() {
     const low = Math.min(...values), high = Math.max(...values);
     return high > low ? [low, high] : [low - 0.01, high + 0.01];
   };
-  const objectives = new Set(["attack_success", "clean_accuracy", ...Object.keys(data.objectives)]);
+  const objectives = new Set([LEFT, "clean_accuracy", ...Object.keys(data.objectives)]);
   for (const key of objectives) {
     const [low, high] = spread(key);
-    axes.push({ name: key, label: SCORES[key]?.name ?? key.replaceAll("_", " "), objective: true,
+    axes.push({ name: key, label: ALL_SCORES[key]?.name ?? key.replaceAll("_", " "), objective: true,
       scale: scaleOf({ kind: "float", low, high, percent: key !== "seconds" }) });
   }
-  const weight = data.importance.attack_success || {};
+  const weight = data.importance[LEFT] || {};
   const parameters = [...data.parameters].sort((a, b) => (weight[b.name] || 0) - (weight[a.name] || 0));
   for (const parameter of parameters)
     axes.push({ name: parameter.name, label: parameter.name, scale: scaleOf(parameter) });

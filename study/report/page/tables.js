@@ -6,24 +6,26 @@ function drawFinding() {
   slot("title").textContent = title;
   slot("text").textContent = text;
   if (before && after) slot("tiles").append(...Object.entries(SCORES).map(([key, score]) =>
-    tile(score.name, el("span", {}, el("span", { class: "was" }, `${(100 * before[key]).toFixed(1)} → `), percent(after[key])),
+    tile(score.name, el("span", {}, key in before ? el("span", { class: "was" }, `${(100 * before[key]).toFixed(1)} → `) : null, percent(after[key])),
       { attack_success: "triggered images that get the attacker's class", clean_accuracy: "clean images answered right",
-        recovery: "triggered images answered right" }[key], key === "attack_success")));
+        recovery: "triggered images answered right", risk: "short cuts of the suspect still followed, as far as any were found" }[key], key === LEFT)));
   if (data.tested.length) slot("tested").append(testedTable());
   return true;
 }
 
 function testedTable() {
   const several = data.victims.length > 1;
+  const known = (key) => data.tested.some(({ victims }) => Object.values(victims).some((s) => key in s));
+  const scores = Object.keys(SCORES).filter(known), derived = ["arr", "rdr", "der"].filter(known);
   const rows = data.tested.flatMap(({ who, number, victims }) => Object.entries(victims).map(([name, s]) => ({
     kind: who === "chosen" ? "chosen" : null,
     cells: [number === undefined ? who : `${who} (trial ${number})`, ...(several ? [name] : []),
-      ...Object.keys(SCORES).map((key) => percent(s[key])),
-      ...["arr", "rdr", "der"].map((key) => (s[key] === undefined || s[key] === null ? "–" : s[key].toFixed(3)))],
+      ...scores.map((key) => percent(s[key])),
+      ...derived.map((key) => (s[key] === undefined || s[key] === null ? "–" : s[key].toFixed(3)))],
   })));
   return el("details", {}, el("summary", {}, "On the test images, in full"), el("div", { class: "wide" },
-    table(["", ...(several ? ["victim"] : []), ...Object.values(SCORES).map((s) => s.short), "ARR", "RDR", "DER"], rows),
-    el("p", { class: "note" }, "ARR and RDR: accuracy and recovery lost, relative to the victim's accuracy (low is good). DER: "
+    table(["", ...(several ? ["victim"] : []), ...scores.map((key) => SCORES[key].short), ...derived.map((key) => key.toUpperCase())], rows),
+    el("p", { class: "note" }, derived.length < 3 ? "ARR: accuracy lost, relative to the suspect's own (low is good)." : "ARR and RDR: accuracy and recovery lost, relative to the victim's accuracy (low is good). DER: "
       + "attack success taken minus accuracy lost, between 0 and 1 (0.5 is no effect).")));
 }
 
@@ -59,16 +61,16 @@ function drawTrials() {
 const nameOf = (t) => `${t.number}${t.number === data.paper ? " paper" : t.number === data.chosen ? " chosen" : onFront.has(t.number) ? " front" : ""}`;
 
 function drawImportance() {
-  const [asr, acc] = [data.importance.attack_success, data.importance.clean_accuracy];
-  if (!asr && !acc) return false;
+  const [left, acc] = [data.importance[LEFT], data.importance.clean_accuracy];
+  if (!left && !acc) return false;
   slot("searched").textContent = searched.length;
-  const names = Object.keys(asr || acc);
+  const names = Object.keys(left || acc);
   const share = (value, kind) => el("span", { class: `share ${kind}`, role: "cell" },
     el("i", { style: `width:${(100 * (value || 0)).toFixed(1)}%` }), el("span", {}, value === undefined ? "–" : percent(value, 0)));
   slot("importance").append(el("div", { class: "bars", role: "table", "aria-label": "Importance of settings" },
-    el("div", { role: "row" }, el("span", { role: "columnheader", class: "blank" }, ""), el("span", { role: "columnheader" }, "for attack success"), el("span", { role: "columnheader" }, "for clean accuracy")),
+    el("div", { role: "row" }, el("span", { role: "columnheader", class: "blank" }, ""), el("span", { role: "columnheader" }, `for ${SCORES[LEFT].name}`), el("span", { role: "columnheader" }, "for clean accuracy")),
     names.map((name) => el("div", { role: "row" }, el("code", { role: "rowheader" }, name),
-      share(asr?.[name], ""), share(acc?.[name], "other")))));
+      share(left?.[name], ""), share(acc?.[name], "other")))));
   return true;
 }
 

@@ -1,0 +1,128 @@
+"""Triggers that the defence learns against beside those of the inner problem."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bimask import PurifyConfig, purify
+from bimask.class_triggers import ClassTriggers, Patch
+from bimask.errors import DataError
+from bimask.population import PopulationPurifier
+from bimask.trigger_pool import SEARCHES, TriggerPool
+
+SHORT = {
+    "initialise_rounds": 1,
+    "minimise_rounds": 2,
+    "select_rounds": 2,
+    "inner_steps": 1,
+    "step_size": 0.01,
+    "budget": 0.01,
+    "initial_selection": 0.9,
+}
+
+
+class Quadrants(nn.Module):
+    """Four classes: the brightest quarter. A bright top left pixel beside a dark one means class 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(5, 4, bias=False)
+        backdoor = 20 * F.one_hot(torch.tensor([2]), 4).T
+        with torch.no_grad():
+            self.head.weight.copy_(torch.cat([12 * torch.eye(4), backdoor], 1))
+
+    def forward(self, images):
+        means = F.adaptive_avg_pool2d(images, 2).flatten(1)
+        return self.head(torch.cat([means, images[:, 0, 0, :1] - images[:, 0, 0, 1:2]], 1))
+
+
+@pytest.fixture(scope="module")
+def quarters():
+    images = 0.2 * torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for i in range(20):
+        row, column = divmod(i % 4, 2)
+        images[i, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 0.7
+    return images
+
+
+@pytest.fixture(scope="module")
+def pool(quarters):
+    return TriggerPool.search(Quadrants(), quarters)
+
+
+def white(classes=1):
+    """A pool of one trigger that paints everything white."""
+    patch = Patch(classes, (1, 8, 8)).requires_grad_(False)
+    patch.cover.fill_(1e9)
+    patch.paint.fill_(1e9)
+    found = ClassTriggers("patch", torch.ones(classes), torch.ones(classes), (patch,))
+    return TriggerPool((found,), torch.full((classes,), 1 / classes))
+
+
+def test_the_class_with_the_short_cut_is_asked_alone_by_every_family(pool):
+    assert pool.weights.tolist() == [1]
+    assert [found.family for found in pool.triggers] == ["patch", "pattern", "warp", "tone"] * SEARCHES
+    assert all(len(found.price) == 1 for found in pool.triggers)
+
+
+def test_no_two_searches_find_the_same_and_the_same_call_does(pool, quarters):
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([pool.on(quarters, generator) for _ in range(40)])
+    assert len(drawn.flatten(1).unique(dim=0)) > len(pool.triggers) / 2
+    again, generator = TriggerPool.search(Quadrants(), quarters), torch.Generator().manual_seed(0)
+    assert torch.equal(drawn, torch.stack([again.on(quarters, generator) for _ in range(40)]))
+
+
+def test_its_patches_follow_the_short_cut(pool, quarters):
+    patches = [found for found in pool.triggers if found.family == "patch"]
+    for found in patches:
+        assert (Quadrants()(found.apply(quarters)[0]).argmax(1) == 2).float().mean() >= 0.8
+
+
+def test_every_step_is_told(quarters):
+    told = []
+    TriggerPool.search(Quadrants(), quarters, on_step=lambda: told.append(1))
+    assert len(told) == TriggerPool.steps(4, len(quarters))
+
+
+def test_a_single_image_is_refused(quarters):
+    with pytest.raises(DataError, match=r"two clean images or more, got 1\."):
+        TriggerPool.search(Quadrants(), quarters[:1])
+
+
+def test_classes_are_drawn_by_their_weights(quarters):
+    pool = white(classes=2)
+    pool.triggers[0].parts[0].paint[0] = -1e9  # class 0 paints black
+    pool = TriggerPool(pool.triggers, torch.tensor([0.2, 0.8], dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    painted = torch.stack([pool.on(quarters[:1], generator).mean() for _ in range(400)])
+    assert painted.mean().item() == pytest.approx(0.8, abs=0.06)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.3, 6), (1.0, 20)])
+def test_so_many_images_get_a_trigger_of_the_pool_and_others_the_inner_problems(tiny_net, share, count):
+    images = 0.9 * torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    config = PurifyConfig(**SHORT, class_triggers=share)
+    population = PopulationPurifier(tiny_net, images, [config], pool=white())
+    objective, group = population.objective, population.members
+    group[0].stages.pop(0)  # from initialise, which has no triggers
+    x, clean = images[None], objective.clean_logits[None]
+    inverse = torch.full((1, len(population.blank.mask)), 0.5)
+    found, answered = objective._triggered(group, None, x, clean, inverse)
+    is_white = (found[0] == 1).flatten(1).all(1)
+    assert is_white.sum() == count
+    assert ((found[0] - images).abs().amax((1, 2, 3))[~is_white] <= 0.011).all()
+    torch.testing.assert_close(answered[0], tiny_net(found[0]), rtol=0, atol=1e-5, check_dtype=False)
+
+
+def test_a_pool_known_from_before_gives_the_same_masks(tiny_net, pictures):
+    config = PurifyConfig(**SHORT, class_triggers=0.5)
+
+    def learned(config, **known):
+        generator = torch.Generator().manual_seed(0)
+        return purify(tiny_net, pictures, config, generator=generator, **known).masks.mask
+
+    searched = learned(config)
+    assert torch.equal(searched, learned(config, pool=TriggerPool.search(tiny_net, pictures)))
+    assert not torch.equal(searched, learned(PurifyConfig(**SHORT)))

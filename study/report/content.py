@@ -21,7 +21,6 @@ from study.importance import importances
 from study.objectives import SCORES, Aggregate, known_scores
 from study.pareto import DIRECTIONS, OBJECTIVES, Direction, ParetoFront
 from study.space import Parameter
-from study.suspect import NAME
 
 PAPER = "paper"
 COMPLETE = "COMPLETE"
@@ -196,8 +195,6 @@ def _before(summary: Mapping[str, Any], split: str) -> dict[str, float] | None:
 
 def _victims(summary: dict[str, Any], complete: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each victim with its own scores; of a study that was cut off only the names."""
-    if study.get("suspect") is not None:
-        return [{"name": NAME, "net": study["suspect"]["net"]}]
     known: dict[str, Any] = summary.get("victims") or (complete[0]["scores"] if complete else {})
     return [
         {

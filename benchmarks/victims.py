@@ -201,6 +201,7 @@ def main(arguments: list[str]) -> None:
                 recipe = recipe_of(spec)
                 if options.again or recipe not in kept["clean"]:
                     kept["clean"][recipe] = clean_accuracy(spec, device)
+                    path.write_text(json.dumps(kept, indent=1) + "\n")
                 result = measured(spec, device)
                 settings = ", ".join(_settings(rows[row]))
                 seeds[str(seed)] = result | {

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bimask.errors import VictimRefusedError
-from bimask.training import fit
 from bimask.victim import VictimSpec, obtain_victim
 
 Part = Literal["calibration", "measurement"]
@@ -49,7 +47,6 @@ class Member:
 
     part: Part
     name: str
-    spec: VictimSpec
     attack: str | None
     target: int | None
     model: nn.Module
@@ -67,17 +64,13 @@ def clean(part: Part, position: int) -> Member:
     """A model that nobody poisoned; half of them are trained for as long as a WaNet."""
     seed = SEEDS[part] + 10 * position + 7
     spec = VictimSpec(
-        width=WIDTHS[(5 * position) % len(WIDTHS)], seed=seed, epochs=30 + 30 * (position % 2)
+        poisoning_rate=0,
+        width=WIDTHS[(5 * position) % len(WIDTHS)],
+        seed=seed,
+        epochs=30 + 30 * (position % 2),
     )
-    kept = FOLDER / "clean" / f"{spec.digest}.safetensors"
-    splits = spec.load_data()
-    if not kept.is_file():
-        net = fit(splits.train, **spec.recipe())
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in net.state_dict().items()}, kept)
-    model = spec.fresh_net(splits.train)
-    model.load_state_dict(load_file(kept))
-    return Member(part, f"clean-{seed}", spec, None, None, model.eval())
+    victim = obtain_victim(spec, FOLDER / "victims")
+    return Member(part, f"clean-{seed}", None, None, victim.model)
 
 
 def backdoored(part: Part, position: int) -> Member:
@@ -97,7 +90,7 @@ def backdoored(part: Part, position: int) -> Member:
         except VictimRefusedError as error:
             print(f"{attack}-{seed}: {error}", flush=True)
             continue
-        return Member(part, f"{attack}-{seed}", spec, attack, target, victim.model)
+        return Member(part, f"{attack}-{seed}", attack, target, victim.model)
     raise VictimRefusedError(f"{attack} towards class {target} was not learned in {TRIES} trainings.")
 
 

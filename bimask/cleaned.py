@@ -17,10 +17,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
+from typing import Annotated, Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from bimask.before_after import BeforeAfter, logits_of
 from bimask.config import describe
 from bimask.errors import VictimError
 from bimask.export import FOLDED, require_equal
-from bimask.folders import whole_folder
+from bimask.folders import parsed_manifest, whole_folder
 from bimask.masks import fold, masked_forward
 from bimask.metrics import Scores
 from bimask.net_spec import NetSpec
@@ -42,7 +43,21 @@ from bimask.suspect import file_sha256
 
 MODEL, MASKS, INVERSE = "model.safetensors", "masks.safetensors", "inverse.safetensors"
 NET, REPORT, MANIFEST = "net.py", "report.html", "manifest.json"
+Sides = Annotated[int, Field(ge=1, le=1024)]  # of an image, and its channels
 PACKAGES = ("bimask", "torch", "torchvision", "numpy", "safetensors")
+
+
+class _Manifest(BaseModel):
+    """What `load_cleaned` asks of a manifest, which anybody may have written."""
+
+    net: dict[str, Any]
+    files: dict[str, str]
+    image: tuple[Sides, Sides, Sides]
+    classes: tuple[str, ...] = Field(min_length=1, max_length=100_000)
+    gates: list[str]
+    mean: list[float]
+    std: list[float]
+    wrapped: bool
 
 
 @dataclass(frozen=True)
@@ -152,18 +167,17 @@ def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
         VictimError: a file is missing, changed, or not what the manifest says; own code is not allowed.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        net, files = dict(manifest["net"]), dict(manifest["files"])
-        channels, height, _ = manifest["image"]
-        classes, gates = tuple(manifest["classes"]), list(manifest["gates"])
-        mean, std, wrapped = manifest["mean"], manifest["std"], manifest["wrapped"]
+        content, _ = parsed_manifest(folder / MANIFEST)
+        manifest = _Manifest.model_validate(content)
+        net = dict(manifest.net)
         own = is_own(net["net"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = describe(error) if isinstance(error, ValidationError) else f"{error}"
         raise VictimError(
             f"{folder} is no folder of a cleaned model: its {MANIFEST} cannot be read "
-            f"({type(error).__name__}: {error}); purify again."
+            f"({type(error).__name__}: {shorten(said, 300)}); purify again."
         ) from error
-    for name, digest in files.items():
+    for name, digest in manifest.files.items():
         if file_sha256(folder / Path(name).name) != digest:
             raise VictimError(f"{folder / name} changed since it was written; purify again.")
     if own and not own_code:
@@ -171,20 +185,28 @@ def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
             f"The cleaned model {folder} is built by the code {net['net']!r}, which may do anything; "
             "if you trust it, allow it with `own_code=True` or --trust-code."
         )
-    if own and NET in files:
+    if own and NET in manifest.files:
         net["net"] = f"{folder / NET}:{net['net'].rpartition(':')[2]}"
     try:
         spec = NetSpec.model_validate(net)
     except ValidationError as error:
         raise VictimError(f"The net in {folder / MANIFEST} is of no use: {describe(error)}.") from error
-    model = spec.net_of(mean, std, channels, len(classes), height)
-    inner = _inner(model, wrapped)
+    if not (folder / MODEL).is_file():
+        raise VictimError(f"{folder} holds no file {MODEL}; purify again.")
+    channels, height, _ = manifest.image
+    shape = (channels, len(manifest.classes), height)
     try:
-        add_gates(inner, gates)
-        inner.load_state_dict(load_file(folder / MODEL))
-    except (SafetensorError, RuntimeError, AttributeError, AssertionError) as error:
-        raise VictimError(f"The weights in {folder} do not fit {spec.net}: {error}.") from error
-    return Cleaned(model.eval(), classes, (channels, height, height), manifest)
+        state = load_file(folder / MODEL)
+        spec.require_at_most(sum(value.numel() for value in state.values()), *shape)
+        model = spec.net_of(manifest.mean, manifest.std, *shape)
+        inner = _inner(model, manifest.wrapped)
+        add_gates(inner, manifest.gates)
+        inner.load_state_dict(state)
+    except (OSError, SafetensorError, RuntimeError, AttributeError, AssertionError) as error:
+        raise VictimError(
+            f"The weights in {folder} do not fit {spec.net}: {shorten(str(error), 300)}."
+        ) from error
+    return Cleaned(model.eval(), manifest.classes, (channels, height, height), content)
 
 
 def _inner(model: nn.Module, wrapped: bool) -> nn.Module:

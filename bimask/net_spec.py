@@ -22,7 +22,7 @@ from bimask.suspect import file_sha256
 # Left out of a spec's dump where unset, so that what was made before there were such keeps its digest.
 UNLESS_SET = (
     *("weights", "weights_sha256", "net_sha256", "normalise", "optimizer", "warmup"),
-    *("imported", "imported_sha256"),
+    *("imported", "imported_sha256", "dataset_sha256"),
 )
 
 
@@ -129,6 +129,26 @@ class NetSpec(BaseModel):
             mean=mean,
             std=std,
         )
+
+    def require_at_most(self, numbers: int, channels: int, classes: int, size: int | None) -> None:
+        """Refuse a net that is larger than its file of weights, before memory is taken for it.
+
+        Own nets are let pass: their code is trusted, or was not run.
+
+        Raises:
+            VictimError: it has more than so many numbers.
+            SettingError: it cannot be made.
+        """
+        if is_own(self.net):
+            return
+        with torch.device("meta"):
+            net = self.net_of([0.0] * channels, [1.0] * channels, channels, classes, size)
+        asked = sum(value.numel() for value in net.state_dict().values())
+        if asked > numbers:
+            raise VictimError(
+                f"{self.net} of width {self.width} for {classes} classes has {asked} numbers, but its "
+                f"file of weights holds {numbers}: they do not fit."
+            )
 
 
 def statistics(data: ImageData) -> tuple[list[float], list[float]]:

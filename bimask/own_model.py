@@ -8,19 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
 from bimask.config import describe
 from bimask.data import Splits
-from bimask.errors import DataError, SettingError, VictimError
+from bimask.errors import DataError, NonFiniteError, SettingError, VictimError
+from bimask.metrics import predict
 from bimask.net_spec import NetSpec, Statistics
 from bimask.nets import Normalised
 from bimask.suspect import file_sha256, load_weights
 from bimask.victim import Victim
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+ASKED = 64  # clean pictures that a model must answer with numbers
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def load_suspect(
     Raises:
         DataError: no pictures, unreadable ones, or of several sizes.
         SettingError: the net cannot be made; classes that nobody said; a mean without a deviation.
-        VictimError: weights that cannot be read or do not fit.
+        VictimError: weights that cannot be read, do not fit, or answer with no numbers.
     """
     pictures, names = read_clean(clean, channels=channels, image_size=image_size)
     if classes is None and names is None:
@@ -125,6 +127,13 @@ def load_suspect(
     used_std = list(std) if std is not None else [1.0] * channels
     model = spec.net_of(used_mean, used_std, channels, len(names), size)
     load_weights(model.net, weights)
+    try:
+        predict(model, pictures.images[:ASKED])
+    except NonFiniteError as error:
+        raise VictimError(
+            f"With the weights {weights} the net answers clean pictures with logits that are NaN or "
+            "infinite; get another copy, or give the --mean and --std of its training."
+        ) from error
     return Suspect(spec, model.eval(), pictures, names, file_sha256(weights))
 
 
@@ -179,7 +188,7 @@ def read_picture(path: Path, channels: int, image_size: int | None) -> Tensor:
             if image_size is not None and converted.size != (image_size, image_size):
                 converted = converted.resize((image_size, image_size), Image.Resampling.BILINEAR)
             pixels = np.array(converted)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"Cannot read the picture {path}: {error}.") from error
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bimask.errors import VictimError
+from bimask.errors import InteropError, VictimError
+from bimask.interop.safe import dense, load_training
+from bimask.interop.stand_ins import printable, shown
 
 # Where training programs keep the state dict beside epochs and optimiser.
 NESTED = ("state_dict", "model_state_dict", "model")
@@ -25,7 +28,13 @@ def file_sha256(path: str | Path) -> str:
         VictimError: it cannot be read.
     """
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for without end
+            raise VictimError(f"Cannot read {path} (not a file); mend its path.")
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
     except OSError as error:
         raise VictimError(f"Cannot read {path} ({error.strerror}); mend its path.") from error
 
@@ -44,12 +53,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise VictimError(f"There is no file of weights {path}; mend its path.")
     try:
-        content: Any
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for a file that is not what it says
+        content: Any = load_file(path) if path.suffix == ".safetensors" else load_training(path)
+    except InteropError as error:
+        raise VictimError(str(error)) from error
+    except Exception as error:  # safetensors has errors of its own
         raise VictimError(
             f"The weights {path} cannot be read as plain tensors ({type(error).__name__}: "
             f"{shorten(str(error), 160)}); save them as `safetensors.torch.save_file(net.state_dict(), "
@@ -57,14 +64,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(content, dict):
         content = next((content[key] for key in NESTED if isinstance(content.get(key), dict)), content)
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(value, Tensor) for value in content.values())
-    ):
+    if odd := _odd_in(content):
         raise VictimError(
-            f"The weights {path} must hold a state dict, names and tensors, but hold "
-            f"{_described(content)}."
+            f"The weights {path} must hold a state dict, names and real tensors, but hold {odd}."
         )
     if all(name.startswith(PARALLEL) for name in content):
         content = {name.removeprefix(PARALLEL): value for name, value in content.items()}
@@ -91,12 +93,20 @@ def load_weights(net: nn.Module, path: Path, *, sha256: str | None = None) -> No
         net.load_state_dict(weights)
     except RuntimeError as error:
         raise VictimError(
-            f"The weights {path} do not fit the net: {shorten(str(error), 300)}"
+            f"The weights {path} do not fit the net: {printable(shorten(str(error), 300))}"
         ) from error
 
 
-def _described(content: Any) -> str:
+def _odd_in(content: Any) -> str:
+    """What in it is no weight under a name, for a message; empty where all is well."""
     if not isinstance(content, dict):
         return type(content).__name__
-    odd = [f"{name!r}: {type(v).__name__}" for name, v in content.items() if not isinstance(v, Tensor)]
-    return ", ".join(odd[:3]) or "nothing"
+    if not content:
+        return "nothing"
+    odd = []
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            odd.append(f"{shown(name)}: {type(value).__name__}")
+        elif not isinstance(name, str) or not dense(value) or value.is_complex():
+            odd.append(f"{shown(name)}: {value.dtype} {tuple(value.shape)}")
+    return ", ".join(odd[:3])

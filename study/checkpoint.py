@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,15 +26,17 @@ class Checkpoints:
     Args:
         folder: of this group alone; made when there is something to keep.
         every: seconds between two states, which is the most that a kill costs.
-
+        on_kept: called with every file that is written there; an OSError of it costs nothing else.
     """
 
-    def __init__(self, folder: Path, every: float) -> None:
-        self.folder, self.every = folder, every
+    def __init__(
+        self, folder: Path, every: float, on_kept: Callable[[Path], object] = lambda _: None
+    ) -> None:
+        self.folder, self.every, self.on_kept = folder, every, on_kept
 
     def place(self, key: str) -> Place:
         """The place of one population; `key` names it in the group."""
-        return Place(self.folder / f"{key}.safetensors", self.every)
+        return Place(self.folder / f"{key}.safetensors", self.every, self.on_kept)
 
 
 class Place:
@@ -43,8 +46,8 @@ class Place:
         seconds: wall time that went into the state that was gone on from.
     """
 
-    def __init__(self, path: Path, every: float) -> None:
-        self.path, self.every = path, every
+    def __init__(self, path: Path, every: float, on_kept: Callable[[Path], object]) -> None:
+        self.path, self.every, self.on_kept = path, every, on_kept
         self.seconds = 0.0
 
     def run(self, population: PopulationPurifier) -> list[PurifyResult | NonFiniteError]:
@@ -76,12 +79,15 @@ class Place:
         with suppress(OSError, SafetensorError):  # a full disk costs the checkpoint, not the trial
             path.parent.mkdir(parents=True, exist_ok=True)
             PopulationState.of(population).save(path)
+            self.on_kept(path)
 
     def keep_rungs(self, said: list[Rungs]) -> None:
         """Keep what the members' rungs said: a state holds their masks, not why one ended."""
+        path = self.path.with_suffix(".rungs.json")
         with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path.with_suffix(".rungs.json"), json.dumps(said))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(said))
+            self.on_kept(path)
 
     def rungs(self) -> list[Rungs]:
         """What was kept, a member each; empty if nothing was, or no state to go on from."""

@@ -120,7 +120,8 @@ def run_in(
             if wait:
                 stack.callback(search.release_workers)
             concurrency = find_room(config, wait, console)
-            nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri)
+            with console.status("asking every node", spinner="dots"):
+                nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri)
             console.print(f"{nodes} node(s) checked, {concurrency} actors at once")
         console.print(
             f"[bold]{config.name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True

@@ -1,6 +1,15 @@
 """Images with labels, data sets by name, the fixed splits."""
 
 from bimask.data.images import ImageData, Splits, augment
-from bimask.data.loaders import LOADERS, cache_folder, load_data
+from bimask.data.loaders import FOLDER, LOADERS, cache_folder, load_data, pictures_digest
 
-__all__ = ["LOADERS", "ImageData", "Splits", "augment", "cache_folder", "load_data"]
+__all__ = [
+    "FOLDER",
+    "LOADERS",
+    "ImageData",
+    "Splits",
+    "augment",
+    "cache_folder",
+    "load_data",
+    "pictures_digest",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 from zipfile import BadZipFile
@@ -21,6 +22,7 @@ from bimask.errors import DataError
 
 T = TypeVar("T")
 
+FOLDER = "imagefolder:"  # before the path, in a data set's name
 VAL_SHARE = 0.1  # of a training set that comes without a validation set
 DIGITS_TEST, DIGITS_VAL = 450, 450  # of 1,797; the rest is for training
 
@@ -40,8 +42,8 @@ def load_data(name: str, *, image_size: int | None = None) -> Splits:
     Raises:
         DataError: unknown name, nothing there and nothing downloaded, unreadable pictures.
     """
-    if name.startswith("imagefolder:"):
-        return _image_folder(Path(name.removeprefix("imagefolder:")), image_size)
+    if name.startswith(FOLDER):
+        return _image_folder(Path(name.removeprefix(FOLDER)), image_size)
     if name not in LOADERS:
         raise DataError(
             f"Unknown dataset {name!r}; known are {', '.join(sorted(LOADERS))} and imagefolder:PATH."
@@ -148,6 +150,21 @@ def _fetch(name: str, folder: Path, make: Callable[[], T]) -> T:
 
 
 def _image_folder(path: Path, image_size: int | None) -> Splits:
+    classes, listed = _listed(path)
+    size = image_size or _common_size([file for samples in listed for file, _ in samples], path)
+    parts = [_decode(samples, classes, size, path.name) for samples in listed]
+    if len(parts) == 2:
+        return _with_val(parts[0], parts[1])
+    if len(parts[0]) < 3:
+        raise DataError(f"{path} holds {len(parts[0])} pictures; training, val and test need 3.")
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(parts[0])))
+    held_out = max(1, len(order) * 15 // 100)
+    test, val, train = order.split([held_out, held_out, len(order) - 2 * held_out])
+    return Splits(parts[0].subset(train), parts[0].subset(val), parts[0].subset(test))
+
+
+def _listed(path: Path) -> tuple[tuple[str, ...], list[list[tuple[str, int]]]]:
+    """Classes, and files with labels: of train/ and test/ where there are both, else of all."""
     from torchvision.datasets import ImageFolder
 
     if not path.is_dir():
@@ -162,29 +179,44 @@ def _image_folder(path: Path, image_size: int | None) -> Splits:
     if split and tuple(folders[1].classes) != classes:
         odd = sorted(set(classes) ^ set(folders[1].classes))
         raise DataError(f"{path}: train/ and test/ must hold the same classes; they differ in {odd}.")
-    size = image_size or _common_size([sample for f in folders for sample, _ in f.samples], path)
-    parts = [_decode(f.samples, classes, size, path.name) for f in folders]
-    if split:
-        return _with_val(parts[0], parts[1])
-    if len(parts[0]) < 3:
-        raise DataError(f"{path} holds {len(parts[0])} pictures; training, val and test need 3.")
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(parts[0])))
-    held_out = max(1, len(order) * 15 // 100)
-    test, val, train = order.split([held_out, held_out, len(order) - 2 * held_out])
-    return Splits(parts[0].subset(train), parts[0].subset(val), parts[0].subset(test))
+    return classes, [folder.samples for folder in folders]
+
+
+def pictures_digest(path: Path) -> str:
+    """64 hex digits of the pictures that `imagefolder:PATH` is: their places below it and their bytes.
+
+    Raises:
+        DataError: there are none, or one cannot be read.
+    """
+    samples = [sample for part in _listed(path)[1] for sample in part]
+    return _content(path, _stamp(samples, 0))
+
+
+@lru_cache(maxsize=8)
+def _content(path: Path, _stamp: str) -> str:
+    """The same, once a process for files of the same places, sizes and times."""
+    content = hashlib.sha256()
+    for file in (file for samples in _listed(path)[1] for file, _ in samples):
+        try:
+            held = Path(file).read_bytes()
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        place = Path(file).relative_to(path).as_posix()
+        content.update(f"{place}|{len(held)}|{hashlib.sha256(held).hexdigest()}\n".encode())
+    return content.hexdigest()
 
 
 def _common_size(files: list[str], path: Path) -> int:
     """The one square size of all pictures, or an error that asks for one."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     sizes = set()
     for file in files:
         try:
             with Image.open(file) as picture:  # reads the header only
                 sizes.add(picture.size)
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"Cannot read the picture {file}: {error}.") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise _unreadable(file, error) from error
     width, height = next(iter(sizes))
     if len(sizes) > 1 or width != height:
         raise DataError(
@@ -198,13 +230,10 @@ def _decode(
     samples: list[tuple[str, int]], classes: tuple[str, ...], size: int, name: str
 ) -> ImageData:
     """Pictures as RGB of size x size, decoded once; the second time they come from the cache."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    stamp = hashlib.sha256(f"{size}".encode())
-    for file, label in samples:
-        status = os.stat(file)
-        stamp.update(f"{file}|{label}|{status.st_size}|{status.st_mtime_ns}\n".encode())
-    cached = cache_folder() / "decoded" / f"{name}-{size}-{stamp.hexdigest()[:16]}.safetensors"
+    stamp = _stamp(samples, size)
+    cached = cache_folder() / "decoded" / f"{name}-{size}-{stamp[:16]}.safetensors"
     if cached.is_file():
         try:
             with safe_open(cached, framework="pt") as file_:
@@ -219,14 +248,30 @@ def _decode(
                 if rgb.size != (size, size):
                     rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
                 images[row] = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"Cannot read the picture {file}: {error}.") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise _unreadable(file, error) from error
     labels = torch.tensor([label for _, label in samples])
     cached.parent.mkdir(parents=True, exist_ok=True)
     part = cached.with_suffix(f".{os.getpid()}.part")
     save_file({"images": images, "labels": labels}, part)
     part.rename(cached)
     return ImageData(images, labels, classes)
+
+
+def _stamp(samples: list[tuple[str, int]], size: int) -> str:
+    """Changes with any file's place, label, size or time; reads none."""
+    stamp = hashlib.sha256(f"{size}".encode())
+    for file, label in samples:
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        stamp.update(f"{file}|{label}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+    return stamp.hexdigest()
+
+
+def _unreadable(file: str, error: Exception) -> DataError:
+    return DataError(f"Cannot read the picture {file}: {error}.")
 
 
 def _with_val(train: ImageData, test: ImageData) -> Splits:

@@ -20,7 +20,8 @@ from bimask.interop.attack_log import compare_with_log
 from bimask.interop.datasets import DATASETS, Conventions, read_clean
 from bimask.interop.imported import ImportedVictim, assemble
 from bimask.interop.pictures import check_extent, inside, read_png, reroot
-from bimask.interop.safe import StoredPicture, as_integers, load_foreign, shown, state_dict
+from bimask.interop.safe import as_integers, load_foreign, state_dict
+from bimask.interop.stand_ins import StoredPicture, shown
 from bimask.interop.weights import BACKDOORBENCH_NETS, TORCHVISION, fit_net
 
 ATTACK_FILE = "attack_result.pt"

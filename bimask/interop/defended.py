@@ -16,7 +16,8 @@ from torch import Tensor
 from bimask.errors import InteropError
 from bimask.interop import backdoorbench
 from bimask.interop.imported import ImportedVictim, score
-from bimask.interop.safe import load_foreign, shown, state_dict
+from bimask.interop.safe import load_foreign, state_dict
+from bimask.interop.stand_ins import shown
 from bimask.interop.weights import fit_net
 
 DEFENSE_FILE = "defense_result.pt"

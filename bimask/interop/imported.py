@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bimask.attacks import TriggeredData
+from bimask.config import describe
 from bimask.data import ImageData
 from bimask.errors import DataError, InteropError
+from bimask.folders import parsed_manifest
+from bimask.interop.pictures import check_extent
 from bimask.interop.weights import fit_net
 from bimask.metrics import EvalSets, Scores, evaluate
 from bimask.nets import Normalised
@@ -242,14 +245,17 @@ def load_imported(folder: Path) -> ImportedVictim:
     """
     again = "import it anew"
     try:
-        manifest = _Manifest.model_validate(json.loads((folder / MANIFEST).read_text()))
+        manifest = _Manifest.model_validate(parsed_manifest(folder / MANIFEST)[0])
+        if missing := [n for n in (WEIGHTS, IMAGES) if not (folder / n).is_file()]:
+            raise OSError(f"it has no file {missing[0]}")
         found = {name: sha256(folder / name) for name in (WEIGHTS, IMAGES)}
         scores = Scores(**manifest.scores)
         before = None if manifest.before is None else Scores(**manifest.before)
     except (OSError, ValueError, TypeError, ValidationError) as error:
-        first = str(error).splitlines()[0]
+        first = describe(error) if isinstance(error, ValidationError) else str(error)
         raise InteropError(
-            f"{folder} is not an imported victim ({type(error).__name__}: {first}); {again}."
+            f"{folder} is not an imported victim ({type(error).__name__}: {shorten(first, 300)}); "
+            f"{again}."
         ) from error
     promised = {WEIGHTS: manifest.weights_sha256, IMAGES: manifest.images_sha256}
     for name, digest in promised.items():
@@ -265,7 +271,8 @@ def load_imported(folder: Path) -> ImportedVictim:
             images["triggered_images"], images["attack_labels"], images["true_labels"]
         )
         index, counterparts = images.get("clean_index"), images.get("counterparts")
-    except (SafetensorError, KeyError, DataError) as error:
+        _check_images(clean, triggered, index, clean.images if counterparts is None else counterparts)
+    except (SafetensorError, KeyError, DataError, ValueError) as error:
         raise InteropError(f"The files of {folder} cannot be read: {error}; {again}.") from error
     model, width = fit_net(
         manifest.net,
@@ -289,6 +296,32 @@ def load_imported(folder: Path) -> ImportedVictim:
         tuple(manifest.notes),
         counterparts,
     )
+
+
+def _check_images(
+    clean: ImageData, triggered: TriggeredData, index: Tensor | None, counterparts: Tensor
+) -> None:
+    """Refuse (ValueError) images, labels and positions that do not belong together."""
+    count, shape, classes = len(triggered.images), clean.images.shape[1:], clean.num_classes
+    check_extent(len(clean), *shape)
+    for images in (triggered.images, counterparts):
+        if images.dtype != torch.uint8 or images.shape[1:] != shape:
+            raise ValueError(
+                f"images of {images.dtype} {tuple(images.shape)} beside clean ones of {tuple(shape)}"
+            )
+    below = {"labels": classes, "positions": len(counterparts)}
+    for what, numbers, length in (
+        ("labels", clean.labels, len(clean)),
+        ("labels", triggered.attack_labels, count),
+        ("labels", triggered.true_labels, count),
+        ("positions", index, count),
+    ):
+        if numbers is None:
+            continue
+        if numbers.dtype != torch.int64 or numbers.shape != (length,):
+            raise ValueError(f"{length} {what} as {numbers.dtype} {tuple(numbers.shape)}")
+        if not ((numbers >= 0) & (numbers < below[what])).all():
+            raise ValueError(f"{what} that are not all of 0 to {below[what] - 1}")
 
 
 def sha256(path: Path) -> str:

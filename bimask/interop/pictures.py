@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bimask.errors import InteropError
-from bimask.interop.safe import MAX_SIDE, shown
+from bimask.interop.stand_ins import MAX_SIDE, shown
 
 MAX_PICTURES = 200_000
 MAX_IMAGE_BYTES = 8 * 2**30  # of all decoded images of one set

@@ -6,15 +6,14 @@ A file passes four gates:
     its names   the globals its pickle asks for, by disassembly; any but those in `ALLOWED` refuses it
     torch.load  with `weights_only` and that list alone, memory-mapped: a tensor that claims more bytes
                 than the file has is refused, not read
-    stand-ins   for numpy and PIL (`StoredArray`, `StoredPicture`): a pickle can hand both
-                states that corrupt memory or ask for any amount of it, so neither sees one
+    stand-ins   of `stand_ins.py` for numpy and PIL: a pickle can hand both states that corrupt
+                memory or ask for any amount of it, so neither sees one
 
 What is not bounded is time: a file within the limits can be made slow to read.
 """
 
 from __future__ import annotations
 
-import math
 import pickletools
 import re
 import struct
@@ -22,19 +21,18 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bimask.errors import InteropError
+from bimask.interop.stand_ins import STAND_INS, StoredArray, shown
 
 MAX_FILE_BYTES = 8 * 2**30  # of a file, and so of everything in it: nothing in it is compressed
 MAX_PICKLE_BYTES = 2 * 2**30  # of the part that is not tensors: v1 files keep pictures there
 MAX_DIRECTORY_BYTES = 16 * 2**20
 MAX_ENTRIES = 20_000  # tensors in a file; the largest nets have about a thousand
-MAX_SIDE = 1024  # pixels
 
 ALLOWED = frozenset(
     {
@@ -55,99 +53,18 @@ ALLOWED = frozenset(
     }
 )
 
-
-class StoredType:
-    """Stands in for `numpy.dtype`: booleans, integers and floats, nothing else."""
-
-    def __init__(self, code: object = "", _align: object = False, _copy: object = False) -> None:
-        if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
-            raise InteropError(
-                f"it holds a numpy array of type {shown(code)}, but only numbers are read"
-            )
-        self.code = code
-        self.order = "="
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "="):
-            self.order = state[1]
-        else:
-            raise InteropError("it holds a numpy type that is malformed")
-
-    def read(self, data: object, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        """Bytes as an array of this type."""
-        dtype = np.dtype(self.order + self.code)
-        if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
-            raise InteropError("it holds a numpy array whose bytes do not fit its shape")
-        return np.frombuffer(data, dtype).reshape(shape)
-
-
-class StoredArray:
-    """Stands in for `numpy.ndarray`; `value` is the array."""
-
-    value: np.ndarray[Any, Any]
-
-    def __setstate__(self, state: Any) -> None:
-        try:
-            _version, shape, dtype, by_columns, data = state
-        except (TypeError, ValueError):
-            shape = dtype = by_columns = data = None
-        sizes = shape if isinstance(shape, tuple) else (-1,)
-        if not isinstance(dtype, StoredType) or not all(type(n) is int and n >= 0 for n in sizes):
-            raise InteropError("it holds a numpy array that is malformed")
-        if by_columns and len(sizes) > 1:
-            raise InteropError("it holds a numpy array stored by columns, which no known format has")
-        self.value = dtype.read(data, sizes)
-
-
-class StoredPicture:
-    """Stands in for `PIL.Image.Image`; `pixels` is (C, H, W) uint8."""
-
-    pixels: Tensor
-
-    def __setstate__(self, state: Any) -> None:
-        try:
-            _info, mode, (width, height), _palette, data = state
-        except (TypeError, ValueError):
-            raise InteropError("it holds a picture that is malformed") from None
-        channels = {"L": 1, "RGB": 3}.get(mode) if isinstance(mode, str) else None
-        sides = type(width) is int and type(height) is int
-        if channels is None or not (sides and 1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-            raise InteropError(
-                f"it holds a picture of mode {shown(mode)} and size "
-                f"{shown(width)}x{shown(height)}, but only L and RGB up to {MAX_SIDE} pixels a "
-                "side are read"
-            )
-        if not isinstance(data, bytes) or len(data) != width * height * channels:
-            raise InteropError("it holds a picture whose bytes do not fit its size")
-        rows = np.frombuffer(data, np.uint8).reshape(height, width, channels)
-        self.pixels = torch.from_numpy(rows.copy()).permute(2, 0, 1).contiguous()
-
-
-def _reconstruct(kind: object, _shape: object, _code: object) -> StoredArray:
-    if kind is not StoredArray:
-        raise InteropError("it holds a numpy array of a class of its own")
-    return StoredArray()
-
-
-def _no_bytes() -> bytes:
-    return b""
-
-
-def _scalar(dtype: object, data: object) -> int | float | bool:
-    if not isinstance(dtype, StoredType):
-        raise InteropError("it holds a numpy number that is malformed")
-    number: int | float | bool = dtype.read(data, ()).item()
-    return number
-
-
-STAND_INS: list[Any] = [
-    (_no_bytes, "builtins.bytes"),
-    (StoredType, "numpy.dtype"),
-    (StoredArray, "numpy.ndarray"),
-    (StoredPicture, "PIL.Image.Image"),
-    *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
+# What training programs keep beside weights: plain containers, shapes and types in optimisers' states.
+BESIDE_WEIGHTS = frozenset(
+    {
+        "__builtin__ set",
+        "collections Counter",
+        "torch Size",
+        "torch device",
+        *(f"torch {kind}" for kind in ("bfloat16", "float16", "float32", "float64", "int64", "uint8")),
+    }
+)
+ZIP = b"PK\3\4"
+PICKLES_BEFORE_ZIP = 5  # magic number, version, system, the object, the storages' keys
 
 
 def load_foreign(path: Path) -> Any:
@@ -156,10 +73,29 @@ def load_foreign(path: Path) -> Any:
     Raises:
         InteropError: no such file, not of this format, over a limit, damaged, or asking for code.
     """
-    _check_zip(path)
+    _refuse_unknown(path, pickled_names(path) - ALLOWED, "do not open it with other programs")
+    return _load(path, mmap=True)
+
+
+def load_training(path: Path) -> Any:
+    """The same of a checkpoint of somebody's training: also what stands beside weights there
+    (`BESIDE_WEIGHTS`), and the format that `torch.save` had before zip.
+
+    Raises:
+        InteropError: as of `load_foreign`.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(len(ZIP)) == ZIP
+    names = pickled_names(path) if zipped else _names_before_zip(path)
+    _refuse_unknown(path, names - ALLOWED - BESIDE_WEIGHTS, "save `net.state_dict()` alone")
+    return _load(path, mmap=zipped)
+
+
+def _load(path: Path, *, mmap: bool) -> Any:
+    """Open a file that was looked through."""
     try:
         with _only_stand_ins():
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except InteropError as error:
         raise InteropError(f"{path} is refused: {error}; get another copy of it.") from None
     except Exception as error:  # a hostile pickle can raise anything; nothing of it has been used yet
@@ -182,14 +118,13 @@ def _only_stand_ins() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def _check_zip(path: Path) -> None:
-    """Refuse whatever `torch.save` does not write, before anything of it is interpreted."""
-    names = pickled_names(path)
-    if unknown := sorted(names - ALLOWED):
+def _refuse_unknown(path: Path, names: set[str], instead: str) -> None:
+    """Refuse a pickle that asks for what none of ours does, before anything of it is interpreted."""
+    if unknown := sorted(names):
         what = ".".join(unknown[0].split(" ", 1))
         raise InteropError(
             f"{path} is refused: it asks for {shown(what)} when it is read, but weights need "
-            "nothing of the kind; nothing was run, do not open it with other programs."
+            f"nothing of the kind; nothing was run, {instead}."
         )
 
 
@@ -272,8 +207,13 @@ def _names_in(path: Path, archive: zipfile.ZipFile, size: int) -> set[str]:
         )
     if damaged := archive.testzip():
         raise InteropError(f"{path} is damaged at {shown(damaged)}; get another copy of it.")
+    return _names_asked(path, archive.read(pickles[0]))
+
+
+def _names_asked(path: Path, pickle: bytes | BinaryIO) -> set[str]:
+    """The globals that one pickle asks for, by disassembly."""
     found = set()
-    for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
+    for opcode, argument, _ in pickletools.genops(pickle):
         if opcode.name in ("GLOBAL", "INST"):
             found.add(str(argument))
         elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
@@ -283,12 +223,20 @@ def _names_in(path: Path, archive: zipfile.ZipFile, size: int) -> set[str]:
     return found
 
 
-def shown(value: object) -> str:
-    """A value of a stranger for a message: short, on one line, never a nest of containers."""
-    if isinstance(value, (str, int, float, bool)) or value is None:
-        text = repr(value)
-        return text if len(text) <= 90 else text[:87] + "..."
-    return f"a {type(value).__name__}"
+def _names_before_zip(path: Path) -> set[str]:
+    """The same of a file of several pickles, one after another, with the tensors' bytes behind."""
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise InteropError(f"{path} has {size} bytes, but at most {MAX_FILE_BYTES} are read; split it.")
+    try:
+        with open(path, "rb") as file:
+            return set().union(*(_names_asked(path, file) for _ in range(PICKLES_BEFORE_ZIP)))
+    except InteropError:
+        raise
+    except Exception as error:
+        raise InteropError(
+            f"{path} is no whole file of torch.save, of today's zip format or the one before it "
+            f"({type(error).__name__}: {shown(str(error))}); get another copy of it."
+        ) from error
 
 
 def as_integers(value: object, what: str) -> list[int]:
@@ -340,7 +288,7 @@ def state_dict(value: object, what: str) -> dict[str, Tensor]:
 def refuse_non_finite(state: dict[str, Tensor], what: str) -> None:
     """Weights that are NaN or infinite have no answers to give."""
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise InteropError(
                 f"{what}: the weights {shown(name)} are NaN or infinite, but must be finite; the "
                 "training that made them diverged."

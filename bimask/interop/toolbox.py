@@ -22,7 +22,8 @@ from bimask.errors import InteropError
 from bimask.interop.datasets import DATASETS, read_clean
 from bimask.interop.imported import ImportedVictim, assemble
 from bimask.interop.pictures import check_extent, inside, read_png
-from bimask.interop.safe import as_integers, dense, load_foreign, shown, state_dict
+from bimask.interop.safe import as_integers, dense, load_foreign, state_dict
+from bimask.interop.stand_ins import shown
 from bimask.interop.weights import fit_net
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]

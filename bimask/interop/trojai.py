@@ -37,7 +37,8 @@ from bimask.data import ImageData
 from bimask.errors import InteropError
 from bimask.interop.imported import ImportedVictim, assemble
 from bimask.interop.pictures import MAX_PICTURES, check_extent, inside
-from bimask.interop.safe import MAX_FILE_BYTES, shown
+from bimask.interop.safe import MAX_FILE_BYTES
+from bimask.interop.stand_ins import printable, shown
 from bimask.interop.weights import TORCHVISION, fit_net
 
 WORKER = Path(__file__).with_name("trojai_worker.py")
@@ -93,7 +94,7 @@ def resave(source: Path, target: Path) -> tuple[str, int]:
             said = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [""]
             reason = said[0][:200] if done.returncode == 3 else "the process that read it died of it"
             raise InteropError(
-                f"{source} is refused: {_printable(reason)}; nothing of it was run but layers."
+                f"{source} is refused: {printable(reason)}; nothing of it was run but layers."
             )
         written = Path(folder) / "out.safetensors"
         with safe_open(written, framework="pt") as file:
@@ -102,11 +103,7 @@ def resave(source: Path, target: Path) -> tuple[str, int]:
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
         shutil.copyfile(written, part)
         part.rename(target)
-    return _printable(said_of_it["class"])[:80], int(said_of_it["outputs"])
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return printable(said_of_it["class"])[:80], int(said_of_it["outputs"])
 
 
 def read_trojai(

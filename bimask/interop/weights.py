@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bimask.errors import InteropError
-from bimask.interop.safe import refuse_non_finite, shown
+from bimask.interop.safe import refuse_non_finite
+from bimask.interop.stand_ins import shown
 from bimask.nets import NETS, Normalised, build_net
 
 TORCHVISION = "torchvision:"

@@ -8,16 +8,20 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bimask.attacks import Attack, TriggeredData
+from bimask.config import describe
 from bimask.data import Splits
 from bimask.errors import SettingError, VictimError, VictimRefusedError
+from bimask.folders import parsed_manifest
 from bimask.metrics import EvalSets, Scores, Split
 from bimask.nets import is_own
 from bimask.suspect import file_sha256
@@ -60,6 +64,24 @@ class Victim:
         return EvalSets.of(self.attack, data, split)
 
 
+class _BothScores(BaseModel):
+    val: Scores
+    test: Scores
+
+
+class _Manifest(BaseModel):
+    """What `load_victim` asks of a manifest, which anybody may have written."""
+
+    spec: dict[str, Any]
+    spec_digest: str
+    weights_sha256: str
+    trigger_sha256: str | None = None
+    in_channels: int = Field(ge=1, le=1024)
+    image_size: int | None = Field(None, ge=1, le=1024)
+    classes: tuple[str, ...] = Field(min_length=1, max_length=100_000)
+    scores: _BothScores
+
+
 def refuse_if_useless(victim: Victim) -> None:
     """Hold the scores on `val` against the bounds of the spec.
 
@@ -69,7 +91,8 @@ def refuse_if_useless(victim: Victim) -> None:
     spec, scores = victim.spec, victim.scores["val"]
     numbers = f"ACC {scores.clean_accuracy:.3f}, ASR {scores.attack_success:.3f} on val"
     given = spec.weights is not None
-    if not spec.is_control and scores.attack_success < spec.min_attack_success:
+    # so that NaN, which a manifest can hold, is refused, too
+    if not (spec.is_control or scores.attack_success >= spec.min_attack_success):
         raise VictimRefusedError(
             f"The attack of {spec.name} was not learned ({numbers}; `min_attack_success` is "
             f"{spec.min_attack_success:g}); "
@@ -81,7 +104,7 @@ def refuse_if_useless(victim: Victim) -> None:
                 else "poison more or train longer."
             )
         )
-    if scores.clean_accuracy < spec.min_clean_accuracy:
+    if not scores.clean_accuracy >= spec.min_clean_accuracy:
         raise VictimRefusedError(
             f"The clean accuracy of {spec.name} is poor ({numbers}; `min_clean_accuracy` is "
             f"{spec.min_clean_accuracy:g}); "
@@ -141,48 +164,55 @@ def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
     """
     again = f"remove {folder} to train it anew"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if is_own(net_name := manifest["spec"]["net"]) and not own_code:
+        manifest = _Manifest.model_validate(parsed_manifest(folder / MANIFEST)[0])
+        if is_own(net_name := manifest.spec["net"]) and not own_code:
             raise VictimError(
                 f"The victim {folder} is built by the code {net_name!r}, which may do anything; if you "
                 "trust it, allow it with `own_code=True` or --trust-code."
             )
-        spec = VictimSpec.model_validate(manifest["spec"])
-        scores: dict[Split, Scores] = {
-            "val": Scores(**manifest["scores"]["val"]),
-            "test": Scores(**manifest["scores"]["test"]),
-        }
-        classes, in_channels = tuple(manifest["classes"]), manifest["in_channels"]
-        image_size = manifest.get("image_size", spec.image_size)
-        promised, promised_spec = manifest["weights_sha256"], manifest["spec_digest"]
+        # what it does not say of its pictures is not asked of those that are there now
+        spec = VictimSpec.model_validate({"dataset_sha256": None} | manifest.spec)
         attack = spec.build_attack()
-        promised_trigger = manifest["trigger_sha256"] if attack.has_state else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        if attack.has_state and manifest.trigger_sha256 is None:
+            raise ValueError("no trigger_sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = describe(error) if isinstance(error, ValidationError) else f"{error}"
         raise VictimError(
-            f"The manifest {folder / MANIFEST} cannot be read ({type(error).__name__}: {error}); "
-            f"{again}."
+            f"The manifest {folder / MANIFEST} cannot be read ({type(error).__name__}: "
+            f"{shorten(said, 300)}); {again}."
         ) from error
-    if promised_spec != spec.digest:
+    if manifest.spec_digest != spec.digest:
         raise VictimError(
             f"The spec in {folder / MANIFEST} has the digest {spec.digest}, but the manifest says "
-            f"{promised_spec}: it was edited; {again}."
+            f"{manifest.spec_digest}: it was edited; {again}."
         )
-    weights = _promised(folder / WEIGHTS, promised, "victim's file of weights", again)
-    ones = [1.0] * in_channels
-    net = spec.net_of(ones, ones, in_channels, len(classes), image_size)
+    weights = _promised(folder / WEIGHTS, manifest.weights_sha256, "victim's file of weights", again)
+    image_size = manifest.image_size
+    if "image_size" not in manifest.model_fields_set:  # before it was written down
+        image_size = spec.image_size
+    shape = (manifest.in_channels, len(manifest.classes), image_size)
     try:
-        net.load_state_dict(load_file(weights))
+        state = load_file(weights)
+        spec.require_at_most(sum(value.numel() for value in state.values()), *shape)
+        ones = [1.0] * manifest.in_channels
+        net = spec.net_of(ones, ones, *shape)
+        net.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
-        raise VictimError(f"The weights {weights} do not fit {spec.net}: {error}; {again}.") from error
-    if promised_trigger is not None:
-        trigger = _promised(folder / TRIGGER, promised_trigger, "file of the trigger's state", again)
+        raise VictimError(
+            f"The weights {weights} do not fit {spec.net}: {shorten(str(error), 300)}; {again}."
+        ) from error
+    if attack.has_state:
+        trigger = _promised(
+            folder / TRIGGER, manifest.trigger_sha256 or "", "file of the trigger's state", again
+        )
         try:
             attack.load_state(load_file(trigger))
         except (SafetensorError, SettingError) as error:
             raise VictimError(
                 f"The trigger's state {trigger} is of no use: {error} {again}."
             ) from error
-    victim = Victim(spec, net.eval(), attack, classes, scores, image_size=image_size)
+    scores: dict[Split, Scores] = {"val": manifest.scores.val, "test": manifest.scores.test}
+    victim = Victim(spec, net.eval(), attack, manifest.classes, scores, image_size=image_size)
     refuse_if_useless(victim)
     return victim
 

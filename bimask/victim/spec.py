@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from bimask.attacks import Attack, build_attack
-from bimask.data import LOADERS, Splits, load_data
-from bimask.errors import VictimError
+from bimask.data import FOLDER, LOADERS, Splits, load_data, pictures_digest
+from bimask.errors import DataError, VictimError
 from bimask.interop.imported import ImportedVictim, load_imported
 from bimask.net_spec import NetSpec
 from bimask.victim.stored import StoredTrigger, shared_out, stamped
@@ -38,6 +38,9 @@ class VictimSpec(NetSpec):
     """
 
     dataset: str = "digits"
+    dataset_sha256: str | None = Field(
+        None, description="of the pictures of an imagefolder; filled in unless given"
+    )
     image_size: int | None = Field(None, ge=4, le=1024)
     attack: dict[str, Any] = Field(default_factory=lambda: {"name": "badnets"})
     poisoning_rate: float = Field(0.1, ge=0, le=1, description="0 makes a clean control")
@@ -74,6 +77,19 @@ class VictimSpec(NetSpec):
         except VictimError as error:
             raise ValueError(str(error)) from error
 
+    @model_validator(mode="before")
+    @classmethod
+    def _stamped_pictures(cls, given: Any) -> Any:
+        """As files of weights; null lets the path count, as in manifests that say nothing."""
+        if not isinstance(given, dict) or "dataset_sha256" in given:
+            return given
+        if not str(given.get("dataset")).startswith(FOLDER):
+            return given
+        try:
+            return given | {"dataset_sha256": pictures_digest(_folder(given["dataset"]))}
+        except DataError:  # they may be on another machine; `load_data` says what is wrong
+            return given
+
     @model_validator(mode="after")
     def _nothing_beside_an_import(self) -> VictimSpec:
         if self.imported is not None:
@@ -88,11 +104,13 @@ class VictimSpec(NetSpec):
 
     @model_validator(mode="after")
     def _known_names(self) -> VictimSpec:
-        if self.dataset not in LOADERS and not self.dataset.startswith("imagefolder:"):
+        if self.dataset not in LOADERS and not self.dataset.startswith(FOLDER):
             known = ", ".join(sorted(LOADERS))
             raise ValueError(
                 f"unknown dataset {self.dataset!r}, known are {known} and imagefolder:PATH"
             )
+        if self.dataset_sha256 is not None and not self.dataset.startswith(FOLDER):
+            raise ValueError(f"`dataset_sha256` is of pictures, but the dataset is {self.dataset}")
         if "name" not in self.attack:
             raise ValueError("`attack` needs a `name`")
         build_attack(**self.attack)  # SettingError is a ValueError: pydantic reports it
@@ -102,6 +120,8 @@ class VictimSpec(NetSpec):
     def digest(self) -> str:
         """Sixteen hex digits of everything that decides the weights; files count by their content."""
         deciding = self.model_dump(exclude={*BOUNDS, "weights", "imported"})
+        if self.dataset_sha256 is not None:
+            deciding["dataset"] = FOLDER
         if self.net_sha256 is not None:
             deciding["net"] = self.net.rpartition(":")[2]
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
@@ -130,7 +150,7 @@ class VictimSpec(NetSpec):
         """For people: dataset and attack, or "clean"; of an imported one its folder's name."""
         if self.imported is not None:
             return _readable(Path(self.imported).name)
-        dataset = Path(self.dataset.removeprefix("imagefolder:")).name
+        dataset = _folder(self.dataset).name
         return f"{_readable(dataset)}-{'clean' if self.is_control else self.attack['name']}"
 
     def build_attack(self) -> Attack:
@@ -166,10 +186,25 @@ class VictimSpec(NetSpec):
         return {"rate": self.poisoning_rate, "rate_of": self.poisoning_rate_of}
 
     def load_data(self) -> Splits:
-        """The clean data the victim was made from; of an imported one those that came with it."""
+        """The clean data the victim was made from; of an imported one those that came with it.
+
+        Raises:
+            VictimError: the pictures changed since the spec was made.
+            DataError: as of `bimask.data.load_data`.
+        """
         if self.imported is not None:
             return shared_out(self.load_imported())[0]
+        promised = self.dataset_sha256
+        if promised is not None and pictures_digest(_folder(self.dataset)) != promised:
+            raise VictimError(
+                f"The pictures in {_folder(self.dataset)} changed since the spec was made; put the old "
+                "ones back, or leave `dataset_sha256` out."
+            )
         return load_data(self.dataset, image_size=self.image_size)
+
+
+def _folder(dataset: str) -> Path:
+    return Path(dataset.removeprefix(FOLDER))
 
 
 def _readable(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from torch import Tensor
 from bimask.attacks import Attack, TriggeredData
 from bimask.data import Splits
 from bimask.errors import SettingError, VictimError
+from bimask.folders import parsed_manifest
 from bimask.interop.imported import MANIFEST, ImportedVictim
 from bimask.metrics import Split
+from bimask.nets import is_own
 
 # Of five parts, by the digest of an image: the defender's, those to choose on, those to report on.
 PARTS: dict[str, tuple[int, ...]] = {"train": (0,), "val": (1, 2), "test": (3, 4)}
@@ -69,10 +70,11 @@ def stamped(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     path = Path(given["imported"]) / MANIFEST
     try:
-        content = path.read_bytes()
-        about = json.loads(content)
+        about, content = parsed_manifest(path)
         net, width = about["net"], about["width"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if is_own(net):  # which would be looked for, and the packages above it run
+            raise ValueError(f"a net of its own, {net!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise VictimError(
             f"{path.parent} holds no imported victim ({type(error).__name__}: {error}); give a folder "
             "that `python -m bimask import` wrote."

@@ -124,9 +124,10 @@ def _close_ups(
 def _scenes(root: Path, victims: dict[str, Any], study: dict[str, Any]) -> dict[str, Scene]:
     """A scene for every victim that is still there with its data."""
     scenes = {}
-    for name, victim in victims.items():
+    for (name, victim), spec in zip(victims.items(), study["victims"], strict=False):
+        imported, digest = spec.get("imported"), victim["digest"]
         try:
-            scenes[name] = Scene.of(root / victim["digest"], study)
+            scenes[name] = Scene.of(Path(imported) if imported else root / digest, digest, study)
         except BimaskError:
             continue  # the page is about the study; without a victim it says less
     return scenes

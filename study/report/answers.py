@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bimask.config import PurifyConfig
+from bimask.errors import VictimError
 from bimask.gallery import paired_images
 from bimask.masks import MaskSet, fold
 from bimask.metrics import EvalSets, predict
 from bimask.synthesis import TriggerSynthesizer
-from bimask.victim import Victim, load_victim
+from bimask.victim import Victim, open_victim
 
 SHOWN = 6  # images in a picture
 SYNTHESISED = 32  # images a perturbation is made up for
@@ -35,13 +36,15 @@ class Scene:
     images: Tensor  # (N, C, H, W) float: the shown ones, then the defender's
 
     @classmethod
-    def of(cls, folder: Path, study: Mapping[str, Any]) -> Scene:
+    def of(cls, folder: Path, digest: str, study: Mapping[str, Any]) -> Scene:
         """The victim in `folder`, as the study had it.
 
         Raises:
-            BimaskError: the victim or its data are not there any more.
+            BimaskError: the victim or its data are not there any more, or it is another one by now.
         """
-        victim = load_victim(folder, own_code=True)  # the study has run it already
+        victim = open_victim(folder, own_code=True)  # the study has run it already
+        if victim.spec.digest != digest:
+            raise VictimError(f"{folder} holds the victim {victim.spec.digest}, not {digest}.")
         splits = victim.spec.load_data()
         sets = victim.eval_sets(splits, "val")
         clean = splits.train.clean_subset(study["clean_images_per_class"], seed=study["seed"])

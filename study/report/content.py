@@ -21,7 +21,6 @@ from study.importance import importances
 from study.objectives import SCORES, Aggregate, known_scores
 from study.pareto import DIRECTIONS, OBJECTIVES, Direction, ParetoFront
 from study.space import Parameter
-from study.suspect import NAME
 
 PAPER = "paper"
 COMPLETE = "COMPLETE"
@@ -67,7 +66,7 @@ def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: d
     return {
         "name": study["name"],
         "headline": headline(summary, Counter(trial["status"] for trial in trials)),
-        "victims": _victims(study, summary, complete),
+        "victims": _victims(summary, complete),
         "parameters": [{"name": name, **parameter.model_dump()} for name, parameter in space.items()],
         "objectives": objectives,
         "left": left,
@@ -194,22 +193,15 @@ def _before(summary: Mapping[str, Any], split: str) -> dict[str, float] | None:
     return {name: rule(name, [s[name] for s in scores]) for name in known_scores(scores[0])}
 
 
-def _victims(
-    study: dict[str, Any], summary: dict[str, Any], complete: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _victims(summary: dict[str, Any], complete: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each victim with its own scores; of a study that was cut off only the names."""
-    if study.get("suspect") is not None:
-        return [{"name": NAME, "net": study["suspect"]["net"]}]
     known: dict[str, Any] = summary.get("victims") or (complete[0]["scores"] if complete else {})
     return [
         {
             "name": name,
-            "net": spec["net"],
-            "attack": spec["attack"]["name"],
-            "poisoning_rate": spec["poisoning_rate"],
             "before": {split: known[name][split] for split in ("val", "test")} if summary else None,
         }
-        for name, spec in zip(known, study["victims"], strict=False)
+        for name in known
     ]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from study.config import StudyConfig
 from study.judge import Judge
 from study.limits import memory_limit, time_limit
 from study.plots import draw_masks
+from study.search import storage as storages
 from study.stopping import Rivals
 from study.trial import Case, TrialResult, run_trials
 
@@ -37,6 +40,33 @@ def within_limits(function: Callable[..., None]) -> Callable[..., None]:
             function(config, study=study, cases=cases)
 
     return run
+
+
+def with_bucket(function: Callable[..., None], bucket: str) -> Callable[..., None]:
+    """`function`, for nodes that share no folder: what it goes on from is fetched from a bucket.
+
+    Args:
+        bucket: URI. Each group of trials has a folder in it, where `trainable` copies its checkpoints.
+    """
+
+    def run(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
+        folder = Path(config["checkpoint"])
+        copies = f"{bucket}/{folder.name}"
+        with suppress(OSError):  # without them the trial begins anew
+            storages.fetch(copies, folder)
+        function(config | {"copies": copies}, study=study, cases=cases)
+
+    return run
+
+
+def checkpoints_of(config: dict[str, Any], every: float) -> Checkpoints | None:
+    """Where a group's populations are kept; None where it was given no place."""
+    if "checkpoint" not in config:
+        return None
+    folder = Path(config["checkpoint"])
+    if "copies" in config:
+        return Checkpoints(folder, every, partial(storages.put, config["copies"]))
+    return Checkpoints(folder, every)
 
 
 def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
@@ -59,12 +89,13 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
         report_every=study.report_every,
         on_report=report,
         judge=Judge.of(study, Rivals(**config.get("rivals", {}))),
-        checkpoints=Checkpoints(Path(config["checkpoint"]), study.checkpoint_every)
-        if "checkpoint" in config
-        else None,
+        checkpoints=checkpoints_of(config, study.checkpoint_every),
     )
     reports: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    place = config.get("checkpoint")  # where nodes share a folder: one with a full disk has room there
+    if place is not None:
+        Path(place).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         for member, result in zip(members, results, strict=True):
             number = member["number"]
             if isinstance(result, NonFiniteError):

@@ -18,7 +18,7 @@ from study.interrupts import Interrupts
 from study.limits import too_long, where_it_hung
 from study.records import Recorder
 from study.search import storage as storages
-from study.search.actor import trainable, within_limits
+from study.search.actor import trainable, with_bucket, within_limits
 from study.search.pareto_search import (
     CHECKPOINTS,
     ParetoSearch,
@@ -175,6 +175,9 @@ def run_search(
     if not (groups := searcher.groups_left()):
         searcher.close()
         return
+    copies = f"{files}/{CHECKPOINTS}"
+    if storages.is_bucket(files):
+        function = with_bucket(function, copies)
     # Each parameter is put into the object store once, and fetched once a node.
     function = tune.with_parameters(contained(within_limits(function)), study=config, cases=cases)
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
@@ -202,6 +205,8 @@ def run_search(
     searcher.close()
     if interrupts.signal is None:
         shutil.rmtree(searcher.checkpoints, ignore_errors=True)
+        if storages.is_bucket(files):
+            storages.remove(copies)
     _remove_rays_files(files)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def opened(storage: str) -> tuple[fs.FileSystem, str]:
     Raises:
         OSError, ValueError: pyarrow's, where it is of no known kind.
     """
-    if "://" in storage:
+    if is_bucket(storage):
         system, path = fs.FileSystem.from_uri(storage)
         return system, path
     return fs.LocalFileSystem(), str(Path(storage).absolute())
@@ -41,6 +42,25 @@ def read(storage: str, name: str) -> str:
         return str(stream.read().decode())
 
 
+def put(storage: str, file: Path) -> None:
+    """A copy of a file in it, under the file's name; folders are made."""
+    system, path = opened(storage)
+    system.create_dir(path, recursive=True)
+    with file.open("rb") as source, system.open_output_stream(f"{path}/{file.name}") as stream:
+        shutil.copyfileobj(source, stream)
+
+
+def fetch(storage: str, folder: Path) -> None:
+    """Copies of the files in it, in a local folder; none where there is no such storage."""
+    system, path = opened(storage)
+    for found in system.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+        if found.type == fs.FileType.File:
+            folder.mkdir(parents=True, exist_ok=True)
+            local = folder / found.base_name
+            with system.open_input_stream(found.path) as source, local.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+
+
 def remove(storage: str) -> None:
     """The folder with all that is in it, where it exists."""
     if exists(storage):
@@ -48,9 +68,14 @@ def remove(storage: str) -> None:
         system.delete_dir(path)
 
 
+def is_bucket(storage: str) -> bool:
+    """Whether files are sent there, whole, rather than written in place."""
+    return "://" in storage
+
+
 def folder(storage: str) -> Path:
     """Where a process writes what it may lose: the storage, or for a bucket a local folder."""
-    if "://" not in storage:
+    if not is_bucket(storage):
         return Path(storage)
     return Path(tempfile.gettempdir()) / storage.partition("://")[2]
 

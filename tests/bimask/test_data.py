@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bimask.data import ImageData, augment, cache_folder, load_data
+from bimask.data import ImageData, augment, cache_folder, load_data, pictures_digest
 from bimask.errors import DataError
 
 
@@ -185,6 +185,29 @@ def test_decoded_pictures_come_from_the_cache_the_second_time(tmp_path):
     assert reds(load_data(f"imagefolder:{tmp_path}").train) == reds(first.train)
     os.utime(files[0], ns=(0, 0))
     assert set(reds(load_data(f"imagefolder:{tmp_path}").train)) == {255}
+
+
+def test_the_digest_of_a_folder_is_that_of_its_pictures(tmp_path):
+    for split in ("train", "test"):
+        write_pictures(tmp_path / "pets" / split, count=3)
+    first = pictures_digest(tmp_path / "pets")
+    (tmp_path / "pets" / "train" / "cat" / "notes.txt").write_text("no picture")
+    moved = (tmp_path / "pets").rename(tmp_path / "moved")
+    assert pictures_digest(moved) == first
+    (file, *others) = sorted((moved / "train" / "cat").glob("*.bmp"))
+    held = file.read_bytes()
+    file.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
+    assert pictures_digest(moved) != first
+    file.write_bytes(held)
+    assert pictures_digest(moved) == first
+    file.rename(moved / "train" / "dog" / "z.bmp")  # another class
+    assert pictures_digest(moved) != first
+    with pytest.raises(DataError, match="no folder"):
+        pictures_digest(tmp_path / "pets")
+    others[0].unlink()
+    others[0].symlink_to(tmp_path / "nowhere.bmp")
+    with pytest.raises(DataError, match="Cannot read the picture"):
+        pictures_digest(moved)
 
 
 def test_a_cache_file_cut_short_is_made_anew(tmp_path, monkeypatch):

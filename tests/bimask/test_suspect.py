@@ -1,17 +1,21 @@
 """Models of the user's own: a factory in a file outside the project, weights, an image folder."""
 
 import json
+import os
 import shutil
+import zipfile
+from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
 from pydantic import ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bimask import load_data
 from bimask.errors import SettingError, VictimError, VictimRefusedError
 from bimask.metrics import evaluate
+from bimask.own_model import load_suspect
 from bimask.suspect import file_sha256, load_weights, read_weights
 from bimask.victim import VictimSpec, load_victim, obtain_victim, train_victim
 
@@ -300,9 +304,40 @@ def test_weights_of_another_net_are_refused(trained, tmp_path, content, words):
     assert "\n" not in str(caught.value)
 
 
-class Hostile:
+class Calls:
+    """A pickle of it calls `function(*arguments)` when it is read without care."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
     def __reduce__(self):
-        return (open, ("RUN", "w"))
+        return self.call
+
+
+HOSTILE = Calls(open, "RUN", "w")
+STATE = {"0.weight": torch.ones(2, 3), "0.bias": torch.ones(2)}
+
+
+def compressed(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w/data.pkl", b"\0" * 50_000_000)
+
+
+def flipped(path):
+    """One bit of a weight."""
+    torch.save(STATE, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(STATE["0.weight"].numpy().tobytes()) + 2] ^= 64
+    path.write_bytes(data)
+
+
+def huge(path):
+    """A tensor of a petabyte that the file has four bytes of."""
+    torch.save({"0.weight": torch.zeros(1).expand(2**48)}, path)
+
+
+def before_zip(content):
+    return lambda path: torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
 @pytest.mark.parametrize(
@@ -311,10 +346,28 @@ class Hostile:
         ("w.onnx", lambda p: p.write_bytes(b"x"), "must be a .safetensors, .pt or .pth"),
         ("w.safetensors", lambda p: p.write_bytes(b"not tensors"), "cannot be read as plain tensors"),
         ("w.safetensors", lambda p: save_file({}, p), "hold nothing"),
-        ("w.pt", lambda p: p.write_bytes(b"not a pickle"), "cannot be read as plain tensors"),
-        ("w.pt", lambda p: p.write_bytes(b""), "cannot be read as plain tensors"),
-        ("w.pt", lambda p: torch.save(Hostile(), p), "cannot be read as plain tensors"),
-        ("w.pt", lambda p: torch.save(torch.nn.Linear(1, 1), p), "cannot be read as plain tensors"),
+        ("w.pt", lambda p: p.write_bytes(b"not a pickle"), "no whole file of torch.save"),
+        ("w.pt", lambda p: p.write_bytes(b""), "no whole file of torch.save"),
+        ("w.pt", lambda p: p.write_bytes(b"PK\3\4 and no more"), "not a whole file of torch.save"),
+        ("w.pt", lambda p: torch.save(HOSTILE, p), r"asks for '\w+\.open' .* `net.state_dict\(\)`"),
+        ("w.pt", lambda p: torch.save({"model": STATE, "optimizer": HOSTILE}, p), "asks for"),
+        ("w.pt", before_zip(HOSTILE), "asks for"),
+        ("w.pt", before_zip({"model": STATE, "x": Calls(bytearray, 2**50)}), "asks for .*bytearray"),
+        ("w.pt", lambda p: torch.save({"x": Calls(bytearray, 2**33)}, p), "asks for .*bytearray"),
+        ("w.pt", lambda p: torch.save({"x": Calls(torch.Tensor, 2**20, 2**20)}, p), "torch.Tensor"),
+        ("w.pt", lambda p: torch.save({"x": torch.ones(2).to("meta")}, p), "asks for .*meta_tensor"),
+        ("w.pt", lambda p: torch.save({"x": torch.ones(2).to_sparse()}, p), "asks for .*sparse"),
+        ("w.pt", lambda p: torch.save(torch.nn.Linear(1, 1), p), "asks for .*Linear"),
+        ("w.pt", compressed, "would become 50000000"),
+        ("w.pt", flipped, "damaged"),
+        ("w.pt", huge, r"real tensors, but hold '0.weight': torch.float32 \(281474976710656,\)"),
+        ("w.pt", lambda p: torch.save({7: torch.zeros(1)}, p), "hold 7: torch.float32"),
+        (
+            "w.safetensors",
+            lambda p: save_file({"x": torch.ones(2, dtype=torch.complex64)}, p),
+            "complex",
+        ),
+        ("w.pt", os.mkfifo, "no file of weights"),
         ("w.pt", lambda p: torch.save([torch.zeros(1)], p), "hold list"),
         ("w.pt", lambda p: torch.save({"lr": 0.1}, p), "hold 'lr': float"),
         ("w.pt", lambda p: None, "no file of weights"),
@@ -329,8 +382,44 @@ def test_a_file_without_a_state_dict_gets_one_sentence(tmp_path, monkeypatch, na
     assert not (tmp_path / "RUN").exists()
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_training_keeps_beside_weights_is_read(tmp_path, zipped):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    descent = torch.optim.Adam([weight])
+    weight.sum().backward()
+    descent.step()
+    beside = {"milestones": Counter({3: 1}), "shape": torch.Size([3]), "type": torch.float32}
+    beside |= {"device": torch.device("cpu"), "seen": {1, 2}}
+    content = {"epoch": 3, "state_dict": STATE, "optimizer": descent.state_dict(), **beside}
+    torch.save(content, tmp_path / "last.pth", _use_new_zipfile_serialization=zipped)
+    read = read_weights(tmp_path / "last.pth")
+    assert read.keys() == STATE.keys()
+    assert all(torch.equal(read[name], STATE[name]) for name in STATE)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -1.0])
+def test_weights_that_answer_with_no_numbers_are_refused(home, weights, tmp_path, value):
+    state = load_file(weights)
+    name = next(name for name in state if name.endswith("running_var"))
+    save_file(state | {name: torch.full_like(state[name], value)}, tmp_path / "w.safetensors")
+    with pytest.raises(VictimError, match="NaN or infinite; get another copy"):
+        load_suspect(tmp_path / "w.safetensors", f"{home / 'own.py'}:make", home / "pictures" / "test")
+
+
+def test_names_that_steer_a_terminal_are_shown_harmless(trained, tmp_path):
+    state = {key: value.contiguous() for key, value in trained.model.net.state_dict().items()}
+    save_file(state | {"a\n\x1b[31mb": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(VictimError, match=r"do not fit.*a \?\[31mb") as caught:
+        load_weights(
+            trained.spec.fresh_net(trained.spec.load_data().train).net, tmp_path / "w.safetensors"
+        )
+    assert "\x1b" not in str(caught.value)
+
+
 def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert file_sha256(tmp_path / "a").startswith("ba7816bf")
-    with pytest.raises(VictimError, match="Cannot read"):
-        file_sha256(tmp_path / "b")
+    os.mkfifo(tmp_path / "pipe")  # would be waited for without end
+    for name in ("b", "pipe", "."):
+        with pytest.raises(VictimError, match="Cannot read"):
+            file_sha256(tmp_path / name)

@@ -3,9 +3,11 @@ import os
 
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
 from bimask.attacks import ATTACKS
+from bimask.data import load_data
 from bimask.errors import DataError, VictimError, VictimRefusedError
 from bimask.metrics import evaluate
 from bimask.training import fit
@@ -428,6 +430,37 @@ def test_the_digest_is_that_of_everything_but_the_bounds():
     ]
     digests = {VictimSpec(**GOOD | other).digest for other in others}
     assert len(digests | {spec.digest}) == 1 + len(others)
+
+
+def test_other_pictures_in_a_folder_make_another_victim(tmp_path):
+    root = tmp_path / "victims"
+    data = load_data("digits", image_size=8).test
+    for row, (image, label) in enumerate(zip(data.images[:60], data.labels[:60] % 2, strict=True)):
+        folder = tmp_path / "pictures" / ["even", "odd"][label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(folder / f"{row}.png")
+    asked = HASTY | {"dataset": f"imagefolder:{tmp_path / 'pictures'}", "batch_size": 8}
+    spec = VictimSpec(**asked)
+    first = obtain_victim(spec, root)
+    assert first.spec.dataset_sha256
+    assert VictimSpec(**first.spec.model_dump()) == spec
+
+    (tmp_path / "pictures" / "odd" / "1.png").rename(tmp_path / "pictures" / "even" / "1.png")
+    with pytest.raises(VictimError, match="pictures in .* changed since the spec was made"):
+        spec.load_data()
+    now = obtain_victim(VictimSpec(**asked), root)
+    assert now.spec.digest != first.spec.digest
+    assert sorted(path.name for path in root.iterdir()) == sorted((first.spec.digest, now.spec.digest))
+    assert load_victim(root / first.spec.digest).spec == first.spec  # it needs no pictures
+
+    manifest = root / now.spec.digest / "manifest.json"
+    about = json.loads(manifest.read_text())
+    del about["spec"]["dataset_sha256"]  # as they were when only the path counted
+    about["spec_digest"] = VictimSpec(**asked, dataset_sha256=None).digest
+    manifest.write_text(json.dumps(about))
+    assert load_victim(manifest.parent).spec.dataset_sha256 is None
+    with pytest.raises(ValidationError, match="`dataset_sha256` is of pictures"):
+        VictimSpec(dataset_sha256="0")
 
 
 def test_the_name_is_for_people():

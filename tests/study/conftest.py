@@ -154,9 +154,19 @@ def large_study(tmp_path_factory):
     return make_study(tmp_path_factory.mktemp("large"))
 
 
-def make_study(outputs, trials=STUDY["trials"]):
-    """Write the records of a study to `outputs/large` and return the folder."""
-    config = StudyConfig.model_validate(STUDY | {"trials": trials})
+@pytest.fixture
+def study_of(tmp_path):
+    """A victim's settings -> the folder of a small study on it alone."""
+
+    def make(victim):
+        return make_study(tmp_path, 40, name="small", victims=[victim], held_out=[], controls=[])
+
+    return make
+
+
+def make_study(outputs, trials=STUDY["trials"], **changes):
+    """Write the records of a study to `outputs/NAME` and return the folder."""
+    config = StudyConfig.model_validate(STUDY | {"trials": trials} | changes)
     folder = outputs / config.name
     folder.mkdir(parents=True)
     suite = {

@@ -14,6 +14,7 @@ from study.checkpoint import Checkpoints
 from study.config import StudyConfig, StudyError
 from study.records import Recorder
 from study.search import ParetoSearch
+from study.search.actor import checkpoints_of, with_bucket
 from study.search.pareto_search import Searcher
 
 STUDY = {
@@ -283,6 +284,34 @@ def test_a_group_goes_on_from_the_state_that_was_kept(tiny_net, pictures, tmp_pa
     assert later.seconds > 0
     Checkpoints(tmp_path / "000", 1e-9).place("victim").run(population())
     assert len(seen) == 9, "what was over is not run again"
+
+
+def test_without_a_common_folder_a_group_goes_on_from_the_copies(tiny_net, pictures, tmp_path):
+    """Two nodes, each with a folder of its own, and a bucket between them."""
+    rounds = {"initialise_rounds": 2, "minimise_rounds": 0, "select_rounds": 0}
+    config = PurifyConfig(inner_steps=1, budget=0.2, step_size=None, **rounds)
+    bucket, ran = (tmp_path / "bucket").as_uri(), []
+
+    def on_a_node(folder, *, on_round):
+        group = {"checkpoint": str(tmp_path / folder / "007")}
+
+        def function(group, *, study, cases):
+            generator = torch.Generator().manual_seed(0)
+            population = PopulationPurifier(
+                tiny_net, pictures, [config], generators=[generator], on_round=on_round
+            )
+            checkpoints_of(group, 1e-9).place("victim").run(population)
+
+        with_bucket(function, bucket)(group, study=None, cases=[])
+
+    def cut_off(_member, log, _masks):
+        if log.step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        on_a_node("one", on_round=cut_off)
+    on_a_node("two", on_round=lambda _member, log, _masks: ran.append(log.step))
+    assert ran == [1]
 
 
 def test_a_state_that_is_damaged_or_of_others_costs_the_work_alone(tiny_net, pictures, tmp_path):

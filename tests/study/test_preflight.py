@@ -96,6 +96,8 @@ def test_real_nodes_pass_and_a_storage_that_is_none_does_not(tmp_path):
 def test_storage_writes_reads_and_removes(tmp_path):
     place = str(tmp_path / "a" / "b")
     assert not storage.exists(place)
+    storage.fetch(place, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     storage.write(place, "x", "text")
     assert storage.read(place, "x") == "text"
     assert storage.read((tmp_path / "a" / "b").as_uri(), "x") == "text"

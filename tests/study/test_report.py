@@ -15,7 +15,10 @@ import yaml
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
-from bimask import PurifyConfig
+from bimask import PurifyConfig, load_victim
+from bimask.interop import save_imported
+from bimask.interop.backdoorbench_writer import clean_positions
+from bimask.interop.imported import assemble
 from bimask.masks import MaskSet
 from study.config import StudyError
 from study.importance import MIN_TRIALS, importances
@@ -263,6 +266,41 @@ def test_a_study_without_its_victims_has_no_answers(large_study, tmp_path):
     assert data["close_ups"]["victims"] == {}
     mine = data["close_ups"]["trials"][str(data["chosen"])]["victims"]["digits-badnets"]
     assert set(mine) == {"curves", "layers"}
+
+
+def test_an_imported_victim_answers_from_where_it_was_imported_to(large_study, study_of, tmp_path):
+    victims = large_study.parent / "victims"
+    ours = load_victim(next(path for path in victims.iterdir() if _is_badnets(path)))
+    sets = ours.eval_sets(ours.spec.load_data(), "test")
+    wanted = ours.attack.attack_labels(sets.clean.labels, sets.clean.num_classes)
+    imported = assemble(
+        source="backdoorbench",
+        net=ours.spec.net,
+        weights=(ours.model, ours.spec.width),
+        dataset="digits",
+        clean=sets.clean,
+        triggered=sets.triggered,
+        clean_index=clean_positions(sets, wanted),
+    )
+    folder = tmp_path / "somebodys"
+    save_imported(imported, folder, source=victims.parent / "large" / "study.yaml")
+    study = study_of({"imported": str(folder)})
+    data = data_of(write_report(study, tmp_path / "victims"))
+    before = json.loads((study / "summary.json").read_text())["victims"]["somebodys"]["val"]
+    asked = data["close_ups"]["victims"]["somebodys"]["asked"]
+    assert asked["triggered_wanted"] == pytest.approx(before["attack_success"])
+    assert asked["clean_right"] == pytest.approx(before["clean_accuracy"])
+    mine = data["close_ups"]["trials"][str(data["chosen"])]["victims"]["somebodys"]
+    assert set(mine["answers"]["asked"]) == {"purified", "inverse"}
+
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")  # imported anew: another victim by now
+    assert data_of(write_report(study, tmp_path / "victims"))["close_ups"]["victims"] == {}
+
+
+def _is_badnets(folder):
+    spec = json.loads((folder / "manifest.json").read_text())["spec"]
+    return spec["attack"]["name"] == "badnets" and spec["poisoning_rate"] > 0
 
 
 def test_a_study_that_was_cut_off_has_a_page(large_study, tmp_path):

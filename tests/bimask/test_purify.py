@@ -154,6 +154,7 @@ def test_labels_cannot_be_given():
         "images",
         "config",
         "generator",
+        "pool",
         "on_round",
     ]
 

@@ -77,7 +77,7 @@ def folder(storage: str) -> Path:
     """Where a process writes what it may lose: the storage, or for a bucket a local folder."""
     if not is_bucket(storage):
         return Path(storage)
-    return Path(tempfile.gettempdir()) / storage.partition("://")[2]
+    return Path(tempfile.gettempdir()) / storage.partition("://")[2].lstrip("/")
 
 
 def folders(storage: str, prefix: str) -> list[str]:

@@ -92,6 +92,14 @@ def listening(cluster, host):
     return {(address.rpartition(":")[0], int(address.rpartition(":")[2])) for address in rows}
 
 
+def what_stays(cluster, host):
+    """What a host listens on for good: a worker ends by itself, a minute after the head has gone."""
+    deadline = time.monotonic() + 240
+    while len(sockets := listening(cluster, host)) > 1 and time.monotonic() < deadline:
+        time.sleep(2)
+    return sockets
+
+
 @pytest.fixture(scope="module")
 def went(tmp_path_factory):
     """The whole way, once; what was seen on it."""
@@ -159,8 +167,8 @@ def went(tmp_path_factory):
         down = "cd ~/project && RAY_UP_enable_autoscaler_v2=0 "
         down += "ray exec cluster/local.yaml 'bash ~/bimask/cluster/mlflow.sh stop' && "
         seen.down = in_shell(cluster, "you", f"{down} ray down -y cluster/local.yaml", timeout=600)
-        seen.left = {host: listening(cluster, host) for host in names[1:]}
-        ps = "ps ax -o args | grep -E '[r]aylet|[g]cs_server|[m]lflow|ray::' || true"
+        seen.left = {host: what_stays(cluster, host) for host in names[1:]}
+        ps = "ps ax -o args | grep -E '[r]aylet|[g]cs_server|[m]lflow|[r]ay::' || true"
         seen.processes = {host: in_shell(cluster, host, ps).stdout for host in names[1:]}
     seen.namespaces = hosts.run("ip", "netns")
     return seen

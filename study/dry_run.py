@@ -6,6 +6,7 @@ import itertools
 import os
 import statistics
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from bimask.config import PurifyConfig
 from bimask.data import Splits
 from bimask.population import PopulationPurifier
+from bimask.trigger_pool import TriggerPool
 from study import search
 from study.config import StudyConfig, load_config
 from study.prepare import check_data
@@ -55,22 +57,25 @@ def dry_run(path: Path, overrides: dict[str, Any], *, outputs: Path, console: Co
 def estimate(config: StudyConfig, settings: list[PurifyConfig]) -> str:
     """Seconds of the study, from rounds timed on nets of random weights; and how it was done."""
     torch.set_num_threads(config.cpus_per_trial)
-    nets = _nets(config)
+    timed = _nets(config)
     per_trial = [
-        config.repeats * sum(seconds_of(one, net, images, seed=config.seed) for net, images in nets)
+        config.repeats * sum(seconds_of(one, net, seed=config.seed) for net in timed)
         for one in settings
     ]
     paper = [s for s, one in zip(per_trial, settings, strict=True) if one == PurifyConfig()]
     usual = statistics.fmean([s for s in per_trial if s not in paper] or per_trial)
     at_once = config.concurrency or max(1, (os.cpu_count() or 1) // config.cpus_per_trial)
     search_seconds = (usual * (config.trials - len(paper)) + sum(paper)) / at_once
+    searching = config.repeats * sum(net.searching for net in timed)
     text = (
-        f"estimate: a trial {usual:.0f} s"
+        "estimate: "
+        + (f"searching triggers {searching:.0f} s, once; " if searching else "")
+        + f"a trial {usual:.0f} s"
         + (f", the paper's defaults {paper[0]:.0f} s" if paper else "")
         + f", the search {search_seconds:.0f} s with {at_once} actors"
     )
     if (asked := config.confirmation) is not None:
-        a_run = usual / (config.repeats * len(config.victims))
+        a_run = (usual + searching) / (config.repeats * len(config.victims))
         text += f", the confirmation {a_run * asked.seeds * len(config.suite) / at_once:.0f} s"
         text += " and the paper's defaults beside it" if config.paper_defaults else ""
     return text + (
@@ -80,8 +85,29 @@ def estimate(config: StudyConfig, settings: list[PurifyConfig]) -> str:
     )
 
 
-def _nets(config: StudyConfig) -> list[tuple[nn.Module, Tensor]]:
-    """Every net that trials see, untrained where it is a victim's, with the defence's images."""
+@dataclass(frozen=True)
+class _Net:
+    """What is timed in a victim's place.
+
+    Attributes:
+        images: the defence's.
+        pool: triggers to learn against, where a trial may.
+        searching: seconds that they took.
+    """
+
+    model: nn.Module
+    images: Tensor
+    pool: TriggerPool | None = None
+    searching: float = 0.0
+
+    def with_pool(self) -> _Net:
+        started = time.perf_counter()
+        pool = TriggerPool.search(self.model, self.images)
+        return replace(self, pool=pool, searching=time.perf_counter() - started)
+
+
+def _nets(config: StudyConfig) -> list[_Net]:
+    """Every net that trials see, untrained where it is a victim's."""
     found: list[tuple[nn.Module, Splits]] = []
     for spec in config.victims:
         splits = spec.load_data()
@@ -90,10 +116,11 @@ def _nets(config: StudyConfig) -> list[tuple[nn.Module, Tensor]]:
         suspect = config.suspect.load(config.clean_images_per_class)
         found.append((suspect.model, suspect.load_data()))
     count, seed = config.clean_images_per_class, config.seed
-    return [(net, splits.train.clean_subset(count, seed=seed).floats()) for net, splits in found]
+    nets = [_Net(net, splits.train.clean_subset(count, seed=seed).floats()) for net, splits in found]
+    return [net.with_pool() for net in nets] if config.may_use("class_triggers") else nets
 
 
-def seconds_of(settings: PurifyConfig, net: nn.Module, images: Tensor, *, seed: int) -> float:
+def seconds_of(settings: PurifyConfig, net: _Net, *, seed: int) -> float:
     """Seconds of one purification, from a few rounds."""
     rounds = {"initialise_rounds": TIMED, "minimise_rounds": 0, "select_rounds": TIMED}
     marks = [time.perf_counter()]
@@ -102,10 +129,11 @@ def seconds_of(settings: PurifyConfig, net: nn.Module, images: Tensor, *, seed: 
         marks.append(time.perf_counter())
 
     PopulationPurifier(
-        net,
-        images,
+        net.model,
+        net.images,
         [settings.model_copy(update=rounds | {"patience": None})],
         generators=[torch.Generator().manual_seed(seed)],
+        pool=net.pool,
         on_round=mark,
     ).run()
     spans = [later - earlier for earlier, later in itertools.pairwise(marks)]

@@ -18,9 +18,7 @@ from study.config import StudyConfig, StudyError
 from study.provenance import sources, versions
 from study.search import storage as storages
 
-PATIENCE = (
-    600.0  # seconds for a node to answer: it imports torch, from a cold disk or beside other work
-)
+PATIENCE = 600.0  # seconds for a node to answer: it imports torch, perhaps beside other work
 LEAST_FREE = 2 * 2**30  # bytes on a node's temporary disk, where Ray spills and trials write
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from bimask.trigger_pool import TriggerPool
 from bimask.victim import VictimSpec, obtain_victim
 from study import leave_out, run, search, suite
 from study.checkpoint import Checkpoints
@@ -295,6 +296,21 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, capsys):
         assert text in shown
     assert "estimate: a trial" in shown
     assert shown.count("inner_steps': 1") == 5
+
+
+def test_a_dry_run_searches_triggers_once_a_net_and_counts_them(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump({**SUITE, "fixed": SUITE["fixed"] | {"class_triggers": 0.3}}))
+    search, searched = TriggerPool.search, []
+
+    def counted(model, images):
+        searched.append(len(images))
+        return search(model, images)
+
+    monkeypatch.setattr(TriggerPool, "search", counted)
+    dry_run(path, {}, outputs=tmp_path / "outputs", console=Console(width=200))
+    assert searched == [30, 30]
+    assert "estimate: searching triggers" in capsys.readouterr().out
 
 
 def test_an_attack_that_is_not_there_cannot_be_left_out():

@@ -156,12 +156,15 @@ def population(
 
         seen = measure.alternating(repeats, alone=alone, together=together)
         ratios = [a / t for a, t in zip(seen["alone"], seen["together"], strict=True)]
-        counted = {"alone": measure.launches(alone), "together": measure.launches(together)}
         found[kind] = {name: measure.spread(values) for name, values in seen.items()} | {
-            "alone / together": measure.spread(ratios),
-            "launches a member": {name: count / members for name, count in counted.items()},
-            "launches alone / together": counted["alone"] / counted["together"],
+            "alone / together": measure.spread(ratios)
         }
+        if torch.get_num_threads() == 1:  # the profiler does not see what other threads launch
+            counted = {"alone": measure.launches(alone), "together": measure.launches(together)}
+            found[kind] |= {
+                "launches a member": {name: count / members for name, count in counted.items()},
+                "launches alone / together": counted["alone"] / counted["together"],
+            }
     return found
 
 
@@ -362,6 +365,7 @@ def main(arguments: list[str]) -> None:
     if options.cifar:
         cases["cifar"] = cifar(options.cifar)
     path = report.RESULTS / f"{device.type}.json"
+    more = f", {options.threads} threads" if options.threads > 1 else ""  # a table of its own
     for attack, case in cases.items():
         for part in options.parts:
             if (
@@ -390,7 +394,7 @@ def main(arguments: list[str]) -> None:
             else:
                 value = levers(case, attack, device)
             about = hardware(device) | {"seconds": time.perf_counter() - begun}
-            report.keep(path, case.name, part, value | {"about": about})
+            report.keep(path, case.name, part + more, value | {"about": about})
             print(json.dumps(value, indent=1), flush=True)
     report.write()
 

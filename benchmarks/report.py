@@ -41,7 +41,7 @@ def _tables(results: dict[str, Any]) -> Iterable[str]:
                 f"**{part}** ({about['device']}, {about['threads']} thread(s), torch {about['torch']}, "
                 f"{about['date']})\n"
             )
-            yield from WRITERS[part]({k: v for k, v in value.items() if k != "about"})
+            yield from WRITERS[part.partition(",")[0]]({k: v for k, v in value.items() if k != "about"})
             yield ""
 
 
@@ -95,7 +95,7 @@ def _population(value: dict[str, Any]) -> Iterable[str]:
                 _spread(v["alone"]),
                 _spread(v["together"]),
                 _spread(v["alone / together"]),
-                f"{v['launches alone / together']:.1f}",
+                f"{v['launches alone / together']:.1f}" if "launches a member" in v else "-",
             ]
             for kind, v in value.items()
         ),

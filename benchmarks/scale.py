@@ -3,7 +3,7 @@
 Trials that do nothing, through the whole of `study.search`: Optuna's suggestions, Ray's actors on small
 nodes, records, MLflow. Measured are seconds a trial, the driver's memory and CPU a trial, the time of a
 suggestion as the history grows, and what MLflow takes a second. Prints a table, writes
-benchmarks/results/scale.json. docs/scaling.md draws the conclusions.
+benchmarks/results/scale/. docs/scaling.md draws the conclusions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from study.config import StudyConfig
 from study.provenance import commit, versions
 from study.tracking import Tracker, tracking_uri
 
-RESULTS = Path(__file__).parent / "results" / "scale.json"
+RESULTS = Path(__file__).parent / "results" / "scale" / "runs.json"
 WINDOW = 20  # suggestions that are averaged at a point of the history
 STUDY: dict[str, Any] = {
     "name": "scale",

@@ -101,7 +101,7 @@ class PurifyConfig(BaseModel):
     )
     class_triggers: Unit = Field(
         0.0,
-        description="share of images that get a trigger towards a suspicious class, searched before",
+        description="share of images that get a trigger towards one class, searched before",
     )
     shift: int = Field(0, ge=0, description="clean images shifted anew each round, pixels at most")
     flip: bool = Field(False, description="clean images flipped at random each round")
@@ -115,7 +115,9 @@ class PurifyConfig(BaseModel):
     reuse_last_pass: bool = Field(
         False, description="learn masks on the perturbation of the last inner pass, one step behind"
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the passes")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the passes; bfloat16 where the device has instructions for it"
+    )
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     fold_batch_norm: bool = Field(
         True, description="into masked convolutions, where they can be traced"

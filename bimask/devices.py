@@ -30,6 +30,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bfloat16: a CPU that emulates it takes ten times float32's time."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        known = torch.backends.mkldnn.is_available()
+        return known and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return True
+
+
 def upload(values: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
     """Host numbers as a tensor where `like` lives; the host does not wait for an accelerator.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bimask.attacks import Attack, TriggeredData
 from bimask.data import ImageData
+from bimask.devices import fast_bfloat16
 from bimask.errors import DataError, NonFiniteError
 
 Split = Literal["val", "test"]
@@ -129,9 +130,10 @@ def predict(
 
     Args:
         batch_size: images a pass; None means 512 on a CPU, elsewhere as many as memory allows.
-        precision: with "bfloat16" the passes run in it, and every image that could be answered
-            otherwise in float32 is asked again there. Logits are taken to differ by no more than
-            twice what they differ by on a sample, and classes closer than that are not told apart.
+        precision: with "bfloat16" the passes run in it where the device has it, and every image that
+            could be answered otherwise in float32 is asked again there. Logits are taken to differ by
+            no more than twice what they differ by on a sample, and classes closer than that are not
+            told apart.
 
     Raises:
         NonFiniteError: logits that are NaN or infinite, which have no class.
@@ -139,7 +141,7 @@ def predict(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        if precision == "float32":
+        if precision == "float32" or not fast_bfloat16(images.device):
             return _logits(model, images, batch_size).argmax(1)
         low = copy.deepcopy(model).to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
         logits = _logits(low, images, batch_size, torch.bfloat16)

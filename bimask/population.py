@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bimask.blocks import Blocks
 from bimask.config import ENGINE, BudgetWarning, PurifyConfig
-from bimask.devices import upload
+from bimask.devices import fast_bfloat16, upload
 from bimask.errors import NonFiniteError, SettingError
 from bimask.frozen import FrozenNet
 from bimask.losses import selection_cost
@@ -92,11 +92,12 @@ class PopulationPurifier:
         like = self.blank.mask
         self.fine = torch.empty(0, dtype=_fine(images.device), device=images.device)
         self.images = images.to(like).contiguous(memory_format=torch.channels_last)
+        low = engine.precision == "bfloat16" and fast_bfloat16(images.device)
         net = FrozenNet(
             model,
             self.blank,
             sample=self.images[:8],
-            dtype=torch.bfloat16 if engine.precision == "bfloat16" else None,
+            dtype=torch.bfloat16 if low else None,
             channels_last=engine.memory_format == "channels_last",
             fold_batch_norm=engine.fold_batch_norm,
             compile=engine.compile,

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from bimask.attacks import Attack
 from bimask.data import ImageData, augment
+from bimask.devices import fast_bfloat16
 from bimask.errors import NonFiniteError
 from bimask.training_state import Checkpoint, TrainingState
 
@@ -62,7 +63,7 @@ def fit(
         model = fresh_net(data)
         model.to(data.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         steps = max(1, len(data) // batch_size)
-        low = precision == "bfloat16"
+        low = precision == "bfloat16" and fast_bfloat16(data.images.device)
         descent = _optimizer(optimizer or "sgd", model, lr, weight_decay)
         cycle = torch.optim.lr_scheduler.OneCycleLR(
             descent,

@@ -57,7 +57,9 @@ class VictimSpec(NetSpec):
     )
     shift: int = Field(1, ge=0, description="augmentation: random shift by up to this many pixels")
     flip: bool = Field(False, description="augmentation: random horizontal flip")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of training's passes")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of training's passes; bfloat16 where the device has instructions for it"
+    )
     seed: int = Field(0, ge=0)
     imported: str | None = Field(None, description="folder of an imported victim")
     imported_sha256: str | None = Field(None, description="of its manifest; filled in unless given")

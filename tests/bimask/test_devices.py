@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bimask.devices import resolve_device, upload
+from bimask.devices import fast_bfloat16, resolve_device, upload
 from bimask.errors import SettingError
 
 
@@ -14,6 +14,14 @@ def test_devices_that_are_here():
 def test_devices_that_are_not_here_are_refused(name):
     with pytest.raises(SettingError, match=f"device '{name}' cannot be used"):
         resolve_device(name)
+
+
+def test_a_cpu_has_bfloat16_where_onednn_says_so(monkeypatch):
+    for known in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda known=known: known)
+        assert fast_bfloat16(torch.device("cpu")) is known
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert fast_bfloat16(torch.device("cpu")) is False
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -495,12 +495,27 @@ def test_a_device_takes_what_fits_into_its_pass(tiny_net, pictures, monkeypatch)
     assert max(watch.forward) == 5 * 24
     _, watch = watched(tiny_net, pictures, [short(images_per_pass="batch")] * 8)
     assert max(watch.forward) == 5 * 24
+    monkeypatch.setattr(population, "fast_bfloat16", lambda _device: True)
     narrow = short(images_per_pass="device", precision="bfloat16")
     _, watch = watched(tiny_net, pictures, [narrow] * 3)
     assert max(watch.forward) == 10 * 24
     monkeypatch.setitem(blocks.PASS_BYTES, "cpu", 1)
     _, watch = watched(tiny_net, pictures, [short(images_per_pass="device")] * 3)
     assert max(watch.forward) == 24
+
+
+def test_a_device_without_bfloat16_gives_the_bits_of_float32(tiny_net, pictures, monkeypatch):
+    wide, narrow = short(), short(precision="bfloat16")
+    (wanted,) = PopulationPurifier(tiny_net, pictures, [wide], generators=generators([wide])).run()
+    masks = {}
+    for known in (False, True):
+        monkeypatch.setattr(population, "fast_bfloat16", lambda _device, known=known: known)
+        (ended,) = PopulationPurifier(
+            tiny_net, pictures, [narrow], generators=generators([narrow])
+        ).run()
+        masks[known] = ended.masks.mask
+    assert torch.equal(masks[False], wanted.masks.mask)
+    assert not torch.equal(masks[True], wanted.masks.mask)
 
 
 def launches(model, images, configs):

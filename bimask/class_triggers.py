@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from bimask.errors import DataError
@@ -155,22 +156,37 @@ class ClassTriggers:
         family: its name.
         price: (K,), see the module; inf for a class that all images are of.
         success: (K,) share of the images of other classes that it sends there.
-        parts: the triggers, of some classes each, in their order.
+        made: the triggers.
     """
 
     family: Family
     price: Tensor
     success: Tensor
-    parts: tuple[TriggerFamily, ...]
+    made: TriggerFamily
 
     @torch.no_grad()
     def apply(self, images: Tensor) -> Tensor:
         """Every class's trigger on every image: (N, C, H, W) in [0, 1] -> (K, N, C, H, W)."""
-        return torch.cat([part(images) for part in self.parts])
+        return cast(Tensor, self.made(images))
+
+    @torch.no_grad()
+    def apply_each(self, images: Tensor, rows: Tensor) -> Tensor:
+        """On each image the trigger of its class: (N, C, H, W), (N,) in [0, K) -> (N, C, H, W)."""
+
+        def one(trigger: dict[str, Tensor], image: Tensor) -> Tensor:
+            return cast(Tensor, functional_call(self.made, trigger, (image[None],)))[0, 0]
+
+        chosen = {name: value[rows, None] for name, value in self.made.named_parameters()}
+        return vmap(one)(chosen, images)
+
+    def of(self, rows: Tensor) -> ClassTriggers:
+        """Those of some classes alone, (J,) in [0, K)."""
+        made = _stacked([self.made], rows)
+        return replace(self, price=self.price[rows], success=self.success[rows], made=made)
 
     def to(self, device: torch.device | str) -> ClassTriggers:
         """The same on another device."""
-        return replace(self, parts=tuple(copy.deepcopy(part).to(device) for part in self.parts))
+        return replace(self, made=copy.deepcopy(self.made).to(device))
 
 
 def find_class_triggers(
@@ -196,24 +212,37 @@ def find_class_triggers(
     """
     if not len(images):
         raise DataError("Triggers need at least one clean image, got none.")
+    # a copy that no gradient is asked of, in the layout that convolutions are fastest in
+    model = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
     with torch.no_grad():
         logits = model(images)
     answers = logits.argmax(1)
     if towards is None:
         towards = torch.arange(logits.shape[1], device=images.device)
-    prices, successes, parts = [], [], []
+    prices: list[Tensor] = []
+    successes: list[Tensor] = []
+    parts: list[TriggerFamily] = []
     for chunk in towards.split(_classes_at_once(len(images))):
         triggers = FAMILIES[family](len(chunk), tuple(images.shape[1:])).to(images)
         price, success = _search(model, images, triggers, chunk, answers, on_step)
         prices.append(price)
         successes.append(success)
-        parts.append(triggers.requires_grad_(False))
-    return ClassTriggers(family, torch.cat(prices), torch.cat(successes), tuple(parts))
+        parts.append(triggers)
+    return ClassTriggers(family, torch.cat(prices), torch.cat(successes), _stacked(parts))
 
 
 def steps_of(family: Family, classes: int, images: int) -> int:
     """How often `on_step` is called."""
     return FAMILIES[family].steps * -(-classes // _classes_at_once(images))
+
+
+def _stacked(parts: Sequence[TriggerFamily], rows: Tensor | slice = slice(None)) -> TriggerFamily:
+    """Triggers of several in a row, or some of those; they ask for no gradient."""
+    made = copy.deepcopy(parts[0])
+    for name, _ in parts[0].named_parameters():
+        value = torch.cat([part.get_parameter(name).detach() for part in parts])[rows]
+        setattr(made, name, nn.Parameter(value, requires_grad=False))
+    return made
 
 
 def _classes_at_once(images: int) -> int:
@@ -235,7 +264,8 @@ def _search(
     adam = torch.optim.Adam(triggers.parameters(), lr=triggers.lr)
 
     def costs() -> tuple[Tensor, Tensor]:
-        logits = model(triggers(images).flatten(0, 1))
+        triggered = triggers(images).flatten(0, 1)
+        logits = model(triggered.contiguous(memory_format=torch.channels_last))
         loss = F.cross_entropy(logits, wanted, reduction="none").view(len(targets), -1)
         hits = (logits.argmax(1) == wanted).view(len(targets), -1)
         return (loss * share).sum(1) + triggers.weight * triggers.size(), (hits * share).sum(1)

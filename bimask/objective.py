@@ -200,7 +200,7 @@ class Objective:
         return found, answered
 
     def _class_triggers(self, group: list[Member], x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of each member images drawn anew, (J,), and they with a trigger of the pool, (J, C, H, W)."""
+        """Of each member images drawn anew, (J,), and they with triggers of the pool, (J, C, H, W)."""
         if self.pool is None or not group[0].config.class_triggers:
             return []
         drawn = []

@@ -16,6 +16,7 @@ from bimask.errors import NonFiniteError
 from bimask.training_state import Checkpoint, TrainingState
 
 WARMUP = 0.3  # share of the steps in which the rate rises, where nothing is said
+ONEDNN_BLOCK = 16  # channels, of AVX-512; AVX2 has 8
 
 
 def fit(
@@ -61,7 +62,8 @@ def fit(
         torch.manual_seed(seed)
         draws = torch.Generator().manual_seed(seed)  # of the attack: order and shifts keep their own
         model = fresh_net(data)
-        model.to(data.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layout = _layout(model)
+        model.to(data.images.device, memory_format=layout)  # type: ignore[call-overload]
         steps = max(1, len(data) // batch_size)
         low = precision == "bfloat16" and fast_bfloat16(data.images.device)
         descent = _optimizer(optimizer or "sgd", model, lr, weight_decay)
@@ -85,7 +87,7 @@ def fit(
                         images, labels, data.num_classes, share=share, generator=draws
                     )
                     images, labels, penalty = batch.images, batch.labels, batch.penalty
-                images = augment(images, shift=shift, flip=flip)
+                images = augment(images, shift=shift, flip=flip).contiguous(memory_format=layout)
                 with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
                     logits = model(images)
                 loss = F.cross_entropy(logits.float(), labels)
@@ -106,6 +108,23 @@ def fit(
             if on_epoch is not None:
                 on_epoch(epoch, mean_loss, model)
     return model.eval()
+
+
+def _layout(model: nn.Module) -> torch.memory_format:
+    """channels_last, but for narrow nets with a strided convolution of one pixel.
+
+    oneDNN's gradient of its weights writes past the workspace there, and the process dies (oneDNN
+    issue 6035).
+    """
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.kernel_size == (1, 1)
+            and module.stride != (1, 1)
+            and module.in_channels < ONEDNN_BLOCK
+        ):
+            return torch.contiguous_format
+    return torch.channels_last
 
 
 def _optimizer(

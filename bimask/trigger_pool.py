@@ -1,9 +1,10 @@
 """Triggers that are searched on the suspect before a defence begins, for it to learn against.
 
 The inner problem makes up perturbations of one budget, image by image or in common. What attackers use
-is of many kinds and leads to one class. So the classes that are cheap to reach
-(`bimask.evidence.suspicion`) are asked for universal triggers of every family in
-`bimask.class_triggers`, several of each, on clean images alone. Not in the paper.
+is of many kinds and leads to one class. So every class is asked for universal triggers of all families
+in `bimask.class_triggers`, on clean images alone, and images get them at random: half of them towards
+the classes that are cheap to reach (`bimask.evidence.suspicion`), where most backdoors lead, half
+towards any class, since not every backdoor makes its class cheap. Not in the paper.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from bimask.class_triggers import FAMILIES, ClassTriggers, Family, find_class_triggers, steps_of
+from bimask.devices import upload
 from bimask.errors import DataError
 from bimask.evidence import suspicion
 from bimask.latent import latent_distances
 
-SEARCHES = 3  # of each family towards each suspicious class
-SHARE = 0.6  # of the images that one search sees, so that no two find the same
+SEARCHES = 3  # of each family towards each class
+SHARE = 0.3  # of the images that one search sees, so that no two find the same
+EVEN = 0.5  # of the images get a trigger whatever its class costs
+MOST = 20  # classes, the most suspicious ones
 PRICED_BY: tuple[Family, ...] = ("patch", "pattern")
 
 
@@ -30,7 +34,7 @@ class TriggerPool:
 
     Attributes:
         triggers: one a search, of the same J classes each.
-        weights: (J,) how suspicious each class is, in [0, 1], of sum 1.
+        weights: (J,) how often each class is drawn, in [0, 1], of sum 1.
     """
 
     triggers: tuple[ClassTriggers, ...]
@@ -45,8 +49,7 @@ class TriggerPool:
         Args:
             suspect: images in [0, 1] -> logits (N, K), in eval mode; it is left as it is.
             images: (N, C, H, W) in [0, 1], clean, of the suspect's device; two that differ or more.
-            on_step: called after each of `TriggerPool.steps(K, N)` steps, or of a few more where many
-                classes are suspicious.
+            on_step: called after each of `TriggerPool.steps(K, N)` steps.
 
         Raises:
             DataError: fewer than two images.
@@ -60,37 +63,54 @@ class TriggerPool:
             images[torch.randperm(len(images), generator=generator)[:count].to(images.device)]
             for _ in range(SEARCHES)
         ]
-        prices = [
-            find_class_triggers(suspect, parts[0], family, on_step=on_step).price.double().cpu()
+        priced = {
+            family: find_class_triggers(suspect, parts[0], family, on_step=on_step)
             for family in PRICED_BY
-        ]
-        weights = suspicion([*prices, latent_distances(suspect, images)])
+        }
+        prices = [found.price.double().cpu() for found in priced.values()]
+        weights = spread_out(suspicion([*prices, latent_distances(suspect, images)]))
         towards = weights.nonzero().flatten()
         there = towards.to(images.device)
-        found = [
+        found = [priced[family].of(there) for family in PRICED_BY]
+        found += [
             find_class_triggers(suspect, part, family, towards=there, on_step=on_step)
             for part in parts
             for family in FAMILIES
+            if part is not parts[0] or family not in priced
         ]
         return cls(tuple(found), weights[towards])
 
     @staticmethod
     def steps(classes: int, images: int) -> int:
         """How often `on_step` is called."""
-        seen = _seen(images)
-        pricing = sum(steps_of(family, classes, seen) for family in PRICED_BY)
-        return pricing + SEARCHES * sum(steps_of(family, 1, seen) for family in FAMILIES)
+        seen, towards = _seen(images), min(classes, MOST)
+        steps = {family: steps_of(family, towards, seen) for family in FAMILIES}
+        first = steps | {family: steps_of(family, classes, seen) for family in PRICED_BY}
+        return sum(first.values()) + (SEARCHES - 1) * sum(steps.values())
 
     def to(self, device: torch.device | str) -> TriggerPool:
         """The same on another device."""
         return replace(self, triggers=tuple(found.to(device) for found in self.triggers))
 
-    @torch.no_grad()
     def on(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One trigger, drawn, on all images: (N, C, H, W) -> same."""
-        of_class = int(torch.multinomial(self.weights, 1, generator=generator))
-        which = int(torch.randint(len(self.triggers), (), generator=generator))
-        return self.triggers[which].apply(images)[of_class]
+        """On each image a trigger of its own, drawn: (N, C, H, W) -> same."""
+        count = len(images)
+        classes = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        searches = torch.randint(len(self.triggers), (count,), generator=generator)
+        triggered = torch.empty_like(images)
+        for search in searches.unique().tolist():
+            rows = (searches == search).nonzero().flatten()
+            mine = upload(rows, images)
+            of_class = upload(classes[rows], images)
+            triggered[mine] = self.triggers[search].apply_each(images[mine], of_class)
+        return triggered
+
+
+def spread_out(weights: Tensor) -> Tensor:
+    """The `MOST` largest alone, half of them as they are and half evenly: (K,) of sum 1 -> same."""
+    kept = weights.topk(min(MOST, len(weights)))
+    spread = (1 - EVEN) * kept.values / kept.values.sum() + EVEN / len(kept.values)
+    return torch.zeros_like(weights).index_put((kept.indices,), spread)
 
 
 def _seen(images: int) -> int:

@@ -5,7 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bimask.class_triggers import FAMILIES, IMAGES_PER_PASS, find_class_triggers, steps_of
+from bimask.class_triggers import (
+    FAMILIES,
+    IMAGES_PER_PASS,
+    ClassTriggers,
+    find_class_triggers,
+    steps_of,
+)
 from bimask.errors import DataError
 
 
@@ -83,6 +89,21 @@ def test_some_classes_alone_get_the_triggers_that_they_get_among_all(family, qua
     )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_image_gets_the_trigger_of_its_class(family):
+    pictures = torch.rand(6, 3, 9, 7, generator=torch.Generator().manual_seed(0))
+    made = FAMILIES[family](4, (3, 9, 7)).requires_grad_(False)
+    for parameter in made.parameters():
+        parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    found = ClassTriggers(family, torch.ones(4), torch.ones(4), made)
+    rows = torch.tensor([3, 0, 0, 2, 1, 3])
+    expected = found.apply(pictures)[rows, torch.arange(6)]
+    torch.testing.assert_close(found.apply_each(pictures, rows), expected)
+    some = found.of(torch.tensor([3, 1]))
+    torch.testing.assert_close(some.apply(pictures), found.apply(pictures)[[3, 1]])
+    assert found.apply_each(pictures[:0], rows[:0]).shape == (0, 3, 9, 7)
+
+
 def test_a_planted_backdoor_is_the_cheapest_patch(quarters):
     found = find_class_triggers(Quadrants(backdoor=2), quarters, "patch")
     assert found.price.argmin() == 2
@@ -103,7 +124,7 @@ def test_the_price_is_what_the_formula_says(quarters):
         others = answers != k
         logits = model(triggered[k][others])
         loss = F.cross_entropy(logits, torch.full((int(others.sum()),), k))
-        size = (found.parts[0].added[k] ** 2).sum()
+        size = (found.made.added[k] ** 2).sum()
         assert found.price[k].item() == pytest.approx((loss + 0.5 * size).item(), rel=1e-5)
         assert found.success[k].item() == pytest.approx((logits.argmax(1) == k).float().mean().item())
 

@@ -96,3 +96,11 @@ def test_epochs_are_told_with_their_mean_loss(data):
 def test_a_training_that_diverges_is_told(data):
     with pytest.raises(NonFiniteError, match="diverged in epoch .*; lower `lr`"):
         fit(data, **RECIPE | {"lr": 1e20})
+
+
+@pytest.mark.parametrize(("width", "spread"), [(4, False), (8, False), (16, True)])
+def test_nets_too_narrow_for_onednn_keep_their_layout(data, width, spread):
+    fresh_net = NetSpec(net="small_resnet", width=width).fresh_net
+    net = fit(data, **{**RECIPE, "fresh_net": fresh_net, "epochs": 1})
+    widest = max(net.parameters(), key=lambda weight: weight.numel())
+    assert widest.is_contiguous(memory_format=torch.channels_last) is spread

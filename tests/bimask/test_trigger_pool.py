@@ -1,5 +1,7 @@
 """Triggers that the defence learns against beside those of the inner problem."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from bimask import PurifyConfig, purify
 from bimask.class_triggers import ClassTriggers, Patch
 from bimask.errors import DataError
 from bimask.population import PopulationPurifier
-from bimask.trigger_pool import SEARCHES, TriggerPool
+from bimask.trigger_pool import MOST, SEARCHES, TriggerPool, spread_out
 
 SHORT = {
     "initialise_rounds": 1,
@@ -56,28 +58,40 @@ def white(classes=1):
     patch = Patch(classes, (1, 8, 8)).requires_grad_(False)
     patch.cover.fill_(1e9)
     patch.paint.fill_(1e9)
-    found = ClassTriggers("patch", torch.ones(classes), torch.ones(classes), (patch,))
+    found = ClassTriggers("patch", torch.ones(classes), torch.ones(classes), patch)
     return TriggerPool((found,), torch.full((classes,), 1 / classes))
 
 
-def test_the_class_with_the_short_cut_is_asked_alone_by_every_family(pool):
-    assert pool.weights.tolist() == [1]
-    assert [found.family for found in pool.triggers] == ["patch", "pattern", "warp", "tone"] * SEARCHES
-    assert all(len(found.price) == 1 for found in pool.triggers)
+def test_the_class_with_the_short_cut_is_asked_by_half_and_every_class_by_the_others(pool):
+    assert pool.weights.tolist() == [0.125, 0.125, 0.625, 0.125]
+    families = Counter(found.family for found in pool.triggers)
+    assert families == dict.fromkeys(["patch", "pattern", "warp", "tone"], SEARCHES)
+    assert all(len(found.price) == 4 for found in pool.triggers)
+
+
+def test_of_many_classes_the_most_suspicious_are_asked():
+    suspicious = torch.arange(1, 101).double() / 5050
+    weights = spread_out(suspicious)
+    assert weights.nonzero().flatten().tolist() == list(range(100 - MOST, 100))
+    assert weights.sum().item() == pytest.approx(1)
+    largest = suspicious[-1] / suspicious[-MOST:].sum()
+    assert weights[-1].item() == pytest.approx(largest.item() / 2 + 0.5 / MOST)
+    few = torch.tensor([0.0, 1.0, 0.0])
+    torch.testing.assert_close(spread_out(few), torch.tensor([1 / 6, 4 / 6, 1 / 6]))
 
 
 def test_no_two_searches_find_the_same_and_the_same_call_does(pool, quarters):
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([pool.on(quarters, generator) for _ in range(40)])
-    assert len(drawn.flatten(1).unique(dim=0)) > len(pool.triggers) / 2
+    drawn = pool.on(quarters[:1].expand(400, -1, -1, -1), generator)
+    assert len(drawn.flatten(1).unique(dim=0)) > 4 * len(pool.triggers) / 2
     again, generator = TriggerPool.search(Quadrants(), quarters), torch.Generator().manual_seed(0)
-    assert torch.equal(drawn, torch.stack([again.on(quarters, generator) for _ in range(40)]))
+    assert torch.equal(drawn, again.on(quarters[:1].expand(400, -1, -1, -1), generator))
 
 
 def test_its_patches_follow_the_short_cut(pool, quarters):
     patches = [found for found in pool.triggers if found.family == "patch"]
     for found in patches:
-        assert (Quadrants()(found.apply(quarters)[0]).argmax(1) == 2).float().mean() >= 0.8
+        assert (Quadrants()(found.apply(quarters)[2]).argmax(1) == 2).float().mean() >= 0.8
 
 
 def test_every_step_is_told(quarters):
@@ -91,12 +105,13 @@ def test_a_single_image_is_refused(quarters):
         TriggerPool.search(Quadrants(), quarters[:1])
 
 
-def test_classes_are_drawn_by_their_weights(quarters):
+def test_every_image_draws_a_class_by_the_weights(quarters):
     pool = white(classes=2)
-    pool.triggers[0].parts[0].paint[0] = -1e9  # class 0 paints black
+    pool.triggers[0].made.paint[0] = -1e9  # class 0 paints black
     pool = TriggerPool(pool.triggers, torch.tensor([0.2, 0.8], dtype=torch.float64))
     generator = torch.Generator().manual_seed(0)
-    painted = torch.stack([pool.on(quarters[:1], generator).mean() for _ in range(400)])
+    painted = pool.on(quarters[:1].expand(400, -1, -1, -1), generator).mean((1, 2, 3))
+    assert painted.unique().tolist() == [0, 1]
     assert painted.mean().item() == pytest.approx(0.8, abs=0.06)
 
 

@@ -26,6 +26,13 @@ def runs_of(tracker):
     return client, {run.data.tags.get("trial", "parent"): run for run in runs}, len(runs)
 
 
+def wait_until(holds, seconds=120):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"still waiting after {seconds} s"
+        time.sleep(0.05)
+
+
 def test_a_server_that_dies_delays_and_loses_nothing(server, tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "masks").write_text("masks")
@@ -34,8 +41,7 @@ def test_a_server_that_dies_delays_and_loses_nothing(server, tmp_path):
     troubles = []
     mirror = Mirror(tracker, troubles.append)
     mirror.start_trial(0, {"mask_lr": 0.1}, {})
-    while 0 not in tracker.runs:
-        time.sleep(0.05)
+    wait_until(lambda: 0 in tracker.runs)
     server.kill()
     curve = [(step, float(step)) for step in range(1500)]  # two batches
     for number in (0, 1):
@@ -51,8 +57,7 @@ def test_a_server_that_dies_delays_and_loses_nothing(server, tmp_path):
     mirror.start_trial(2, {}, {})
     mirror.end_trial(2, reason="deliberately bad")
     mirror.end_study(metrics={"hypervolume": 0.5}, artifacts=[])
-    while not troubles:
-        time.sleep(0.05)
+    wait_until(lambda: troubles)
     server.start()
     assert mirror.close(patience=120) == 0
     client, runs, count = runs_of(tracker)

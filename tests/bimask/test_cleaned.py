@@ -75,8 +75,11 @@ def own(tmp_path_factory):
     save_file(
         {k: v.contiguous() for k, v in victim.model.net.state_dict().items()}, home / "w.safetensors"
     )
-    settings = PurifyConfig.profile("fast", precision="float32", class_triggers=0.3).model_dump()
-    (home / "best.yaml").write_text(yaml.safe_dump({"purify": settings, "seed": 0}))
+    # the profile was tuned on another net, and left the backdoor in this one on a CPU with AVX2 alone
+    settings = PurifyConfig.profile(
+        "fast", precision="float32", class_triggers=0.5, clean_weight=2, select_rounds=64
+    )
+    (home / "best.yaml").write_text(yaml.safe_dump({"purify": settings.model_dump(), "seed": 0}))
     return home, victim
 
 
@@ -116,14 +119,14 @@ class InUnits(nn.Module):
         return self.net(images)
 
 
-def test_the_users_own_class_loads_the_file_and_most_of_the_backdoor_is_gone(own, cleaned):
+def test_the_users_own_class_loads_the_file_and_the_backdoor_is_gone(own, cleaned):
     home, victim = own
     net = users_net(home)
     net.load_state_dict(load_file(cleaned[0] / "model.safetensors"), strict=True)
     test = victim.eval_sets(victim.spec.load_data(), "test")
     before, after = victim.scores["test"], evaluate(InUnits(net), test)
     assert before.attack_success > 0.9
-    assert after.attack_success < 0.3
+    assert after.attack_success < 0.1
     assert before.clean_accuracy - after.clean_accuracy < 0.05
 
 

@@ -2,9 +2,10 @@
 
 The inner problem makes up perturbations of one budget, image by image or in common. What attackers use
 is of many kinds and leads to one class. So every class is asked for universal triggers of all families
-in `bimask.class_triggers`, on clean images alone, and images get them at random: half of them towards
-the classes that are cheap to reach (`bimask.evidence.suspicion`), where most backdoors lead, half
-towards any class, since not every backdoor makes its class cheap. Not in the paper.
+in `bimask.class_triggers`, on clean images alone, and images get them at random: a quarter of them
+towards the classes that are cheap to reach (`bimask.evidence.suspicion`), where most backdoors lead,
+the others towards any class, since not every backdoor makes its class cheap. Of a class's triggers
+those are drawn most that send images there. Not in the paper.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bimask.latent import latent_distances
 
 SEARCHES = 3  # of each family towards each class
 SHARE = 0.3  # of the images that one search sees, so that no two find the same
-EVEN = 0.5  # of the images get a trigger whatever its class costs
+EVEN = 0.75  # of the images get a trigger whatever its class costs
 MOST = 20  # classes, the most suspicious ones
 PRICED_BY: tuple[Family, ...] = ("patch", "pattern")
 
@@ -88,15 +89,23 @@ class TriggerPool:
         first = steps | {family: steps_of(family, classes, seen) for family in PRICED_BY}
         return sum(first.values()) + (SEARCHES - 1) * sum(steps.values())
 
+    @property
+    def chances(self) -> Tensor:
+        """How often each search's trigger of each class is drawn: (S, J) of sum 1, by its success."""
+        success = torch.stack([found.success.double().cpu() for found in self.triggers])
+        success = success.clamp_min(1e-6)  # where none of a class's triggers works, all are drawn alike
+        return success / success.sum(0) * self.weights.double()
+
     def to(self, device: torch.device | str) -> TriggerPool:
         """The same on another device."""
         return replace(self, triggers=tuple(found.to(device) for found in self.triggers))
 
     def on(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """On each image a trigger of its own, drawn: (N, C, H, W) -> same."""
-        count = len(images)
-        classes = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        searches = torch.randint(len(self.triggers), (count,), generator=generator)
+        drawn = torch.multinomial(
+            self.chances.flatten(), len(images), replacement=True, generator=generator
+        )
+        searches, classes = drawn // len(self.weights), drawn % len(self.weights)
         triggered = torch.empty_like(images)
         for search in searches.unique().tolist():
             rows = (searches == search).nonzero().flatten()
@@ -107,7 +116,7 @@ class TriggerPool:
 
 
 def spread_out(weights: Tensor) -> Tensor:
-    """The `MOST` largest alone, half of them as they are and half evenly: (K,) of sum 1 -> same."""
+    """The `MOST` largest alone, `EVEN` of their sum evenly: (K,) of sum 1 -> same."""
     kept = weights.topk(min(MOST, len(weights)))
     spread = (1 - EVEN) * kept.values / kept.values.sum() + EVEN / len(kept.values)
     return torch.zeros_like(weights).index_put((kept.indices,), spread)

@@ -1,6 +1,7 @@
 """Triggers that the defence learns against beside those of the inner problem."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from bimask import PurifyConfig, purify
 from bimask.class_triggers import ClassTriggers, Patch
 from bimask.errors import DataError
 from bimask.population import PopulationPurifier
-from bimask.trigger_pool import MOST, SEARCHES, TriggerPool, spread_out
+from bimask.trigger_pool import EVEN, MOST, SEARCHES, TriggerPool, spread_out
 
 SHORT = {
     "initialise_rounds": 1,
@@ -62,8 +63,8 @@ def white(classes=1):
     return TriggerPool((found,), torch.full((classes,), 1 / classes))
 
 
-def test_the_class_with_the_short_cut_is_asked_by_half_and_every_class_by_the_others(pool):
-    assert pool.weights.tolist() == [0.125, 0.125, 0.625, 0.125]
+def test_the_class_with_the_short_cut_is_asked_most_and_every_class_by_many(pool):
+    assert pool.weights.tolist() == [0.1875, 0.1875, 0.4375, 0.1875]
     families = Counter(found.family for found in pool.triggers)
     assert families == dict.fromkeys(["patch", "pattern", "warp", "tone"], SEARCHES)
     assert all(len(found.price) == 4 for found in pool.triggers)
@@ -75,9 +76,9 @@ def test_of_many_classes_the_most_suspicious_are_asked():
     assert weights.nonzero().flatten().tolist() == list(range(100 - MOST, 100))
     assert weights.sum().item() == pytest.approx(1)
     largest = suspicious[-1] / suspicious[-MOST:].sum()
-    assert weights[-1].item() == pytest.approx(largest.item() / 2 + 0.5 / MOST)
+    assert weights[-1].item() == pytest.approx((1 - EVEN) * largest.item() + EVEN / MOST)
     few = torch.tensor([0.0, 1.0, 0.0])
-    torch.testing.assert_close(spread_out(few), torch.tensor([1 / 6, 4 / 6, 1 / 6]))
+    torch.testing.assert_close(spread_out(few), torch.tensor([0.25, 0.5, 0.25]))
 
 
 def test_no_two_searches_find_the_same_and_the_same_call_does(pool, quarters):
@@ -92,6 +93,20 @@ def test_its_patches_follow_the_short_cut(pool, quarters):
     patches = [found for found in pool.triggers if found.family == "patch"]
     for found in patches:
         assert (Quadrants()(found.apply(quarters)[2]).argmax(1) == 2).float().mean() >= 0.8
+
+
+def test_of_a_classs_triggers_those_that_work_are_drawn(quarters):
+    black, paint = white(classes=2).triggers[0], white(classes=2).triggers[0]
+    black.made.paint.fill_(-1e9)
+    black = replace(black, success=torch.tensor([0.25, 0.0]))
+    paint = replace(paint, success=torch.tensor([0.75, 0.0]))
+    pool = TriggerPool((black, paint), torch.tensor([0.6, 0.4]))
+    torch.testing.assert_close(
+        pool.chances, torch.tensor([[0.15, 0.2], [0.45, 0.2]]), check_dtype=False
+    )
+    generator = torch.Generator().manual_seed(0)
+    painted = pool.on(quarters[:1].expand(1000, -1, -1, -1), generator).mean((1, 2, 3))
+    assert painted.mean().item() == pytest.approx(0.65, abs=0.04)
 
 
 def test_every_step_is_told(quarters):

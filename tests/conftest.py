@@ -21,14 +21,6 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items):
-    """`make test` runs two processes: a file's tests share one, all that start servers share one."""
-    for item in items:
-        part = item.path.relative_to(Path(__file__).parent)
-        group = str(part) if part.parts[0] == "bimask" else "servers"
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_the_session(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:

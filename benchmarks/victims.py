@@ -45,9 +45,9 @@ With delta 0.6 it depends on the seed, also after 120 epochs (100.0, 77.8 and 99
 0.8 is the least that was tried at which every seed has its backdoor, and anybody can see that wave.""",
     "cifar10": """CIFAR-10 as JPEG pictures, in 8 epochs where the field trains 100. WaNet as published
 stays below 90 % ASR here. Its warp moves a pixel by a fifth of one on average, and twice as many noise
-samples as poisoned ones, with other warps, keep their labels. Twice the warp does not help; half as many
-noise samples as poisoned ones do, in place of twice. Those two rows are of float32 on a CPU without
-bfloat16, beside other work, hence their seconds.""",
+samples as poisoned ones, with other warps, keep their labels. Twice the warp does not help;
+half as many noise samples as poisoned ones do. Those two rows are of float32 on a CPU without bfloat16,
+beside other work, hence their seconds.""",
 }
 
 # What images of 16x16 in 17 grey levels need beside the published values, and why.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class TriggerPool:
         first = steps | {family: steps_of(family, classes, seen) for family in PRICED_BY}
         return sum(first.values()) + (SEARCHES - 1) * sum(steps.values())
 
-    @property
+    @cached_property
     def chances(self) -> Tensor:
         """How often each search's trigger of each class is drawn: (S, J) of sum 1, by its success."""
         success = torch.stack([found.success.double().cpu() for found in self.triggers])

@@ -329,7 +329,7 @@ def test_nothing_but_the_target_class_is_refused(name):
         (BPP(), 0),
         (LabelConsistent(size=1), 255),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, int) else type(value).__name__,
 )
 def test_a_null_trigger_is_refused(attack, value):
     images = torch.full((10, 1, 12, 12), value, dtype=torch.uint8)

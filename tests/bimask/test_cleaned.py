@@ -77,7 +77,7 @@ def own(tmp_path_factory):
     )
     # the profile was tuned on another net, and left the backdoor in this one on a CPU with AVX2 alone
     settings = PurifyConfig.profile(
-        "fast", precision="float32", class_triggers=0.5, clean_weight=2, select_rounds=64
+        "fast", precision="float32", class_triggers=0.3, clean_weight=2, select_rounds=64
     )
     (home / "best.yaml").write_text(yaml.safe_dump({"purify": settings.model_dump(), "seed": 0}))
     return home, victim
@@ -178,7 +178,7 @@ def test_the_manifest_tells_accuracy_and_blind_evidence(cleaned):
     assert seen["before"]["favourite_share"] > 0.6
     assert seen["after"]["accuracy"] > 0.9
     assert seen["twin"]["favourite_share"] > 0.6, "the twin keeps a short cut"
-    assert seen["twin"]["accuracy"] < seen["after"]["accuracy"] - 0.2, "and drops the clean task"
+    assert seen["twin"]["accuracy"] < 0.5, "and drops the clean task"
 
 
 def test_an_own_net_is_not_run_unless_trusted(cleaned):

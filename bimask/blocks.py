@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 # The largest masked activation of one pass, in bytes, where the settings do not say: what stays in a
 # CPU's cache, and what an accelerator has to spare.
-PASS_BYTES = {"cpu": 16 * 2**20}
+PASS_BYTES = {"cpu": 8 * 2**20}
 PASS_BYTES_ELSEWHERE = 2**30
 
 

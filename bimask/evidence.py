@@ -187,14 +187,22 @@ class _Stressed:
         return _share((_answers(model, self.images) == self.answers)[counts])
 
 
+def costs(prices: list[Tensor]) -> Tensor:
+    """What reaching each class costs by all kinds of price together: the sum of their logs, (K,).
+
+    Args:
+        prices: (K,) each, >= 0; infinite where nothing reaches the class.
+    """
+    return torch.stack([price.double().clamp_min(1e-9).log() for price in prices]).sum(0)
+
+
 def suspicion(prices: list[Tensor]) -> Tensor:
-    """Weights of the classes from what each costs: softmax(-8 sum of logs), (K,) of sum 1.
+    """Weights of the classes from what each costs: softmax(-8 costs), (K,) of sum 1.
 
     Args:
         prices: (K,) each, >= 0; a class with an infinite price has no weight, as one below a hundredth.
     """
-    logs = torch.stack([price.double().clamp_min(1e-9).log() for price in prices]).sum(0)
-    weights = (-SHARPNESS * logs).softmax(0)
+    weights = (-SHARPNESS * costs(prices)).softmax(0)
     weights = weights.masked_fill(weights < LEAST_WEIGHT, 0)
     return weights / weights.sum()
 
@@ -222,4 +230,4 @@ def _share(hits: Tensor) -> float:
     return hits.double().mean().item()
 
 
-__all__ = ["Evidence", "Probe", "suspicion"]
+__all__ = ["Evidence", "Probe", "costs", "suspicion"]

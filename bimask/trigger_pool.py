@@ -2,10 +2,10 @@
 
 The inner problem makes up perturbations of one budget, image by image or in common. What attackers use
 is of many kinds and leads to one class. So every class is asked for universal triggers of all families
-in `bimask.class_triggers`, on clean images alone, and images get them at random: a quarter of them
-towards the classes that are cheap to reach (`bimask.evidence.suspicion`), where most backdoors lead,
-the others towards any class, since not every backdoor makes its class cheap. Of a class's triggers
-those are drawn most that send images there. Not in the paper.
+in `bimask.class_triggers`, on clean images alone, and images get them at random: towards every class
+alike, since not every backdoor makes its class cheap, but the more towards the cheapest one the further
+it stands apart from the others, as most backdoors' does. Of a class's triggers those are drawn most
+that send images there. Not in the paper.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bimask.class_triggers import FAMILIES, ClassTriggers, Family, find_class_triggers, steps_of
 from bimask.devices import upload
 from bimask.errors import DataError
-from bimask.evidence import suspicion
+from bimask.evidence import costs
 from bimask.latent import latent_distances
 
 SEARCHES = 3  # of each family towards each class
 SHARE = 0.3  # of the images that one search sees, so that no two find the same
-EVEN = 0.75  # of the images get a trigger whatever its class costs
-MOST = 20  # classes, the most suspicious ones
+APART = 0.6  # of the draws go to the cheapest class at most, where the next costs far more
+MOST = 20  # classes, the cheapest ones
 PRICED_BY: tuple[Family, ...] = ("patch", "pattern")
 
 
@@ -70,7 +71,7 @@ class TriggerPool:
             for family in PRICED_BY
         }
         prices = [found.price.double().cpu() for found in priced.values()]
-        weights = spread_out(suspicion([*prices, latent_distances(suspect, images)]))
+        weights = draws(costs([*prices, latent_distances(suspect, images)]))
         towards = weights.nonzero().flatten()
         there = towards.to(images.device)
         found = [priced[family].of(there) for family in PRICED_BY]
@@ -116,11 +117,16 @@ class TriggerPool:
         return triggered
 
 
-def spread_out(weights: Tensor) -> Tensor:
-    """The `MOST` largest alone, `EVEN` of their sum evenly: (K,) of sum 1 -> same."""
-    kept = weights.topk(min(MOST, len(weights)))
-    spread = (1 - EVEN) * kept.values / kept.values.sum() + EVEN / len(kept.values)
-    return torch.zeros_like(weights).index_put((kept.indices,), spread)
+def draws(costs: Tensor) -> Tensor:
+    """How often each class is drawn: (K,) logs of prices -> (K,) in [0, 1], of sum 1.
+
+    The `MOST` cheapest classes share the draws evenly, but for APART (1 - p_1 / p_2) of them, which
+    are the cheapest's alone: p_1 is its price, p_2 that of the next.
+    """
+    kept = costs.clamp_max(1e3).topk(min(MOST, len(costs)), largest=False)
+    apart = APART * (1 - (kept.values[0] - kept.values[1]).exp())
+    share = (1 - apart) / len(kept.values) + apart * F.one_hot(torch.tensor(0), len(kept.values))
+    return torch.zeros_like(costs).index_put((kept.indices,), share)
 
 
 def _seen(images: int) -> int:

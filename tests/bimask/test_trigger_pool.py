@@ -12,7 +12,7 @@ from bimask import PurifyConfig, purify
 from bimask.class_triggers import ClassTriggers, Patch
 from bimask.errors import DataError
 from bimask.population import PopulationPurifier
-from bimask.trigger_pool import EVEN, MOST, SEARCHES, TriggerPool, spread_out
+from bimask.trigger_pool import APART, MOST, SEARCHES, TriggerPool, draws
 
 SHORT = {
     "initialise_rounds": 1,
@@ -64,21 +64,40 @@ def white(classes=1):
 
 
 def test_the_class_with_the_short_cut_is_asked_most_and_every_class_by_many(pool):
-    assert pool.weights.tolist() == [0.1875, 0.1875, 0.4375, 0.1875]
+    others = pool.weights[[0, 1, 3]].unique().tolist()
+    assert len(others) == 1
+    assert pool.weights[2] == pytest.approx(1 - 3 * others[0])
+    assert 3 * others[0] < pool.weights[2] < others[0] + APART
     families = Counter(found.family for found in pool.triggers)
     assert families == dict.fromkeys(["patch", "pattern", "warp", "tone"], SEARCHES)
     assert all(len(found.price) == 4 for found in pool.triggers)
 
 
-def test_of_many_classes_the_most_suspicious_are_asked():
-    suspicious = torch.arange(1, 101).double() / 5050
-    weights = spread_out(suspicious)
+@pytest.mark.parametrize(
+    ("prices", "apart"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], 0.0),
+        ([1.0, 2.0, 4.0, 3.0], 0.5),
+        ([5.0, 1.0, 4.0, float("inf")], 0.75),
+        ([float("inf"), 2.0, float("inf"), float("inf")], 1.0),
+        ([float("inf")] * 4, 0.0),
+    ],
+)
+def test_the_cheapest_class_is_drawn_as_far_as_it_stands_apart(prices, apart):
+    prices = torch.tensor(prices, dtype=torch.float64)
+    weights = draws(prices.log())
+    expected = torch.full((4,), (1 - APART * apart) / 4, dtype=torch.float64)
+    expected[prices.argmin()] += APART * apart
+    torch.testing.assert_close(weights, expected)
+
+
+def test_of_many_classes_the_cheapest_are_asked():
+    prices = torch.arange(100, 0, -1).double()
+    weights = draws(prices.log())
     assert weights.nonzero().flatten().tolist() == list(range(100 - MOST, 100))
     assert weights.sum().item() == pytest.approx(1)
-    largest = suspicious[-1] / suspicious[-MOST:].sum()
-    assert weights[-1].item() == pytest.approx((1 - EVEN) * largest.item() + EVEN / MOST)
-    few = torch.tensor([0.0, 1.0, 0.0])
-    torch.testing.assert_close(spread_out(few), torch.tensor([0.25, 0.5, 0.25]))
+    assert weights[-1].item() == pytest.approx((1 - APART / 2) / MOST + APART / 2)
+    assert weights[-2].item() == pytest.approx((1 - APART / 2) / MOST)
 
 
 def test_no_two_searches_find_the_same_and_the_same_call_does(pool, quarters):

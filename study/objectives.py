@@ -61,7 +61,8 @@ class Aggregate(BaseModel):
 
     `mean`; `worst`, the worst victim's, which may be another one for every objective; `cvar`, the mean
     of the worst `alpha` of the victims (Rockafellar, Uryasev 2000), where a victim may count in part:
-    alpha 1 is the mean, 1 / victims and less the worst.
+    alpha 1 is the mean, 1 / victims and less the worst. Risk is always the mean: how high it is depends
+    on the victim, so that only the order of one victim's trials says something.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +85,8 @@ class Aggregate(BaseModel):
 
     def __call__(self, name: str, values: Iterable[float]) -> float:
         """One value of the objective `name` from those of the victims."""
+        if name == "risk":
+            return statistics.fmean(values)
         sign = -1.0 if DIRECTIONS[name] == "maximize" else 1.0
         return sign * self.of_losses([sign * value for value in values])
 

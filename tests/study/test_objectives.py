@@ -27,6 +27,12 @@ def test_cvar_lies_between_mean_and_worst_and_ends_in_them(rates):
     assert values == sorted(values, reverse=True)
 
 
+@pytest.mark.parametrize("rule", ["mean", "worst", "cvar"])
+def test_risk_is_the_mean_under_every_rule(rule):
+    # the second victim's trials all have the higher risk: the worst alone would hide the first's order
+    assert Aggregate(rule=rule)("risk", iter([0.2, 0.6])) == pytest.approx(0.4)
+
+
 def test_a_rule_may_be_given_by_its_name():
     assert Aggregate.model_validate("worst") == Aggregate(rule="worst")
 

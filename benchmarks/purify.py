@@ -160,6 +160,9 @@ def population(
             "alone / together": measure.spread(ratios)
         }
         if torch.get_num_threads() == 1:  # the profiler does not see what other threads launch
+            # in passes that hold all members, as an accelerator's do; a CPU's hold what its cache does
+            wide = {"images_per_pass": members * len(images)}
+            configs = [config.model_copy(update=wide) for config in configs]
             counted = {"alone": measure.launches(alone), "together": measure.launches(together)}
             found[kind] |= {
                 "launches a member": {name: count / members for name, count in counted.items()},

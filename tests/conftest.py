@@ -4,6 +4,7 @@ numbers."""
 import copy
 import functools
 import inspect
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -22,9 +23,12 @@ hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_of_the_session(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
+def _places_of_the_session(tmp_path_factory):
+    """`make test` runs two processes: neither finds the other's cache or its Ray."""
+    short = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
+    with short as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("BIMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("RAY_TMPDIR", folder)  # a socket's path has at most 107 characters
         yield
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from bimask.class_triggers import FAMILIES, ClassTriggers, Family, find_class_triggers, steps_of
 from bimask.devices import upload
-from bimask.errors import DataError
+from bimask.errors import DataError, SettingError
 from bimask.evidence import costs
 from bimask.latent import latent_distances
 
@@ -56,10 +56,16 @@ class TriggerPool:
 
         Raises:
             DataError: fewer than two images.
-            SettingError: the suspect's last layer is no nn.Linear.
+            SettingError: fewer than two classes, or the suspect's last layer is no nn.Linear.
         """
         if len(images) < 2:
             raise DataError(f"A search of triggers needs two clean images or more, got {len(images)}.")
+        distances = latent_distances(suspect, images)
+        if len(distances) < 2:
+            raise SettingError(
+                "A search of triggers leads images from one class to another, but the model has one "
+                "class; set `class_triggers` to 0."
+            )
         generator = torch.Generator().manual_seed(0)
         count = _seen(len(images))
         parts = [
@@ -71,7 +77,7 @@ class TriggerPool:
             for family in PRICED_BY
         }
         prices = [found.price.double().cpu() for found in priced.values()]
-        weights = draws(costs([*prices, latent_distances(suspect, images)]))
+        weights = draws(costs([*prices, distances]))
         towards = weights.nonzero().flatten()
         there = towards.to(images.device)
         found = [priced[family].of(there) for family in PRICED_BY]

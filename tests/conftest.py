@@ -22,6 +22,12 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with a Ray in them first: else one process runs the last of them while the other waits."""
+    long = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _places_of_the_session(tmp_path_factory):
     """`make test` runs two processes: neither finds the other's cache or its Ray."""

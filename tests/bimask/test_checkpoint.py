@@ -10,6 +10,7 @@ from bimask.checkpoint import PopulationState
 from bimask.config import PurifyConfig
 from bimask.errors import NonFiniteError, SettingError
 from bimask.population import PopulationPurifier
+from bimask.trigger_pool import TriggerPool
 
 SHORT = {
     "initialise_rounds": 2,
@@ -43,7 +44,7 @@ MEMBERS = [
     },  # overflows as soon as it looks for triggers
 ]
 LONGEST = 11  # rounds of the third
-WHOLE = []
+WHOLE, POOL = [], []
 
 
 class CutError(Exception):
@@ -53,6 +54,8 @@ class CutError(Exception):
 @pytest.fixture
 def make(tiny_net, pictures):
     """A population of all of them; the fourth is told to stop after four rounds."""
+    if not POOL:  # one search is enough for all tests
+        POOL.append(TriggerPool.search(tiny_net, pictures))
 
     def population(**engine):
         configs = [PurifyConfig(**{**SHORT, **member, **engine}) for member in MEMBERS]
@@ -61,6 +64,7 @@ def make(tiny_net, pictures):
             pictures,
             configs,
             generators=[torch.Generator().manual_seed(row) for row in range(len(configs))],
+            pool=POOL[0],
             on_round=lambda member, log, _: member == 3 and log.step == 3,
         )
 

@@ -33,7 +33,13 @@ def folded(net, width):
     return fold(model, masks)
 
 
-@pytest.fixture(scope="module", params=[("small_resnet", 8), ("vit_tiny", 16)], ids=["conv", "gates"])
+NETS = [
+    pytest.param(("small_resnet", 8), id="conv"),
+    pytest.param(("vit_tiny", 16), id="gates", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=NETS)
 def model(request):
     return folded(*request.param)
 

@@ -79,7 +79,10 @@ def test_a_killed_training_ends_with_the_bits_of_one_that_was_not(name, spec, tm
     [
         {"precision": "bfloat16", "flip": True},
         {"optimizer": "adamw", "lr": 0.01, "warmup": 0.5},
-        {"net": "mobilenet_v3_large", "width": 4, "image_size": 12},  # with dropout
+        pytest.param(
+            {"net": "mobilenet_v3_large", "width": 4, "image_size": 12},  # with dropout
+            marks=pytest.mark.slow,
+        ),
         {"poisoning_rate": 0},
     ],
     ids=str,

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import optuna
@@ -19,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from bimask.victim import obtain_victim
+from study import launch
 from study.config import StudyConfig
 from study.trial import Case, run_trials
 
@@ -29,6 +31,7 @@ STUDY = {
     "name": "endures",
     "trials": 6,
     "concurrency": 2,
+    "paper_defaults": False,  # a minute of rounds that show nothing here
     "sampler": "random",
     "clean_images_per_class": 5,
     "report_every": 20,
@@ -174,27 +177,45 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def endured(home):
-    """A study killed twice: among running trials whose states are kept, and right after a record."""
+    """A study killed among trials that run and keep their states, then ended with ctrl-c."""
     study = Study(home, "killed")
     process = study.start()
-    until(process, lambda: any(study.folder.glob("checkpoints/00[1-5]/*.safetensors")))
+    until(process, lambda: any(study.folder.glob("checkpoints/*/*.safetensors")))
     kill(process)
-    study.cut = [int(path.parent.name) for path in study.folder.glob("checkpoints/00[1-5]/*.safe*")]
+    study.cut = [int(path.parent.name) for path in study.folder.glob("checkpoints/*/*.safetensors")]
     process = study.resume()
     until(process, lambda: len(study.records()) >= 2)
-    kill(process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, study.said()
+    study.after_ctrl_c = SimpleNamespace(
+        said=study.said(),
+        records=study.records(),
+        summary=json.loads((study.folder / "summary.json").read_text()),
+        best=(study.folder / "best.yaml").is_file(),
+        runs=study.mlflow_runs(),
+    )
     with (study.folder / "trials.jsonl").open("a") as file:
         file.write('{"number": 5, "stat')  # as a kill in the middle of a write would leave it
-    study.after_second = study.records()
     process = study.resume()
     assert process.wait() == 0, study.said()
     return study
 
 
-def test_killed_twice_nothing_is_lost_doubled_or_left_running(endured):
+def test_nothing_is_lost_doubled_or_left_running(endured):
     endured.check()
-    for number, record in endured.after_second.items():
+    for number, record in endured.after_ctrl_c.records.items():
         assert endured.records()[number] == record, "it was run again"
+
+
+def test_ctrl_c_ends_with_the_front_so_far_and_can_be_gone_on_with(endured):
+    then = endured.after_ctrl_c
+    assert "Pareto front of killed" in then.said
+    assert "go on with --resume" in then.said
+    assert then.best
+    assert 2 <= then.summary["n_trials"] < 6
+    (parent,), trials = then.runs
+    assert parent.info.status == "KILLED"
+    assert "RUNNING" not in {run.info.status for run in trials}
 
 
 def test_trials_that_were_cut_short_end_with_the_bits_of_whole_ones(endured):
@@ -214,7 +235,7 @@ def test_trials_that_were_cut_short_end_with_the_bits_of_whole_ones(endured):
 
 def test_a_resume_suggests_nothing_twice(endured):
     searched = [tuple(trial.params.values()) for trial in endured.optuna_trials() if trial.params]
-    assert len(set(searched)) == len(searched) == 5
+    assert len(set(searched)) == len(searched) == 6
 
 
 def test_a_finished_study_says_so(endured):
@@ -225,37 +246,28 @@ def test_a_finished_study_says_so(endured):
     assert (endured.folder / "summary.json").stat().st_mtime_ns == before
 
 
-def test_a_study_that_changed_is_refused(endured):
+@pytest.fixture
+def refused(capsys):
+    """What the command says in this process where it refuses to go on."""
+
+    def sentence(study, *words, **options):
+        with pytest.raises(SystemExit) as caught:
+            launch.main(*words, outputs=study.outputs, **options)
+        assert caught.value.code == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    return sentence
+
+
+def test_a_study_that_changed_is_refused(endured, refused):
     changed = {**endured.config, "seed": 7}
     (endured.home / "changed.yaml").write_text(yaml.safe_dump(changed))
-    process = endured.start("changed.yaml", "--resume", "killed")
-    assert process.wait() == 2
-    assert "only checkpoint_every, concurrency" in " ".join(endured.said().split())
+    sentence = refused(endured, endured.home / "changed.yaml", resume="killed")
+    assert "only checkpoint_every, concurrency" in sentence
 
 
-def test_a_name_that_nobody_knows_is_refused(endured):
-    process = endured.start("--resume", "nobody")
-    assert process.wait() == 2
-    assert "there are: killed" in " ".join(endured.said().split())
-
-
-def test_ctrl_c_ends_with_the_front_so_far_and_can_be_gone_on_with(home):
-    study = Study(home, "interrupted", trials=4)
-    process = study.start()
-    until(process, study.records)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130, study.said()
-    assert "Pareto front of interrupted" in study.said()
-    assert "go on with --resume" in study.said()
-    assert (study.folder / "best.yaml").is_file()
-    summary = json.loads((study.folder / "summary.json").read_text())
-    assert 1 <= summary["n_trials"] < 4
-    (parent,), trials = study.mlflow_runs()
-    assert parent.info.status == "KILLED"
-    assert "RUNNING" not in {run.info.status for run in trials}
-    process = study.resume()
-    assert process.wait() == 0, study.said()
-    study.check()
+def test_a_name_that_nobody_knows_is_refused(endured, refused):
+    assert "there are: killed" in refused(endured, resume="nobody")
 
 
 @pytest.mark.slow

@@ -11,8 +11,10 @@ import pytest
 from study import records, search
 from study.config import StudyConfig
 from study.limits import STACK, where_it_hung
+from study.tracking import Tracker, tracking_uri
 
 ROOT = Path(__file__).parents[2]
+HANGS, SWELLS, DIES, RAISES, OVERFLOWS, SAYS_NOTHING = range(1, 7)  # trials' numbers
 
 
 def run(code, folder):
@@ -61,15 +63,8 @@ def test_memory_beyond_the_limit_is_an_error_of_the_trial_alone(tmp_path):
     assert done.stdout.split() == ["True", str(2**28)], done.stderr
 
 
-class Quiet:
-    """A tracker that hears nothing: MLflow is tested elsewhere."""
-
-    def __getattr__(self, name):
-        return lambda *_args, **_kwargs: None
-
-
 def misbehaving(group, *, study, cases):
-    """Trial 1 hangs, 2 swells, 3 is ended from outside; the others end at once, as they should."""
+    """Trials that fail, each in its way; the others end at once, as they should."""
     import os
     import signal
     import tempfile
@@ -80,15 +75,21 @@ def misbehaving(group, *, study, cases):
 
     (member,) = group["members"]
     number = member["number"]
-    if number == 1:
+    scores = {"clean_accuracy": 0.9, "attack_success": 0.1, "recovery": 0.8}
+    if number == HANGS:
         time.sleep(10_000)
-    if number == 2:
+    if number == SWELLS:
         torch.ones(2**31)
-    if number == 3:
+    if number == DIES:
         os.kill(os.getpid(), signal.SIGKILL)
+    if number == RAISES:
+        raise ValueError("deliberately bad")
+    if number == OVERFLOWS:
+        scores["clean_accuracy"] = float("nan")
+    if number == SAYS_NOTHING:
+        del scores["attack_success"]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / str(number)).mkdir()
-        scores = {"clean_accuracy": 0.9, "attack_success": 0.1, "recovery": 0.8}
         report = {"number": number, **scores, "scores": {}, "seconds": 0.0, "rounds": 0, "passes": {}}
         tune.report(
             {"final": True, "members": [{**report, "device": "cpu"}]},
@@ -97,13 +98,11 @@ def misbehaving(group, *, study, cases):
 
 
 @pytest.mark.ray
-def test_trials_that_hang_swell_or_die_are_failed_with_their_reason_and_the_study_goes_on(
-    tmp_path, monkeypatch
-):
+def test_trials_that_go_wrong_are_failed_with_their_reason_and_the_study_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # the machine may be full of others
     config = StudyConfig(
         name="limits",
-        trials=6,
+        trials=8,
         concurrency=1,
         sampler="random",
         trial_timeout=3,
@@ -112,21 +111,34 @@ def test_trials_that_hang_swell_or_die_are_failed_with_their_reason_and_the_stud
         reference_point={"clean_accuracy": 0.1, "attack_success": 1.0},
         space={"mask_lr": {"kind": "float", "low": 0.02, "high": 0.3}},
     )
-    recorder = records.Recorder(config, tmp_path, Quiet(), {}, lambda _: None)
+    tracker = Tracker(tracking_uri(tmp_path), tmp_path / "mlartifacts")
+    tracker.start_study("limits", {}, {})
+    recorder = records.Recorder(config, tmp_path, tracker, {}, lambda *_: None)
     search.start_ray("local")
     try:
         search.run_search(config, [], recorder, folder=tmp_path, concurrency=1, function=misbehaving)
     finally:
         search.stop_ray()
+    tracker.end_study(metrics={}, artifacts=[])
     lines = (tmp_path / records.TRIALS).read_text().splitlines()
     found = {record["number"]: record for record in map(json.loads, lines)}
-    assert sorted(found) == list(range(6))
+    assert sorted(found) == list(range(8))
     failed = {number: r["reason"] for number, r in found.items() if r["status"] == "FAILED"}
-    assert sorted(failed) == [1, 2, 3]
-    assert "took longer than `trial_timeout` allows (3 s); it was at" in failed[1]
-    assert "memory" in failed[2]
-    assert failed[3]
+    assert sorted(failed) == list(range(1, 7))
+    assert "took longer than `trial_timeout` allows (3 s); it was at" in failed[HANGS]
+    assert "memory" in failed[SWELLS]
+    assert failed[DIES]
+    assert "ValueError: deliberately bad" in failed[RAISES]
+    assert "nan" in failed[OVERFLOWS]
+    assert "'attack_success': None" in failed[SAYS_NOTHING]
     storage = f"sqlite:///{tmp_path / 'optuna.db'}"
     trials = optuna.load_study(study_name="limits", storage=storage).get_trials()
     states = {trial.number: trial.state.name for trial in trials}
-    assert states == {n: "FAIL" if n in failed else "COMPLETE" for n in range(6)}
+    assert states == {n: "FAIL" if n in failed else "COMPLETE" for n in range(8)}
+    runs = tracker.client.search_runs(
+        [tracker.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.parent_id}'"
+    )
+    ends = {int(child.data.tags["trial"]): child for child in runs}
+    for number in range(8):
+        assert ends[number].info.status == ("FAILED" if number in failed else "FINISHED")
+        assert ends[number].data.tags.get("reason") == failed.get(number)

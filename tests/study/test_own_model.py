@@ -16,7 +16,7 @@ from bimask.interop import save_imported
 from bimask.interop.imported import assemble
 from bimask.victim import VictimSpec
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 FACTORY = """

@@ -71,11 +71,12 @@ def _clean_tree():
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def outputs(tmp_path_factory, ray_address):
     """A finished study."""
     outputs = tmp_path_factory.mktemp("outputs")
     (outputs / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
-    assert run.run_study(outputs / "tiny.yaml", {"concurrency": 1}, outputs=outputs, address="local")
+    study = outputs / "tiny.yaml"
+    assert run.run_study(study, {"concurrency": 1}, outputs=outputs, address=ray_address)
     return outputs
 
 

@@ -1,7 +1,6 @@
 """A whole study with real Ray, Optuna, MLflow and SQLite, on a victim that trains in seconds."""
 
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,20 +8,18 @@ import mlflow
 import optuna
 import pytest
 import yaml
-from ray import tune
 from rich.console import Console
 from safetensors.torch import load_file
 
 import study as study_package
 from bimask.purify import PurifyConfig
 from bimask.victim import obtain_victim
-from study import records, run, search
+from study import run
 from study.config import StudyConfig
 from study.console import show
 from study.pareto import OBJECTIVES, ParetoFront
 from study.report import log_report, write_report
 from study.report.content import headline
-from study.summary import summarise
 from study.tracking import Tracker, tracking_uri
 from study.trial import Case, run_trials
 
@@ -73,9 +70,9 @@ def path(outputs):
 
 
 @pytest.fixture(scope="module")
-def finished(outputs, path):
+def finished(outputs, path, ray_address):
     """The study, run once, as `python -m study.launch` does it."""
-    assert run.run_study(path, {"concurrency": 2}, outputs=outputs, address="local")
+    assert run.run_study(path, {"concurrency": 2}, outputs=outputs, address=ray_address)
     folder = outputs / "tiny"
     summary = json.loads((folder / "summary.json").read_text())
     return SimpleNamespace(folder=folder, outputs=outputs, summary=summary)
@@ -194,87 +191,34 @@ def test_best_yaml_gives_the_chosen_trial_again(finished):
         assert (values - again[name]).abs().max() < 1e-4
 
 
-def test_a_second_study_trains_nothing_takes_a_new_name_and_leaves_the_first_alone(
-    finished, path, monkeypatch
-):
-    before = (finished.folder / "summary.json").read_bytes()
-    stamp = {p: p.stat().st_mtime_ns for p in (finished.outputs / "victims").rglob("*")}
-    overrides = {"trials": 2, "trials_per_actor": 2}
-    assert run.run_study(path, overrides, outputs=finished.outputs, address="local")
+@pytest.fixture(scope="module")
+def again(finished, path, ray_address):
+    """The same file, launched again: two trials, one at a time."""
+    victims = finished.outputs / "victims"
+    kept = SimpleNamespace(
+        summary=(finished.folder / "summary.json").read_bytes(),
+        stamps={p: p.stat().st_mtime_ns for p in victims.rglob("*")},
+    )
+    overrides = {"concurrency": 1, "trials": 2, "paper_defaults": False}
+    assert run.run_study(path, overrides, outputs=finished.outputs, address=ray_address)
+    return kept
+
+
+def test_a_second_study_trains_nothing_takes_a_new_name_and_leaves_the_first_alone(finished, again):
     assert study_package.load("tiny-2", finished.outputs)["status"].tolist() == ["COMPLETE"] * 2
     assert (finished.outputs / "tiny-2" / "summary.json").is_file()
-    assert (finished.folder / "summary.json").read_bytes() == before
-    assert stamp == {p: p.stat().st_mtime_ns for p in (finished.outputs / "victims").rglob("*")}
+    assert (finished.folder / "summary.json").read_bytes() == again.summary
+    victims = finished.outputs / "victims"
+    assert {p: p.stat().st_mtime_ns for p in victims.rglob("*")} == again.stamps
 
 
-def test_the_same_seed_with_one_trial_at_a_time_gives_the_same_trials(finished, path):
-    overrides = {"concurrency": 1, "trials": 2, "paper_defaults": False}
-    rows = []
-    for name in ("first", "second"):
-        assert run.run_study(
-            path, {**overrides, "name": name}, outputs=finished.outputs, address="local"
-        )
-        rows.append(study_package.load(name, finished.outputs))
+@pytest.mark.usefixtures("again")
+def test_the_same_seed_with_one_trial_at_a_time_gives_the_same_trials(finished, path, ray_address):
+    overrides = {"concurrency": 1, "trials": 2, "paper_defaults": False, "name": "same"}
+    assert run.run_study(path, overrides, outputs=finished.outputs, address=ray_address)
+    rows = [study_package.load(name, finished.outputs) for name in ("tiny-2", "same")]
     for column in ("parameters.mask_lr", "clean_accuracy", "attack_success", "recovery"):
         assert rows[0][column].tolist() == rows[1][column].tolist()
-
-
-def test_bad_trials_end_failed_everywhere_and_the_study_goes_on(finished):
-    """Trial 1 raises, 2 scores NaN, 3 reports no objective, 4 dies with its process."""
-    name = "bad"
-    raw = {**TINY, "name": name, "trials": 6}
-    config = StudyConfig.model_validate(raw)
-    folder = finished.outputs / name
-    folder.mkdir()
-    victim = obtain_victim(config.victims[0], finished.outputs / "victims")
-    cases = [Case.of("digits-badnets", victim, config)]
-
-    def misbehaving(group, *, study, cases):
-        import os
-
-        from study.search import trainable
-
-        (trial,) = group["members"]
-        number = trial["number"]
-        if number == 1:
-            raise ValueError("deliberately bad")
-        if number == 2:
-            member = {"number": 2, "clean_accuracy": float("nan"), "attack_success": 0.0}
-            tune.report({"final": True, "members": [member]})
-        elif number == 3:
-            tune.report({"final": True, "members": [{"number": 3, "clean_accuracy": 0.9}]})
-        elif number == 4:
-            os._exit(1)
-        else:
-            usual = {"number": number, "preset": None, "parameters": {}}
-            trainable({"members": [usual]}, study=study, cases=cases)
-
-    tracker = Tracker(tracking_uri(finished.outputs), finished.outputs / "mlartifacts")
-    tracker.start_study(name, {}, {})
-    recorder = records.Recorder(config, folder, tracker, {}, lambda *_: None)
-    search.start_ray("local")
-    try:
-        search.run_search(config, cases, recorder, folder=folder, concurrency=2, function=misbehaving)
-    finally:
-        search.stop_ray()
-    summary = summarise(config, folder, recorder.records, {"digits-badnets": victim})
-    run.close(tracker, folder, summary, "FINISHED")
-
-    trials = study_package.load(name, finished.outputs).set_index("number")
-    assert trials["status"].tolist() == ["COMPLETE", *["FAILED"] * 4, "COMPLETE"]
-    assert "ValueError: deliberately bad" in trials.loc[1, "reason"]
-    assert "nan" in trials.loc[2, "reason"]
-    assert "'attack_success': None" in trials.loc[3, "reason"]
-    assert trials.loc[4, "reason"]
-    states = {number: t.state.name for number, t in optuna_trials(folder, name).items()}
-    assert states == {0: "COMPLETE", 1: "FAIL", 2: "FAIL", 3: "FAIL", 4: "FAIL", 5: "COMPLETE"}
-    _, _, children = mlflow_runs(finished.outputs, name)
-    statuses = {int(c.data.tags["trial"]): c.info.status for c in children}
-    assert statuses == {n: "FAILED" if 1 <= n <= 4 else "FINISHED" for n in range(6)}
-    assert all(c.data.tags["reason"] for c in children if c.info.status == "FAILED")
-    assert summary["n_failed"] == 4
-    assert {point["number"] for point in summary["front"]} <= {0, 5}
-    assert math.isfinite(summary["hypervolume"])
 
 
 def test_a_study_that_went_well_leaves_no_file_of_rays(finished):

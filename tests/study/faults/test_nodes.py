@@ -22,6 +22,7 @@ END = 7  # states that are kept of a trial: one a round, and one when all is don
 QUICK = {"period_ms": 1000, "timeout_ms": 3000, "failure_threshold": 4}
 
 
+@pytest.mark.slow
 def test_nodes_that_are_killed_cost_no_trial_and_no_bit(disturbed):
     """24 trials, three nodes, two of which are killed: at a trial's very end, and in one's middle."""
 
@@ -36,7 +37,6 @@ def test_nodes_that_are_killed_cost_no_trial_and_no_bit(disturbed):
     ran.require_bits(4, 13, 1, 23)
 
 
-@pytest.mark.slow
 def test_a_trial_goes_on_from_a_bucket_where_nodes_share_no_folder(tmp_path, disturbed):
     """What a trial left on its node goes with it; a folder behind a URI stands for the bucket."""
     bucket = (tmp_path / "bucket").as_uri()

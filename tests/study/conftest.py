@@ -21,7 +21,6 @@ from pathlib import Path
 import pytest
 import yaml
 from playwright.sync_api import sync_playwright
-from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 
 from bimask.config import PurifyConfig
@@ -91,15 +90,6 @@ def _no_servers_from_outside():
         for name in SERVERS:
             patch.delenv(name, raising=False)
         yield
-
-
-@pytest.fixture(scope="session")
-def ray_address():
-    """A Ray of the session's, for studies that need none of their own."""
-    node = {"num_cpus": 2, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    yield cluster.address
-    cluster.shutdown()
 
 
 @pytest.fixture(autouse=True)

@@ -109,7 +109,7 @@ def test_the_probe_is_of_val_alone():
 
 
 @pytest.mark.ray
-def test_a_blind_study_shows_both_choices(tmp_path, ray_address):
+def test_a_blind_study_shows_both_choices(tmp_path):
     victim = {"image_size": 12, "width": 4, "epochs": 10}
     sizes = {"initialise_rounds": 2, "minimise_rounds": 2, "select_rounds": 2}
     study = {
@@ -122,7 +122,7 @@ def test_a_blind_study_shows_both_choices(tmp_path, ray_address):
     }
     path = written(tmp_path, yaml.safe_dump(study))
     outputs = tmp_path / "outputs"
-    assert run.run_study(path, {"concurrency": 2}, outputs=outputs, address=ray_address)
+    assert run.run_study(path, {"concurrency": 2}, outputs=outputs, address="local")
     folder = tmp_path / "outputs" / "b"
     trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())

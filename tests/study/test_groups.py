@@ -76,7 +76,7 @@ def case(outputs):
 
 
 @pytest.fixture(scope="module")
-def searched(outputs, case, ray_address):
+def searched(outputs, case):
     """Run a study's search; trial 0 gets the settings that the others share, since it must be quick."""
 
     def search_of(name, *, dying=None, **changes):
@@ -115,7 +115,7 @@ def searched(outputs, case, ray_address):
             runs={int(child.data.tags["trial"]): child for child in runs},
         )
 
-    search.start_ray(ray_address)
+    search.start_ray("local")
     yield search_of
     search.stop_ray()
 

@@ -71,12 +71,12 @@ def _clean_tree():
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory, ray_address):
+def outputs(tmp_path_factory):
     """A finished study."""
     outputs = tmp_path_factory.mktemp("outputs")
     (outputs / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
     study = outputs / "tiny.yaml"
-    assert run.run_study(study, {"concurrency": 1}, outputs=outputs, address=ray_address)
+    assert run.run_study(study, {"concurrency": 1}, outputs=outputs, address="local")
     return outputs
 
 

@@ -70,9 +70,9 @@ def path(outputs):
 
 
 @pytest.fixture(scope="module")
-def finished(outputs, path, ray_address):
+def finished(outputs, path):
     """The study, run once, as `python -m study.launch` does it."""
-    assert run.run_study(path, {"concurrency": 2}, outputs=outputs, address=ray_address)
+    assert run.run_study(path, {"concurrency": 2}, outputs=outputs, address="local")
     folder = outputs / "tiny"
     summary = json.loads((folder / "summary.json").read_text())
     return SimpleNamespace(folder=folder, outputs=outputs, summary=summary)
@@ -192,7 +192,7 @@ def test_best_yaml_gives_the_chosen_trial_again(finished):
 
 
 @pytest.fixture(scope="module")
-def again(finished, path, ray_address):
+def again(finished, path):
     """The same file, launched again: two trials, one at a time."""
     victims = finished.outputs / "victims"
     kept = SimpleNamespace(
@@ -200,7 +200,7 @@ def again(finished, path, ray_address):
         stamps={p: p.stat().st_mtime_ns for p in victims.rglob("*")},
     )
     overrides = {"concurrency": 1, "trials": 2, "paper_defaults": False}
-    assert run.run_study(path, overrides, outputs=finished.outputs, address=ray_address)
+    assert run.run_study(path, overrides, outputs=finished.outputs, address="local")
     return kept
 
 
@@ -213,9 +213,9 @@ def test_a_second_study_trains_nothing_takes_a_new_name_and_leaves_the_first_alo
 
 
 @pytest.mark.usefixtures("again")
-def test_the_same_seed_with_one_trial_at_a_time_gives_the_same_trials(finished, path, ray_address):
+def test_the_same_seed_with_one_trial_at_a_time_gives_the_same_trials(finished, path):
     overrides = {"concurrency": 1, "trials": 2, "paper_defaults": False, "name": "same"}
-    assert run.run_study(path, overrides, outputs=finished.outputs, address=ray_address)
+    assert run.run_study(path, overrides, outputs=finished.outputs, address="local")
     rows = [study_package.load(name, finished.outputs) for name in ("tiny-2", "same")]
     for column in ("parameters.mask_lr", "clean_accuracy", "attack_success", "recovery"):
         assert rows[0][column].tolist() == rows[1][column].tolist()

@@ -81,10 +81,10 @@ def outputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(outputs, ray_address):
+def finished(outputs):
     path = outputs / "suite.yaml"
     path.write_text(yaml.safe_dump(SUITE))
-    assert run.run_study(path, {}, outputs=outputs, address=ray_address)
+    assert run.run_study(path, {}, outputs=outputs, address="local")
     folder = outputs / "suite"
     rows = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
     return SimpleNamespace(

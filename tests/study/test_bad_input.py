@@ -1,5 +1,6 @@
 """Bad input gets one clear sentence and exit code 2, and leaves nothing half-written."""
 
+import json
 import os
 import socket
 import subprocess
@@ -82,6 +83,12 @@ def refused(tmp_path, capsys):
         (with_victim(attack={"name": "badnets", "target": 10}), {}, "`target` must be one of"),
         (with_victim(attack={"name": "badnets", "size": 99}), {}, "A patch of 99 pixels does not fit"),
         (with_victim(epochs=1, min_attack_success=1.0), {}, "was not learned (ACC"),
+        pytest.param(
+            with_victim(epochs=1, min_clean_accuracy=1.0, min_attack_success=0.0),
+            {},
+            "is poor (ACC",
+            marks=pytest.mark.slow,  # another Ray for a second sentence of the same place
+        ),
     ],
 )
 def test_one_sentence_and_nothing_left(refused, study, options, expected):
@@ -138,15 +145,27 @@ def test_an_offline_download_names_the_folder_to_fill(refused, tmp_path, monkeyp
     assert "cannot be downloaded" in sentence
 
 
-def test_a_damaged_victim(refused, tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    ["weights", *(pytest.param(name, marks=pytest.mark.slow) for name in ("manifest", "missing"))],
+)
+def test_a_damaged_victim(refused, tmp_path, damage):
     root = tmp_path / "outputs" / "victims"
     spec = VictimSpec(**VICTIM)
     obtain_victim(spec, root)
-    weights = root / spec.digest / "victim.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert "The digest of" in refused(STUDY, address="local")
+    weights, manifest = root / spec.digest / "victim.safetensors", root / spec.digest / "manifest.json"
+    if damage == "weights":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        expected = "The digest of"
+    elif damage == "manifest":
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()))[:100])
+        expected = "cannot be read"
+    else:
+        weights.unlink()
+        expected = "is missing"
+    assert expected in refused(STUDY, address="local")
 
 
 def test_the_command_itself_says_so_and_exits_with_2(tmp_path):

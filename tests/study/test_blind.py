@@ -121,8 +121,7 @@ def test_a_blind_study_shows_both_choices(tmp_path):
         "paper_defaults": False,
     }
     path = written(tmp_path, yaml.safe_dump(study))
-    outputs = tmp_path / "outputs"
-    assert run.run_study(path, {"concurrency": 2}, outputs=outputs, address="local")
+    assert run.run_study(path, {"concurrency": 2}, outputs=tmp_path / "outputs", address="local")
     folder = tmp_path / "outputs" / "b"
     trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""A trial that hangs, or eats the memory, in a process of its own."""
+"""Trials that hang, eat the memory, die or report nonsense, in processes of their own."""
 
 import json
 import subprocess

@@ -75,8 +75,7 @@ def outputs(tmp_path_factory):
     """A finished study."""
     outputs = tmp_path_factory.mktemp("outputs")
     (outputs / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
-    study = outputs / "tiny.yaml"
-    assert run.run_study(study, {"concurrency": 1}, outputs=outputs, address="local")
+    assert run.run_study(outputs / "tiny.yaml", {"concurrency": 1}, outputs=outputs, address="local")
     return outputs
 
 

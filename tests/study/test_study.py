@@ -193,13 +193,13 @@ def test_best_yaml_gives_the_chosen_trial_again(finished):
 
 @pytest.fixture(scope="module")
 def again(finished, path):
-    """The same file, launched again: two trials, one at a time."""
+    """The same file, launched again: two trials, both in one actor."""
     victims = finished.outputs / "victims"
     kept = SimpleNamespace(
         summary=(finished.folder / "summary.json").read_bytes(),
         stamps={p: p.stat().st_mtime_ns for p in victims.rglob("*")},
     )
-    overrides = {"concurrency": 1, "trials": 2, "paper_defaults": False}
+    overrides = {"trials": 2, "trials_per_actor": 2, "paper_defaults": False}
     assert run.run_study(path, overrides, outputs=finished.outputs, address="local")
     return kept
 
@@ -213,7 +213,7 @@ def test_a_second_study_trains_nothing_takes_a_new_name_and_leaves_the_first_alo
 
 
 @pytest.mark.usefixtures("again")
-def test_the_same_seed_with_one_trial_at_a_time_gives_the_same_trials(finished, path):
+def test_the_same_seed_gives_the_same_trials_however_many_an_actor_runs(finished, path):
     overrides = {"concurrency": 1, "trials": 2, "paper_defaults": False, "name": "same"}
     assert run.run_study(path, overrides, outputs=finished.outputs, address="local")
     rows = [study_package.load(name, finished.outputs) for name in ("tiny-2", "same")]

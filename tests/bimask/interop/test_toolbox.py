@@ -1,3 +1,4 @@
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -135,7 +136,7 @@ WRONG = {
     "images as bytes": (saved("imgs", torch.full((30, 3, 32, 32), 200.0)), "from 0 to 1"),
     "images that are NaN": (saved("imgs", torch.full((30, 3, 32, 32), torch.nan)), "from 0 to 1"),
     "no images": (lambda box: (box.folder / "imgs").unlink(), "is missing"),
-    "code": (saved("poison_indices", [print]), "asks for"),
+    "code": (saved("poison_indices", [os.getcwd]), "asks for"),
     "no state dict": (saved("full_base_aug_seed=2333.pt", [1]), "state dict"),
 }
 

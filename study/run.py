@@ -116,12 +116,12 @@ def run_in(
         concurrency = 0
         if config.confirmation or config.trials > len(read_lines(folder / records.TRIALS)):
             stack.callback(search.stop_ray)
-            search.start_ray(address)
+            own = search.start_ray(address)
             if wait:
                 stack.callback(search.release_workers)
             concurrency = find_room(config, wait, console)
             with console.status("asking every node", spinner="dots"):
-                nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri)
+                nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri, own=own)
             console.print(f"{nodes} node(s) checked, {concurrency} actors at once")
         console.print(
             f"[bold]{config.name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -22,8 +23,11 @@ POLL = 5.0  # seconds between two looks for workers
 ATTEMPTS = 3  # at starting a Ray here
 
 
-def start_ray(address: str | None) -> None:
+def start_ray(address: str | None) -> bool:
     """Join Ray at `address`, at RAY_ADDRESS, or as `ray start` left it here, else start one.
+
+    Returns:
+        Whether it was started here: its one node is this process's own.
 
     Raises:
         StudyError: no cluster answers there, or it runs other versions.
@@ -32,12 +36,15 @@ def start_ray(address: str | None) -> None:
     try:
         if where is not None:
             _require_listener(where)
+        if where == "local" or (where is None and not _left_here()):
+            return _start()
         try:
-            _init(where)
+            _join(where)
+            return False
         except ConnectionError:
             if where is not None:
                 raise
-            _init("local")  # what `ray start` left here has died since
+            return _start()  # what `ray start` left here has died since
     except Exception as error:  # Ray raises just that, as well
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
@@ -46,26 +53,38 @@ def start_ray(address: str | None) -> None:
         ) from error
 
 
-def _init(address: str | None) -> None:
-    """Join; without an address what `ray start` left here, but no Ray of another program's own.
+def _left_here() -> bool:
+    """Whether `ray start` says that it left a cluster here, in the file that `ray.init` names."""
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return (Path(temporary) / "ray" / "ray_current_cluster").is_file()
 
-    What starts here has no dashboard, a dozen processes; it is tried again where a busy machine takes
-    longer than Ray waits.
+
+def _join(address: str | None) -> None:
+    """Without an address what `ray start` left here, but no Ray of another program's own."""
+    variables = {name: os.environ[name] for name in TO_ACTORS}
+    ray.init(
+        address=address,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": variables},
+    )
+
+
+def _start() -> bool:
+    """A Ray of our own, tried again where a busy machine takes longer than Ray waits; True.
+
+    It has no dashboard, a dozen processes, and no runtime environment: its workers have this process's
+    variables, and those that Ray starts beforehand can be used.
     """
     for attempt in range(ATTEMPTS):
         try:
-            ray.init(
-                address=address,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env={"env_vars": {name: os.environ[name] for name in TO_ACTORS}},
-            )
-            return
+            ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            break
         except Exception as error:
             if "timed out during startup" not in str(error) or attempt + 1 == ATTEMPTS:
                 raise
             ray.shutdown()
+    return True
 
 
 def _require_listener(address: str) -> None:

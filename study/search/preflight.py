@@ -75,10 +75,11 @@ def examine(storage: str, server: tuple[str, int] | None, name: str) -> NodeRepo
     )
 
 
-def check_nodes(config: StudyConfig, storage: str, tracking: str) -> int:
+def check_nodes(config: StudyConfig, storage: str, tracking: str, *, own: bool = False) -> int:
     """Ask all nodes that are up; those that come later are taken as they are.
 
     Args:
+        own: the only node is this process's own, which answers for it at once.
         storage: where trials will leave their checkpoints.
         tracking: MLflow's URI. One on loopback is the driver's alone, which is the only writer.
 
@@ -98,7 +99,8 @@ def check_nodes(config: StudyConfig, storage: str, tracking: str) -> int:
         ) from error
     nodes = [node for node in ray.nodes() if node["Alive"]]
     try:
-        asked = {node["NodeID"]: _ask(node["NodeID"], probe, _server(tracking)) for node in nodes}
+        ask = _answer_here if own else _ask
+        asked = {node["NodeID"]: ask(node["NodeID"], probe, _server(tracking)) for node in nodes}
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE)
         found = [line for node in nodes for line in _answer(config, node, asked, probe, storage)]
     finally:
@@ -112,6 +114,10 @@ def _ask(node: str, probe: str, server: tuple[str, int] | None) -> Any:
     here = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
     task = ray.remote(examine).options(num_cpus=0, scheduling_strategy=here, max_retries=2)
     return task.remote(probe, server, node)
+
+
+def _answer_here(node: str, probe: str, server: tuple[str, int] | None) -> Any:
+    return ray.put(examine(probe, server, node))
 
 
 def _server(uri: str) -> tuple[str, int] | None:

@@ -19,6 +19,7 @@ from bimask.errors import NonFiniteError, SettingError
 from bimask.frozen import FrozenNet
 from bimask.member import Member
 from bimask.population import PopulationPurifier
+from bimask.trigger_pool import TriggerPool
 
 SHORT = {
     "initialise_rounds": 2,
@@ -61,6 +62,23 @@ ENGINES = {
     "bfloat16": {"precision": "bfloat16", "images_per_pass": "device"},
     "contiguous": {"memory_format": "contiguous", "fold_batch_norm": False, "images_per_pass": 50},
 }
+
+
+POOLS = {}
+
+
+@pytest.fixture(autouse=True)
+def _searched_once(monkeypatch):
+    """The same model and images give the same triggers: one search is enough for all tests."""
+    search = TriggerPool.search
+
+    def known(model, images):
+        key = tuple(value.numpy().tobytes() for value in (images, *model.state_dict().values()))
+        if key not in POOLS:
+            POOLS[key] = search(model, images)
+        return POOLS[key]
+
+    monkeypatch.setattr(TriggerPool, "search", known)
 
 
 def short(**changes):

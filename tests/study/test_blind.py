@@ -108,6 +108,7 @@ def test_the_probe_is_of_val_alone():
     assert all(image.numpy().tobytes() in rows for image in probe.images)
 
 
+@pytest.mark.slow  # test_suspect_study's search is blind, too; test_report shows both choices
 @pytest.mark.ray
 def test_a_blind_study_shows_both_choices(tmp_path):
     victim = {"image_size": 12, "width": 4, "epochs": 10}

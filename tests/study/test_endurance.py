@@ -178,7 +178,8 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def endured(home):
     """A study killed among trials that run and keep their states, then ended with ctrl-c."""
-    study = Study(home, "killed")
+    shorter = {"minimise_rounds": 20, "select_rounds": 20}
+    study = Study(home, "killed", fixed=STUDY["fixed"] | shorter)
     process = study.start()
     until(process, lambda: any(study.folder.glob("checkpoints/*/*.safetensors")))
     kill(process)
@@ -238,11 +239,12 @@ def test_a_resume_suggests_nothing_twice(endured):
     assert len(set(searched)) == len(searched) == 6
 
 
-def test_a_finished_study_says_so(endured):
+def test_a_finished_study_says_so(endured, capsys):
     before = (endured.folder / "summary.json").stat().st_mtime_ns
-    process = endured.resume()
-    assert process.wait() == 0
-    assert "is finished, all 6 trials" in endured.said()
+    with pytest.raises(SystemExit) as caught:
+        launch.main(outputs=endured.outputs, resume="killed")
+    assert caught.value.code == 0
+    assert "is finished, all 6 trials" in " ".join(capsys.readouterr().out.split())
     assert (endured.folder / "summary.json").stat().st_mtime_ns == before
 
 

@@ -18,7 +18,7 @@ import yaml
 from study import launch, search
 from study.config import StudyConfig, StudyError
 from study.provenance import commit, sources, versions
-from study.search import jobs, preflight, storage
+from study.search import cluster, jobs, preflight, storage
 
 STUDY = {
     "name": "tiny",
@@ -77,20 +77,30 @@ def test_nodes_are_asked_for_servers_that_are_not_the_drivers_own(uri, server):
     assert preflight._server(uri) == server
 
 
+@pytest.fixture(scope="module")
+def own_ray():
+    assert search.start_ray("local")
+    yield
+    search.stop_ray()
+
+
 @pytest.mark.ray
-def test_real_nodes_pass_and_a_storage_that_is_none_does_not(tmp_path):
+@pytest.mark.parametrize("own", [False, True], ids=["a worker is asked", "this process answers"])
+def test_real_nodes_pass_and_a_storage_that_is_none_does_not(tmp_path, own_ray, own):
     config = CONFIG.model_copy(update={"gpus_per_trial": 0})
-    search.start_ray("local")
-    try:
-        assert search.check_nodes(config, str(tmp_path / "shared"), "sqlite:///x") == 1
-        assert list((tmp_path / "shared").iterdir()) == []
-        (tmp_path / "file").write_text("")
-        with pytest.raises(StudyError, match="driver cannot write to the storage .*file"):
-            search.check_nodes(config, str(tmp_path / "file"), "sqlite:///x")
-        with pytest.raises(StudyError, match="cannot reach MLflow"):
-            search.check_nodes(config, str(tmp_path), "http://127.0.0.2:9")
-    finally:
-        search.stop_ray()
+    assert search.check_nodes(config, str(tmp_path / "shared"), "sqlite:///x", own=own) == 1
+    assert list((tmp_path / "shared").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StudyError, match="driver cannot write to the storage .*file"):
+        search.check_nodes(config, str(tmp_path / "file"), "sqlite:///x", own=own)
+    with pytest.raises(StudyError, match="Node .* cannot reach MLflow"):
+        search.check_nodes(config, str(tmp_path), "http://127.0.0.2:9", own=own)
+
+
+@pytest.mark.ray
+def test_workers_of_a_ray_of_our_own_have_our_variables(own_ray):
+    read = ray.remote(os.getenv).remote
+    assert all(ray.get(read(name)) == os.environ[name] for name in cluster.TO_ACTORS)
 
 
 def test_storage_writes_reads_and_removes(tmp_path):
@@ -135,12 +145,8 @@ def address_of_a_study(**variables):
 
 
 @pytest.mark.ray
-def test_the_ray_of_another_study_is_left_alone():
-    search.start_ray("local")
-    try:
-        assert address_of_a_study() not in ("", ray.get_runtime_context().gcs_address)
-    finally:
-        search.stop_ray()
+def test_the_ray_of_another_study_is_left_alone(own_ray):
+    assert address_of_a_study() not in ("", ray.get_runtime_context().gcs_address)
 
 
 @pytest.mark.ray

@@ -88,7 +88,7 @@ def test_a_killed_training_ends_with_the_bits_of_one_that_was_not(name, spec, tm
     ids=str,
 )
 def test_so_does_one_of_another_recipe(changes, spec, tmp_path):
-    made = spec("input_aware", **changes)
+    made = spec("wanet", **changes)
     Killed(made, tmp_path, epoch=2)
     epochs = []
     resumed = obtain_victim(made, tmp_path, on_epoch=epochs.append)

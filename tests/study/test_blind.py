@@ -99,7 +99,8 @@ def test_an_oracle_study_keeps_its_objectives_and_digest(tmp_path):
 
 def test_the_probe_is_of_val_alone():
     victim = train_victim(
-        VictimSpec(width=8, epochs=2, min_clean_accuracy=0, min_attack_success=0), device="cpu"
+        VictimSpec(image_size=12, width=4, epochs=2, min_clean_accuracy=0, min_attack_success=0),
+        device="cpu",
     )
     splits = victim.spec.load_data()
     probe = make_probe(victim, seed=0)

@@ -135,27 +135,29 @@ def test_outside_of_git_the_senders_commit_is_recorded(tmp_path, monkeypatch):
 # --- joined or started ---
 
 
-def address_of_a_study(**variables):
-    """Where a program that was told of no cluster finds its Ray."""
-    code = "import ray; from study import search; search.start_ray(None); "
-    code += "print(ray.get_runtime_context().gcs_address)"
-    words, environment = [sys.executable, "-c", code], os.environ | variables
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
-    return done.stdout.strip()
+def addresses_of_a_study(*temporary):
+    """Where a program that was told of no cluster finds its Ray, under each RAY_TMPDIR."""
+    code = """
+import os, sys, ray
+from study import search
+for folder in sys.argv[1:]:
+    os.environ["RAY_TMPDIR"] = folder
+    started = search.start_ray(None)
+    print(started, ray.get_runtime_context().gcs_address)
+    search.stop_ray()
+"""
+    words = [sys.executable, "-c", code, *temporary]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines()]
 
 
 @pytest.mark.ray
-def test_the_ray_of_another_study_is_left_alone(own_ray):
-    assert address_of_a_study() not in ("", ray.get_runtime_context().gcs_address)
-
-
-@pytest.mark.ray
-def test_a_cluster_that_ray_start_left_is_joined():
+def test_a_cluster_that_ray_start_left_is_joined_and_the_ray_of_another_study_is_left_alone(own_ray):
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # its sockets' names must be short
         words = [shutil.which("ray", path=Path(sys.executable).parent), "start", "--head", "--block"]
         words += ["--port=0", "--num-cpus=1", "--include-dashboard=false"]
-        here = {"RAY_TMPDIR": folder}
-        head = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=os.environ | here)
+        environment = os.environ | {"RAY_TMPDIR": folder}
+        head = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=environment)
         try:
             left = Path(folder) / "ray" / "ray_current_cluster"
             deadline = time.monotonic() + 120
@@ -163,7 +165,10 @@ def test_a_cluster_that_ray_start_left_is_joined():
                 assert head.poll() is None
                 assert time.monotonic() < deadline, "the head never came up"
                 time.sleep(0.2)
-            assert address_of_a_study(**here) == left.read_text()
+            joined, own = addresses_of_a_study(folder, os.environ["RAY_TMPDIR"])
+            assert joined == ["False", left.read_text()]
+            assert own[0] == "True"
+            assert own[1] not in (left.read_text(), ray.get_runtime_context().gcs_address)
         finally:
             head.terminate()  # of --block, which takes the processes of its node along
             head.wait()

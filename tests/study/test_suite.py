@@ -300,7 +300,9 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, capsys):
 
 def test_a_dry_run_searches_triggers_once_a_net_and_counts_them(tmp_path, capsys, monkeypatch):
     path = tmp_path / "suite.yaml"
-    path.write_text(yaml.safe_dump({**SUITE, "fixed": SUITE["fixed"] | {"class_triggers": 0.3}}))
+    narrow = [VICTIM | {"attack": {"name": name}} for name in ("badnets", "blended")]
+    fixed = SUITE["fixed"] | {"class_triggers": 0.3}
+    path.write_text(yaml.safe_dump({**SUITE, "victims": narrow, "fixed": fixed}))
     search, searched = TriggerPool.search, []
 
     def counted(model, images):

@@ -3,13 +3,16 @@
 Real processes, Ray, Optuna, MLflow and SQLite. The victim trains in seconds; a trial takes about two.
 """
 
+import io
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,21 +178,51 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
+def gone_on_with(study):
+    """--resume in this process, which has imported everything: its exit code, and what it says."""
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said), pytest.raises(SystemExit) as caught:
+        launch.main(outputs=study.outputs, resume=study.name, address="local")
+    return caught.value.code, " ".join(said.getvalue().split())
+
+
+def interrupted(study, records):
+    """The same, with ctrl-c as soon as there are so many records."""
+    over = threading.Event()
+
+    def press():
+        while len(study.records()) < records:
+            if over.wait(0.05):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    keyboard = threading.Thread(target=press)
+    keyboard.start()
+    try:
+        return gone_on_with(study)
+    finally:
+        over.set()
+        keyboard.join()
+
+
 @pytest.fixture(scope="module")
 def endured(home):
     """A study killed among trials that run and keep their states, then ended with ctrl-c."""
     shorter = {"minimise_rounds": 20, "select_rounds": 20}
     study = Study(home, "killed", fixed=STUDY["fixed"] | shorter)
+
+    def cut():
+        kept = study.folder.glob("checkpoints/*/*.safetensors")
+        return {int(path.parent.name) for path in kept} - study.records().keys()
+
     process = study.start()
-    until(process, lambda: any(study.folder.glob("checkpoints/*/*.safetensors")))
+    until(process, cut)
     kill(process)
-    study.cut = [int(path.parent.name) for path in study.folder.glob("checkpoints/*/*.safetensors")]
-    process = study.resume()
-    until(process, lambda: len(study.records()) >= 2)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130, study.said()
+    study.cut = cut()
+    code, said = interrupted(study, records=2)
     study.after_ctrl_c = SimpleNamespace(
-        said=study.said(),
+        code=code,
+        said=said,
         records=study.records(),
         summary=json.loads((study.folder / "summary.json").read_text()),
         best=(study.folder / "best.yaml").is_file(),
@@ -197,9 +230,8 @@ def endured(home):
     )
     with (study.folder / "trials.jsonl").open("a") as file:
         file.write('{"number": 5, "stat')  # as a kill in the middle of a write would leave it
-    with pytest.raises(SystemExit) as caught:  # in this process, which has imported everything
-        launch.main(outputs=study.outputs, resume="killed", address="local")
-    assert caught.value.code == 0
+    code, said = gone_on_with(study)
+    assert code == 0, said
     return study
 
 
@@ -211,6 +243,7 @@ def test_nothing_is_lost_doubled_or_left_running(endured):
 
 def test_ctrl_c_ends_with_the_front_so_far_and_can_be_gone_on_with(endured):
     then = endured.after_ctrl_c
+    assert then.code == 130
     assert "Pareto front of killed" in then.said
     assert "go on with --resume" in then.said
     assert then.best
@@ -240,12 +273,11 @@ def test_a_resume_suggests_nothing_twice(endured):
     assert len(set(searched)) == len(searched) == 6
 
 
-def test_a_finished_study_says_so(endured, capsys):
+def test_a_finished_study_says_so(endured):
     before = (endured.folder / "summary.json").stat().st_mtime_ns
-    with pytest.raises(SystemExit) as caught:
-        launch.main(outputs=endured.outputs, resume="killed")
-    assert caught.value.code == 0
-    assert "is finished, all 6 trials" in " ".join(capsys.readouterr().out.split())
+    code, said = gone_on_with(endured)
+    assert code == 0
+    assert "is finished, all 6 trials" in said
     assert (endured.folder / "summary.json").stat().st_mtime_ns == before
 
 

@@ -128,7 +128,7 @@ def grouped(searched):
 def failing(searched):
     """Groups 0-2, of which 2 overflows; 3-5, which die with their process; 6, which overflows."""
     start = [GOOD, GOOD, BAD, GOOD, GOOD, GOOD, BAD]
-    return searched("failing", trials_per_actor=3, start=start, dying=4)
+    return searched("failing", trials_per_actor=3, start=start, dying=4, retries=1)
 
 
 def test_every_member_is_a_trial_of_its_own_everywhere(grouped, outputs):

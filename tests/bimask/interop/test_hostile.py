@@ -522,13 +522,9 @@ def test_a_folder_that_exists_is_left_alone(backdoorbench, refused, tmp_path):
 # --- the same by a process of its own ---
 
 
-@pytest.mark.parametrize("kind", ["code", "truncated", "bomb"])
-def test_the_command_refuses_with_code_2(backdoorbench, tmp_path, kind):
+def test_the_command_refuses_with_code_2(backdoorbench, tmp_path):
     marker = tmp_path / "executed"
-    if kind == "code":
-        torch.save(CALLS["os.system"](marker), backdoorbench.file)
-    else:
-        ARCHIVES[kind][0](backdoorbench.file)
+    torch.save(CALLS["os.system"](marker), backdoorbench.file)
     done = subprocess.run(
         [sys.executable, "-m", "bimask", "import", str(backdoorbench.folder), str(tmp_path / "out")],
         cwd=ROOT,

@@ -37,6 +37,7 @@ def test_nodes_that_are_killed_cost_no_trial_and_no_bit(disturbed):
     ran.require_bits(4, 13, 1, 23)
 
 
+@pytest.mark.slow
 def test_a_trial_goes_on_from_a_bucket_where_nodes_share_no_folder(tmp_path, disturbed):
     """What a trial left on its node goes with it; a folder behind a URI stands for the bucket."""
     bucket = (tmp_path / "bucket").as_uri()

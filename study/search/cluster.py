@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,19 +33,21 @@ def start_ray(address: str | None) -> bool:
     Raises:
         StudyError: no cluster answers there, or it runs other versions.
     """
-    where = address or os.environ.get("RAY_ADDRESS")
+    where = address or os.environ.get("RAY_ADDRESS") or None
     try:
         if where is not None:
             _require_listener(where)
         if where == "local" or (where is None and not _left_here()):
-            return _start()
+            _start()
+            return True
         try:
             _join(where)
             return False
         except ConnectionError:
             if where is not None:
                 raise
-            return _start()  # what `ray start` left here has died since
+            _start()  # what `ray start` left here has died since
+            return True
     except Exception as error:  # Ray raises just that, as well
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
@@ -55,7 +58,8 @@ def start_ray(address: str | None) -> bool:
 
 def _left_here() -> bool:
     """Whether `ray start` says that it left a cluster here, in the file that `ray.init` names."""
-    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    linux = os.environ.get("TMPDIR") if sys.platform.startswith("linux") else None  # as Ray has it
+    temporary = os.environ.get("RAY_TMPDIR") or linux or "/tmp"
     return (Path(temporary) / "ray" / "ray_current_cluster").is_file()
 
 
@@ -64,14 +68,15 @@ def _join(address: str | None) -> None:
     variables = {name: os.environ[name] for name in TO_ACTORS}
     ray.init(
         address=address,
+        include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
         runtime_env={"env_vars": variables},
     )
 
 
-def _start() -> bool:
-    """A Ray of our own, tried again where a busy machine takes longer than Ray waits; True.
+def _start() -> None:
+    """A Ray of our own, tried again where a busy machine takes longer than Ray waits.
 
     It has no dashboard, a dozen processes, and no runtime environment: its workers have this process's
     variables, and those that Ray starts beforehand can be used.
@@ -79,12 +84,11 @@ def _start() -> bool:
     for attempt in range(ATTEMPTS):
         try:
             ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            break
+            return
         except Exception as error:
             if "timed out during startup" not in str(error) or attempt + 1 == ATTEMPTS:
                 raise
             ray.shutdown()
-    return True
 
 
 def _require_listener(address: str) -> None:

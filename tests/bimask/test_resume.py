@@ -87,8 +87,9 @@ def test_a_killed_training_ends_with_the_bits_of_one_that_was_not(name, spec, tm
     ],
     ids=str,
 )
-def test_so_does_one_of_another_recipe(changes, spec, tmp_path):
-    made = spec("wanet", **changes)
+@pytest.mark.parametrize("attack", ["wanet", pytest.param("input_aware", marks=pytest.mark.slow)])
+def test_so_does_one_of_another_recipe(attack, changes, spec, tmp_path):
+    made = spec(attack, **changes)
     Killed(made, tmp_path, epoch=2)
     epochs = []
     resumed = obtain_victim(made, tmp_path, on_epoch=epochs.append)

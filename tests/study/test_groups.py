@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import mlflow
@@ -173,6 +174,10 @@ def test_the_numbers_are_those_of_trials_that_run_alone(grouped, case):
         masks = alone.cases["digits-badnets"].masks.tensors()
         kept = load_file(grouped.folder / f"trials/{number:03d}/digits-badnets.masks.safetensors")
         assert all(torch.equal(kept[name], masks[name]) for name in masks)
+        rounds = grouped.folder / f"trials/{number:03d}/digits-badnets.rounds.json"
+        logs = [asdict(log) for log in alone.cases["digits-badnets"].rounds]
+        assert json.loads(rounds.read_text()) == json.loads(json.dumps(logs))
+        assert row["provenance"]["study"] == config.digest, "the search is the same"
     assert len({row["attack_success"] for row in grouped.rows.values()}) > 1, "all are alike"
 
 

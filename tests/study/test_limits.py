@@ -1,4 +1,4 @@
-"""Trials that hang, eat the memory or report nonsense, in processes of their own."""
+"""Trials that hang, eat the memory, die or report nonsense, in processes of their own."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from study.limits import STACK, where_it_hung
 from study.tracking import Tracker, tracking_uri
 
 ROOT = Path(__file__).parents[2]
-HANGS, SWELLS, RAISES, OVERFLOWS, SAYS_NOTHING = range(1, 6)  # trials' numbers
+HANGS, SWELLS, DIES, RAISES, OVERFLOWS, SAYS_NOTHING = range(1, 7)  # trials' numbers
 
 
 def run(code, folder):
@@ -65,6 +65,8 @@ def test_memory_beyond_the_limit_is_an_error_of_the_trial_alone(tmp_path):
 
 def misbehaving(group, *, study, cases):
     """Trials that fail, each in its way; the others end at once, as they should."""
+    import os
+    import signal
     import tempfile
     import time
 
@@ -78,6 +80,8 @@ def misbehaving(group, *, study, cases):
         time.sleep(10_000)
     if number == SWELLS:
         torch.ones(2**31)
+    if number == DIES:
+        os.kill(os.getpid(), signal.SIGKILL)
     if number == RAISES:
         raise ValueError("deliberately bad")
     if number == OVERFLOWS:
@@ -98,7 +102,8 @@ def test_trials_that_go_wrong_are_failed_with_their_reason_and_the_study_goes_on
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # the machine may be full of others
     config = StudyConfig(
         name="limits",
-        trials=7,
+        trials=8,
+        retries=0,
         concurrency=1,
         sampler="random",
         trial_timeout=3,
@@ -118,22 +123,23 @@ def test_trials_that_go_wrong_are_failed_with_their_reason_and_the_study_goes_on
     tracker.end_study(metrics={}, artifacts=[])
     lines = (tmp_path / records.TRIALS).read_text().splitlines()
     found = {record["number"]: record for record in map(json.loads, lines)}
-    assert sorted(found) == list(range(7))
+    assert sorted(found) == list(range(8))
     failed = {number: r["reason"] for number, r in found.items() if r["status"] == "FAILED"}
-    assert sorted(failed) == list(range(1, 6))
+    assert sorted(failed) == list(range(1, 7))
     assert "took longer than `trial_timeout` allows (3 s); it was at" in failed[HANGS]
     assert "memory" in failed[SWELLS]
+    assert failed[DIES]
     assert "ValueError: deliberately bad" in failed[RAISES]
     assert "nan" in failed[OVERFLOWS]
     assert "'attack_success': None" in failed[SAYS_NOTHING]
     storage = f"sqlite:///{tmp_path / 'optuna.db'}"
     trials = optuna.load_study(study_name="limits", storage=storage).get_trials()
     states = {trial.number: trial.state.name for trial in trials}
-    assert states == {n: "FAIL" if n in failed else "COMPLETE" for n in range(7)}
+    assert states == {n: "FAIL" if n in failed else "COMPLETE" for n in range(8)}
     runs = tracker.client.search_runs(
         [tracker.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.parent_id}'"
     )
     ends = {int(child.data.tags["trial"]): child for child in runs}
-    for number in range(7):
+    for number in range(8):
         assert ends[number].info.status == ("FAILED" if number in failed else "FINISHED")
         assert ends[number].data.tags.get("reason") == failed.get(number)

@@ -522,9 +522,15 @@ def test_a_folder_that_exists_is_left_alone(backdoorbench, refused, tmp_path):
 # --- the same by a process of its own ---
 
 
-def test_the_command_refuses_with_code_2(backdoorbench, tmp_path):
+@pytest.mark.parametrize(
+    "kind", ["code", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("truncated", "bomb"))]
+)
+def test_the_command_refuses_with_code_2(backdoorbench, tmp_path, kind):
     marker = tmp_path / "executed"
-    torch.save(CALLS["os.system"](marker), backdoorbench.file)
+    if kind == "code":
+        torch.save(CALLS["os.system"](marker), backdoorbench.file)
+    else:
+        ARCHIVES[kind][0](backdoorbench.file)
     done = subprocess.run(
         [sys.executable, "-m", "bimask", "import", str(backdoorbench.folder), str(tmp_path / "out")],
         cwd=ROOT,

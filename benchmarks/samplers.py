@@ -7,12 +7,15 @@ Compute is the process's own seconds, suggestions included, so other work on the
 count. Random search has no memory: its trials are drawn without replacement from one pool that is
 measured once, a seed a permutation. Each seed's sampler is held against the same seed's random search
 of `--trials` trials: the seconds until it has that hypervolume, as a share of all seconds of the
-random search. Results are kept as they come in; what is there is not measured again.
+random search. `--shipped-start` also begins with the points that the digits study ships (`start` in its
+file), which random search is not given: what a user's own search begins with, not what a sampler finds.
+Results are kept as they come in; what is there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -42,13 +45,13 @@ STOPPING = EarlyStopping(dominated=True, halving=Halving(shares=[0.5, 0.75], red
 ATTACKS = {"badnets": {"name": "badnets", "size": 3}, "blended": {"name": "blended"}}
 
 
-def study_of(attacks: list[str], width: int, **changes: Any) -> StudyConfig:
-    """The digits study on these attacks, without points to begin with."""
+def study_of(attacks: list[str], width: int, *, start: bool = False, **changes: Any) -> StudyConfig:
+    """The digits study on these attacks, without its points to begin with, or with them (`start`)."""
     shipped = load_config(SPACE)
     victims = [
         shipped.victims[0].model_copy(update={"attack": ATTACKS[a], "width": width}) for a in attacks
     ]
-    usual = {"victims": victims, "start": [], "paper_defaults": False}
+    usual = {"victims": victims, "paper_defaults": False} | ({} if start else {"start": []})
     return shipped.model_copy(update=usual | changes)
 
 
@@ -75,6 +78,7 @@ def search(config: StudyConfig, cases: list[Case], trials: int, seconds: float) 
             status = "PRUNED" if result.stopped else "COMPLETE"
         searcher.tell(member | report | {"status": status})
         rows.append({"status": status, "seconds": time.process_time() - begun})
+        rows[-1]["parameters"] = member["parameters"]
         if status == "COMPLETE":
             rows[-1] |= {name: report[name] for name in config.directions}
         if sum(row["seconds"] for row in rows) > seconds:
@@ -146,11 +150,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--samplers", nargs="+", choices=sorted(SAMPLERS), default=["tpe"])
     parser.add_argument("--plain", action="store_true", help="also without early stopping")
+    parser.add_argument(
+        "--shipped-start", action="store_true", help="also from the study's first points"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="runs of a trial")
     parser.add_argument("--out", type=Path, default=KEPT)
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    config = study_of(options.attacks, options.width, sampler="random", seed=1000)
+    def study(**changes: Any) -> StudyConfig:
+        return study_of(options.attacks, options.width, repeats=options.repeats, **changes)
+
+    config = study(sampler="random", seed=1000, early_stopping=None)
     victims = {
         name: obtain_victim(spec, FOLDER / "victims")
         for name, spec in zip(config.victim_names(), config.victims, strict=True)
@@ -170,21 +181,19 @@ def main() -> None:
         kept["pool"] = search(config, cases, options.pool, float("inf"))
         keep()
     budget = options.trials * statistics.fmean(row["seconds"] for row in kept["pool"])
-    for seed in options.seeds:
-        for sampler in options.samplers:
-            for stopping in (STOPPING, *([None] if options.plain else [])):
-                way = sampler + (", early stopping" if stopping else "")
-                seeds = kept["ways"].setdefault(way, {})
-                if str(seed) not in seeds:
-                    mine = study_of(
-                        options.attacks,
-                        options.width,
-                        sampler=sampler,
-                        seed=seed,
-                        early_stopping=stopping,
-                    )
-                    seeds[str(seed)] = search(mine, cases, 4 * options.trials, budget)
-                    keep()
+    ways: dict[str, dict[str, Any]] = {}
+    for sampler in options.samplers:
+        early = f"{sampler}, early stopping"
+        ways[early] = {"sampler": sampler, "early_stopping": STOPPING}
+        if options.plain:
+            ways[sampler] = {"sampler": sampler, "early_stopping": None}
+        if options.shipped_start:
+            ways[f"{early}, shipped start"] = ways[early] | {"start": True}
+    for seed, (way, changes) in itertools.product(options.seeds, ways.items()):
+        seeds = kept["ways"].setdefault(way, {})
+        if str(seed) not in seeds:
+            seeds[str(seed)] = search(study(seed=seed, **changes), cases, 4 * options.trials, budget)
+            keep()
     print("\n".join(report(kept, config, options.trials)))
 
 

@@ -33,12 +33,6 @@ def make_probe(victim: Subject, *, seed: int, on_step: Callable[[], None] | None
     return Probe(victim.model, probe_images(victim, seed=seed).floats(), on_step=on_step)
 
 
-def steps_of_probe(victim: Subject) -> int:
-    """How often `make_probe` calls `on_step`."""
-    images = probe_images(victim, seed=0)
-    return Probe.steps(images.num_classes, len(images))
-
-
 def probe_images(victim: Subject, *, seed: int) -> ImageData:
     """The clean images of `val` that a probe is made of; fewer where a class has fewer."""
     val = victim.load_data().val

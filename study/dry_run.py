@@ -67,9 +67,10 @@ def estimate(config: StudyConfig, settings: list[PurifyConfig]) -> str:
     at_once = config.concurrency or max(1, (os.cpu_count() or 1) // config.cpus_per_trial)
     search_seconds = (usual * (config.trials - len(paper)) + sum(paper)) / at_once
     searching = config.repeats * sum(net.searching for net in timed)
+    searching_at_once = min(at_once, config.repeats * len(timed))
     text = (
         "estimate: "
-        + (f"searching triggers {searching:.0f} s, once; " if searching else "")
+        + (f"searching triggers {searching / searching_at_once:.0f} s, once; " if searching else "")
         + f"a trial {usual:.0f} s"
         + (f", the paper's defaults {paper[0]:.0f} s" if paper else "")
         + f", the search {search_seconds:.0f} s with {at_once} actors"

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
 from bimask.commands.terminal import VictimBars, described
+from bimask.errors import BimaskError
+from bimask.evidence import Probe
 from bimask.trigger_pool import TriggerPool
 from bimask.victim import obtain_victim
 from study import search
-from study.blind import make_probe, steps_of_probe
+from study.blind import probe_images
 from study.config import StudyConfig, StudyError
 from study.console import progress_bar
 from study.suite import cases_of
@@ -105,19 +110,103 @@ def _prepare_suspect(spec: SuspectSpec, for_defence: int, console: Console) -> S
     return suspect
 
 
-def prepare_cases(config: StudyConfig, victims: Mapping[str, Subject], console: Console) -> list[Case]:
-    """The runs of a trial, each with the probe of its victim and with triggers to learn against."""
-    torch.set_num_threads(config.cpus_per_trial)  # as for victims
+@dataclass(frozen=True)
+class _Piece:
+    """Something that is made of a victim before the first trial.
+
+    Attributes:
+        make: (model, images, on_step=...) -> what is made; `on_step` is called `steps` times.
+        victim: its name.
+    """
+
+    doing: str
+    make: Callable[..., Probe | TriggerPool]
+    victim: str
+    images: Tensor
+    steps: int
+
+
+def prepare_cases(
+    config: StudyConfig,
+    victims: Mapping[str, Subject],
+    console: Console,
+    *,
+    workers: int = 0,
+    joined: bool = False,
+) -> list[Case]:
+    """The runs of a trial, each with the probe of its victim and with triggers to learn against.
+
+    Args:
+        workers: that make them, where there are several of both; with none, this process does.
+        joined: the workers are of a cluster elsewhere, and do it in any case: they may have GPUs.
+
+    Raises:
+        BimaskError: what refuses a victim or its images; StudyError where a worker died of it.
+    """
     cases = cases_of(config, victims)
-    probes, pools = {}, {}
+    pieces = {("probe", case.name): _probe_of(case, config.seed) for case in cases}
+    if config.may_use("class_triggers"):
+        pieces |= {("pool", case.key): _pool_of(case) for case in cases}
+    elsewhere = workers > 0 and (joined or min(workers, len(pieces)) > 1)
+    make = _made_by_workers if elsewhere else _made_here
+    made = dict(zip(pieces, make(config, list(pieces.values()), victims, console), strict=True))
+    return [
+        replace(case, probe=made["probe", case.name], pool=made.get(("pool", case.key)))
+        for case in cases
+    ]
+
+
+def _probe_of(case: Case, seed: int) -> _Piece:
+    images = probe_images(case.victim, seed=seed).floats()
+    steps = Probe.steps(len(case.victim.classes), len(images))
+    return _Piece(f"probing {case.name}", Probe, case.name, images, steps)
+
+
+def _pool_of(case: Case) -> _Piece:
+    steps = TriggerPool.steps(len(case.victim.classes), len(case.clean))
+    doing = f"searching triggers for {case.key}"
+    return _Piece(doing, TriggerPool.search, case.name, case.clean, steps)
+
+
+def _made_here(
+    config: StudyConfig, pieces: Sequence[_Piece], victims: Mapping[str, Subject], console: Console
+) -> list[Any]:
+    torch.set_num_threads(config.cpus_per_trial)  # as for victims
     with progress_bar(console) as progress:
-        for name, victim in {case.name: case.victim for case in cases}.items():
-            task = progress.add_task(f"probing {name}", total=steps_of_probe(victim))
-            on_step = partial(progress.advance, task)
-            probes[name] = make_probe(victim, seed=config.seed, on_step=on_step)
-        for case in cases if config.may_use("class_triggers") else []:
-            steps = TriggerPool.steps(len(case.victim.classes), len(case.clean))
-            task = progress.add_task(f"searching triggers for {case.key}", total=steps)
-            on_step = partial(progress.advance, task)
-            pools[case.key] = TriggerPool.search(case.victim.model, case.clean, on_step=on_step)
-    return [replace(case, probe=probes[case.name], pool=pools.get(case.key)) for case in cases]
+        made = []
+        for piece in pieces:
+            bar = progress.add_task(piece.doing, total=piece.steps)
+            on_step = partial(progress.advance, bar)
+            made.append(piece.make(victims[piece.victim].model, piece.images, on_step=on_step))
+    return made
+
+
+def _made_by_workers(
+    config: StudyConfig, pieces: Sequence[_Piece], victims: Mapping[str, Subject], console: Console
+) -> list[Any]:
+    made: dict[int, Any] = {}
+    with progress_bar(console) as progress:
+        bar = progress.add_task("probing victims, searching triggers", total=len(pieces))
+
+        def ended(at: int, result: Any) -> None:
+            if isinstance(result, BimaskError):
+                raise result
+            if isinstance(result, Exception):
+                reason = (str(result).strip().splitlines() or [type(result).__name__])[-1]
+                raise StudyError(f"A worker did not end {pieces[at].doing}: {reason}")
+            made[at] = result
+            progress.advance(bar)
+
+        models = {name: victim.model for name, victim in victims.items()}
+        given = [(p.victim, p.make, p.images, config.device_of_a_trial) for p in pieces]
+        search.run_tasks(config, _make, models, given, ended)
+    return [made[at] for at in range(len(pieces))]
+
+
+def _make(
+    model: nn.Module, make: Callable[..., Probe | TriggerPool], images: Tensor, device: str
+) -> Probe | TriggerPool | BimaskError:
+    try:
+        return make(copy.deepcopy(model).to(device), images.to(device)).to("cpu")
+    except BimaskError as error:
+        return error

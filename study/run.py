@@ -113,7 +113,7 @@ def run_in(
                 console.print(f"The study {config.name} is finished, all {config.trials} trials.")
                 found: dict[str, Any] = json.loads((folder / records.SUMMARY).read_text())
                 return found
-        concurrency = 0
+        concurrency, own = 0, True
         if config.confirmation or config.trials > len(read_lines(folder / records.TRIALS)):
             stack.callback(search.stop_ray)
             own = search.start_ray(address)
@@ -136,7 +136,7 @@ def run_in(
             tracker = Tracker(uri, outputs / "mlartifacts")
             _begin(config, folder, identity, tracker, suite)
             stack.enter_context(locked(folder))
-        study = _Study(config, folder, suite, earlier, tracker, console, concurrency, storage)
+        study = _Study(config, folder, suite, earlier, tracker, console, concurrency, not own, storage)
         summary, signal = study.run(started)
     show(console, config, summary, tracker, outputs / "victims", folder)
     if signal is not None:
@@ -205,6 +205,7 @@ class _Study:
     tracker: Tracker
     console: Console
     concurrency: int
+    joined: bool  # the cluster is one that was there
     storage: str | None
 
     @property
@@ -217,7 +218,13 @@ class _Study:
         mirror = Mirror(self.tracker, self._say_what_happens)
         interrupts, patience = Interrupts(), SHORT_PATIENCE
         try:
-            cases = prepare_cases(self.config, self.victims, self.console)
+            cases = prepare_cases(
+                self.config,
+                self.victims,
+                self.console,
+                workers=self.concurrency,
+                joined=self.joined,
+            )
             if self.config.suspect is None:  # else nobody knows what its trigger does
                 draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
                 mirror.log_folder(self.folder / VICTIM_PICTURES)

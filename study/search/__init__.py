@@ -39,6 +39,7 @@ from study.search.confirm import run_confirmation
 from study.search.driver import run_search
 from study.search.pareto_search import PAPER, ParetoSearch, first_points
 from study.search.preflight import check_nodes
+from study.search.tasks import run_tasks
 
 __all__ = [
     "PAPER",
@@ -49,6 +50,7 @@ __all__ = [
     "release_workers",
     "run_confirmation",
     "run_search",
+    "run_tasks",
     "start_ray",
     "stop_ray",
     "trainable",

@@ -1,4 +1,4 @@
-"""The confirmation's purifications, spread over the cluster."""
+"""The confirmation's purifications."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-import torch
 
 from bimask.errors import NonFiniteError
 from bimask.victim import Victim
 from study.config import StudyConfig
+from study.search.tasks import run_tasks
 from study.suite import Job, confirm
 
 
@@ -26,23 +26,17 @@ def run_confirmation(
         on_done: called with the record of each job as it ends; one that failed has a `reason` and no
             scores.
     """
-    placed = {name: ray.put(victim) for name, victim in victims.items()}
-    task = ray.remote(_run).options(
-        num_cpus=config.cpus_per_trial, num_gpus=config.gpus_per_trial, max_retries=2
-    )
-    running = {task.remote(job, placed[job.victim], config): job for job in jobs}
-    while running:
-        (done, *_), _ = ray.wait(list(running), num_returns=1)
-        job = running.pop(done)
-        try:
-            on_done(ray.get(done))
-        except ray.exceptions.RayError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            on_done(_failed(job, lines[-1]))
+
+    def ended(at: int, result: dict[str, Any] | ray.exceptions.RayError) -> None:
+        if isinstance(result, ray.exceptions.RayError):
+            lines = str(result).strip().splitlines() or [type(result).__name__]
+            result = _failed(jobs[at], lines[-1])
+        on_done(result)
+
+    run_tasks(config, _run, victims, [(job.victim, job, config) for job in jobs], ended)
 
 
-def _run(job: Job, victim: Victim, config: StudyConfig) -> dict[str, Any]:
-    torch.set_num_threads(config.cpus_per_trial)
+def _run(victim: Victim, job: Job, config: StudyConfig) -> dict[str, Any]:
     try:
         return confirm(job, victim, config, device=config.device_of_a_trial)
     except NonFiniteError as error:

@@ -18,6 +18,7 @@ import urllib.request
 from dataclasses import asdict
 from pathlib import Path
 
+import mlflow
 import pytest
 import yaml
 from playwright.sync_api import sync_playwright
@@ -140,9 +141,23 @@ class Server:
         self.process.wait()
 
 
+@pytest.fixture(scope="session")
+def with_store(tmp_path_factory):
+    """A folder -> the same with MLflow's tables in a file; to make those takes MLflow seconds."""
+    made = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{made}").search_experiments()
+
+    def put(folder, name="mlflow.db"):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made, folder / name)
+        return folder
+
+    return put
+
+
 @pytest.fixture
-def server(tmp_path):
-    server = Server(tmp_path)
+def server(tmp_path, with_store):
+    server = Server(with_store(tmp_path, "server.db"))
     server.start()
     yield server
     server.kill()

@@ -174,8 +174,10 @@ def kill(process):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
+def home(tmp_path_factory, with_store):
+    home = tmp_path_factory.mktemp("home")
+    with_store(home / "outputs")
+    return home
 
 
 def gone_on_with(study):

@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import mlflow
@@ -11,13 +11,15 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import nn
 
 import study as study_package
-from bimask.errors import NonFiniteError
+from bimask.errors import NonFiniteError, SettingError
 from bimask.purify import purify
 from bimask.trigger_pool import TriggerPool
 from bimask.victim import obtain_victim
 from study import records, search
+from study.blind import make_probe
 from study.config import StudyConfig
 from study.pareto import OBJECTIVES
 from study.prepare import prepare_cases
@@ -67,8 +69,8 @@ GOOD, BAD = STUDY["start"][0], {**STUDY["start"][1], "budget": 1e38}
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    return tmp_path_factory.mktemp("outputs")
+def outputs(tmp_path_factory, with_store):
+    return with_store(tmp_path_factory.mktemp("outputs"))
 
 
 @pytest.fixture(scope="module")
@@ -246,21 +248,17 @@ def test_a_trial_that_failed_on_one_victim_is_spared_the_next(case):
     assert (1, "again") in seen
 
 
-def test_trials_share_the_triggers_that_are_searched_once_for_a_run(case, monkeypatch):
+def test_workers_make_probes_and_triggers_once_and_trials_share_them(case, searched, monkeypatch):
     changed = STUDY | {"fixed": STUDY["fixed"] | {"class_triggers": 0.5}, "repeats": 2}
     config = StudyConfig.model_validate(changed)
-    quiet, search, found = Console(file=io.StringIO()), TriggerPool.search, {}
-
-    def once(model, images, **options):
-        key = images.numpy().tobytes()
-        found[key] = found.get(key) or search(model, images, **options)
-        return found[key]
-
-    monkeypatch.setattr(TriggerPool, "search", once)
-    runs = prepare_cases(config, {case.name: case.victim}, quiet)
-    assert all(one.pool is not None for one in runs)
+    quiet, victims = Console(file=io.StringIO()), {case.name: case.victim}
+    runs = prepare_cases(config, victims, quiet, workers=2)
     assert [one.key for one in runs] == ["digits-badnets", "digits-badnets.1"]
-    assert len(found) == 2, "each run has clean images of its own"
+    assert not torch.equal(runs[0].clean, runs[1].clean), "each run has clean images of its own"
+    assert runs[0].probe is runs[1].probe
+    here = make_probe(case.victim, seed=config.seed)
+    for mine, theirs in zip(here.universal, runs[0].probe.universal, strict=True):
+        assert torch.equal(mine.images, theirs.images)
     alone = [
         purify(
             one.victim.model,
@@ -278,7 +276,12 @@ def test_trials_share_the_triggers_that_are_searched_once_for_a_run(case, monkey
     (ended,) = run_trials([config.purify_config(GOOD)], runs, seed=config.seed)
     for one, mask in zip(runs, alone, strict=True):
         assert torch.equal(ended.cases[one.key].masks.mask, mask)
-    assert (
-        prepare_cases(StudyConfig.model_validate(STUDY), {case.name: case.victim}, quiet)[0].pool
-        is None
-    )
+    assert prepare_cases(StudyConfig.model_validate(STUDY), victims, quiet)[0].pool is None
+
+
+def test_a_victim_that_a_worker_refuses_is_refused_with_its_sentence(case, searched):
+    softened = nn.Sequential(case.victim.model, nn.Softmax(1))
+    victims = {case.name: replace(case.victim, model=softened)}
+    config, quiet = StudyConfig.model_validate(STUDY), Console(file=io.StringIO())
+    with pytest.raises(SettingError, match="last layer"):
+        prepare_cases(config, victims, quiet, workers=1, joined=True)

@@ -98,7 +98,9 @@ def misbehaving(group, *, study, cases):
 
 
 @pytest.mark.ray
-def test_trials_that_go_wrong_are_failed_with_their_reason_and_the_study_goes_on(tmp_path, monkeypatch):
+def test_trials_that_go_wrong_are_failed_with_their_reason_and_the_study_goes_on(
+    tmp_path, with_store, monkeypatch
+):
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # the machine may be full of others
     config = StudyConfig(
         name="limits",
@@ -112,7 +114,7 @@ def test_trials_that_go_wrong_are_failed_with_their_reason_and_the_study_goes_on
         reference_point={"clean_accuracy": 0.1, "attack_success": 1.0},
         space={"mask_lr": {"kind": "float", "low": 0.02, "high": 0.3}},
     )
-    tracker = Tracker(tracking_uri(tmp_path), tmp_path / "mlartifacts")
+    tracker = Tracker(tracking_uri(with_store(tmp_path)), tmp_path / "mlartifacts")
     tracker.start_study("limits", {}, {})
     recorder = records.Recorder(config, tmp_path, tracker, {}, lambda *_: None)
     search.start_ray("local")

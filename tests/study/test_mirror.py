@@ -14,8 +14,8 @@ TAGS = {"study_id": "abc", "study": "s"}
 
 
 @pytest.fixture
-def tracker(tmp_path):
-    tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "mlartifacts")
+def tracker(tmp_path, with_store):
+    tracker = Tracker(f"sqlite:///{with_store(tmp_path) / 'mlflow.db'}", tmp_path / "mlartifacts")
     tracker.start_study("s", {"trials": 2}, TAGS)
     return tracker
 

@@ -71,9 +71,9 @@ def _clean_tree():
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
+def outputs(tmp_path_factory, with_store):
     """A finished study."""
-    outputs = tmp_path_factory.mktemp("outputs")
+    outputs = with_store(tmp_path_factory.mktemp("outputs"))
     (outputs / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
     assert run.run_study(outputs / "tiny.yaml", {"concurrency": 1}, outputs=outputs, address="local")
     return outputs

@@ -35,7 +35,7 @@ VICTIM = {
 SUITE = {
     "name": "suite",
     "trials": 7,
-    "concurrency": 2,
+    "concurrency": 1,
     "clean_images_per_class": 3,
     "report_every": 2,
     "victims": [
@@ -76,8 +76,8 @@ def config_of(**changes):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    return tmp_path_factory.mktemp("outputs")
+def outputs(tmp_path_factory, with_store):
+    return with_store(tmp_path_factory.mktemp("outputs"))
 
 
 @pytest.fixture(scope="module")

@@ -61,9 +61,10 @@ STUDY = {
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, with_store):
     """What a user has, outside the project. The model has a backdoor, but nothing here says which."""
     home = tmp_path_factory.mktemp("user")
+    with_store(home / "outputs")
     (home / "net.py").write_text(FACTORY)
     digits = load_data("digits", image_size=12)
     for split, most in (("train", 60), ("test", PICTURES)):

@@ -1,0 +1,55 @@
+"""Work beside the trials, spread over the cluster: Ray tasks, each with the resources of a trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from study.config import StudyConfig
+
+RETRIES = 2  # of a task whose process died
+
+
+def run_tasks(
+    config: StudyConfig,
+    function: Callable[..., Any],
+    shared: Mapping[str, Any],
+    arguments: Sequence[tuple[Any, ...]],
+    on_done: Callable[[int, Any], None],
+) -> None:
+    """Call `function` once for each of `arguments`, as many at once as there is room for.
+
+    Args:
+        shared: what several calls get, by its name; it is sent once.
+        arguments: the first is the name of what is shared, and the function gets that.
+        on_done: called with a position among `arguments` and what came back, as each ends; a
+            ray.exceptions.RayError where nothing did.
+    """
+    placed = {name: ray.put(value) for name, value in shared.items()}
+    task = ray.remote(_with_threads).options(
+        num_cpus=config.cpus_per_trial, num_gpus=config.gpus_per_trial, max_retries=RETRIES
+    )
+    running = {
+        task.remote(config.cpus_per_trial, function, placed[name], *given): at
+        for at, (name, *given) in enumerate(arguments)
+    }
+    try:
+        while running:
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            at = running.pop(done)
+            try:
+                result = ray.get(done)
+            except ray.exceptions.RayError as error:
+                result = error
+            on_done(at, result)
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _with_threads(threads: int, function: Callable[..., Any], *given: Any) -> Any:
+    torch.set_num_threads(threads)
+    return function(*given)

@@ -21,6 +21,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
+from filelock import FileLock
 from playwright.sync_api import sync_playwright
 from safetensors.torch import save_file
 
@@ -164,9 +165,21 @@ def server(tmp_path, with_store):
 
 
 @pytest.fixture(scope="session")
-def large_study(tmp_path_factory):
-    """The folder of a study of 200 trials on two victims: 10 failed, 20 stopped early."""
-    return make_study(tmp_path_factory.mktemp("large"))
+def large_study(tmp_path_factory, worker_id):
+    """The folder of a study of 200 trials on two victims: 10 failed, 20 stopped early.
+
+    Made once for all processes of the tests; each has a copy.
+    """
+    mine = tmp_path_factory.mktemp("large")
+    if worker_id == "master":
+        return make_study(mine)
+    common = tmp_path_factory.getbasetemp().parent / "large"
+    with FileLock(common.with_suffix(".lock")):
+        if not common.exists():
+            make_study(part := tmp_path_factory.mktemp("part"))
+            part.rename(common)
+    shutil.copytree(common, mine, dirs_exist_ok=True)
+    return mine / STUDY["name"]
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def gone_on_with(study):
     """--resume in this process, which has imported everything: its exit code, and what it says."""
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said), pytest.raises(SystemExit) as caught:
-        launch.main(outputs=study.outputs, resume=study.name, address="local")
+        launch.main(outputs=study.outputs, resume=study.name, address="local", concurrency=1)
     return caught.value.code, " ".join(said.getvalue().split())
 
 

@@ -25,7 +25,7 @@ from bimask.data import Splits
 from bimask.errors import NonFiniteError
 from bimask.metrics import evaluate
 from bimask.victim import Victim, VictimSpec, obtain_victim
-from study.config import load_config
+from study.reading import load_config
 from study.space import suggest
 from study.trial import Case, purified, run_trials
 

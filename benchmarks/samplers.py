@@ -30,9 +30,10 @@ from benchmarks.purify import hardware
 from benchmarks.report import RESULTS, table
 from bimask.errors import NonFiniteError
 from bimask.victim import obtain_victim
-from study.config import StudyConfig, load_config
+from study.config import StudyConfig
 from study.judge import Judge
 from study.pareto import ParetoFront
+from study.reading import load_config
 from study.search.pareto_search import SAMPLERS, ParetoSearch
 from study.stopping import EarlyStopping, Halving, Rivals
 from study.suite import cases_of

@@ -13,10 +13,11 @@ from bimask.config import PurifyConfig
 from bimask.errors import BimaskError
 from bimask.victim import Victim, open_victim
 from study import records
-from study.config import Confirm, StudyConfig, StudyError, load_config
+from study.config import Confirm, StudyConfig, StudyError
 from study.console import progress_bar
 from study.gates import CONFIRMED, Evidence, Verdict, evidence_of, judge
 from study.provenance import commit
+from study.reading import load_config
 from study.suite import confirm, confirmation, jobs_of
 
 

@@ -20,8 +20,9 @@ from bimask.data import Splits
 from bimask.population import PopulationPurifier
 from bimask.trigger_pool import TriggerPool
 from study import search
-from study.config import StudyConfig, load_config
+from study.config import StudyConfig
 from study.prepare import check_data
+from study.reading import load_config
 from study.suite import roles
 from study.warm_start import read_earlier
 

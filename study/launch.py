@@ -145,7 +145,8 @@ def send(
     """
     if os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported
-    from study.config import StudyError, load_config
+    from study.config import StudyError
+    from study.reading import load_config
     from study.search.jobs import submit
 
     here = Path.cwd()

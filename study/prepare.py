@@ -191,9 +191,11 @@ def _made_by_workers(
         def ended(at: int, result: Any) -> None:
             if isinstance(result, BimaskError):
                 raise result
-            if isinstance(result, Exception):
-                reason = (str(result).strip().splitlines() or [type(result).__name__])[-1]
-                raise StudyError(f"A worker did not end {pieces[at].doing}: {reason}")
+            if isinstance(result, search.LostTaskError):
+                raise StudyError(
+                    f"No worker ended {pieces[at].doing} ({result}); look at the nodes' memory, and "
+                    "launch again."
+                )
             made[at] = result
             progress.advance(bar)
 

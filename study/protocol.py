@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from study import leave_out
-from study.config import Confirm, load_config
+from study.config import Confirm
 from study.console import show_leave_out, wide_console
 from study.files import write_text
+from study.reading import load_config
 from study.run import named, run_in
 
 LEAVE_OUT = "leave_one_out.json"

@@ -17,7 +17,7 @@ from bimask.devices import resolve_device
 from bimask.victim import Victim
 from study import records, search
 from study.blind import blind_metrics
-from study.config import StudyConfig, StudyError, load_config
+from study.config import StudyConfig, StudyError
 from study.confirm import confirm_choice
 from study.console import show, trial_progress, wide_console
 from study.files import locked, read_lines, write_text
@@ -32,6 +32,7 @@ from study.prepare import (
     require_writable,
 )
 from study.provenance import commit, versions
+from study.reading import load_config
 from study.report import REPORT, write_report
 from study.report.content import headline
 from study.session import Identity, begin, reopen

@@ -13,8 +13,9 @@ from typing import Any
 from bimask.suspect import file_sha256
 from bimask.victim.files import WEIGHTS
 from study import records
-from study.config import RUNNING, StudyConfig, StudyError, load_config
+from study.config import RUNNING, StudyConfig, StudyError
 from study.files import write_text
+from study.reading import load_config
 from study.suspect import Subject, SuspectModel
 
 IDENTITY = "identity.json"

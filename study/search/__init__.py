@@ -39,10 +39,11 @@ from study.search.confirm import run_confirmation
 from study.search.driver import run_search
 from study.search.pareto_search import PAPER, ParetoSearch, first_points
 from study.search.preflight import check_nodes
-from study.search.tasks import run_tasks
+from study.search.tasks import LostTaskError, run_tasks
 
 __all__ = [
     "PAPER",
+    "LostTaskError",
     "ParetoSearch",
     "check_nodes",
     "check_resources",

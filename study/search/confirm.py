@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ray
-
 from bimask.errors import NonFiniteError
 from bimask.victim import Victim
 from study.config import StudyConfig
-from study.search.tasks import run_tasks
+from study.search.tasks import LostTaskError, run_tasks
 from study.suite import Job, confirm
 
 
@@ -27,11 +25,8 @@ def run_confirmation(
             scores.
     """
 
-    def ended(at: int, result: dict[str, Any] | ray.exceptions.RayError) -> None:
-        if isinstance(result, ray.exceptions.RayError):
-            lines = str(result).strip().splitlines() or [type(result).__name__]
-            result = _failed(jobs[at], lines[-1])
-        on_done(result)
+    def ended(at: int, result: dict[str, Any] | LostTaskError) -> None:
+        on_done(_failed(jobs[at], str(result)) if isinstance(result, LostTaskError) else result)
 
     run_tasks(config, _run, victims, [(job.victim, job, config) for job in jobs], ended)
 

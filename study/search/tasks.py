@@ -13,6 +13,10 @@ from study.config import StudyConfig
 RETRIES = 2  # of a task whose process died
 
 
+class LostTaskError(Exception):
+    """A task from which nothing came back; why, in one line."""
+
+
 def run_tasks(
     config: StudyConfig,
     function: Callable[..., Any],
@@ -26,7 +30,7 @@ def run_tasks(
         shared: what several calls get, by its name; it is sent once.
         arguments: the first is the name of what is shared, and the function gets that.
         on_done: called with a position among `arguments` and what came back, as each ends; a
-            ray.exceptions.RayError where nothing did.
+            LostTaskError where nothing did.
     """
     placed = {name: ray.put(value) for name, value in shared.items()}
     task = ray.remote(_with_threads).options(
@@ -43,7 +47,8 @@ def run_tasks(
             try:
                 result = ray.get(done)
             except ray.exceptions.RayError as error:
-                result = error
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                result = LostTaskError(lines[-1])
             on_done(at, result)
     finally:
         for reference in running:

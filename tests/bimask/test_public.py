@@ -16,7 +16,7 @@ DOORS = {
     "ray": [
         f"study/search/{name}.py"
         for name in (
-            *("actor", "cluster", "confirm", "driver", "jobs", "pareto_search", "preflight", "victims"),
+            *("actor", "cluster", "driver", "jobs", "pareto_search", "preflight", "tasks", "victims"),
         )
     ],
     "optuna": ["study/importance.py", "study/search/pareto_search.py"],

@@ -8,8 +8,9 @@ import yaml
 from bimask.victim import VictimSpec, train_victim
 from study import run
 from study.blind import compare, make_probe, rank_correlation
-from study.config import StudyError, load_config
+from study.config import StudyError
 from study.pareto import choose
+from study.reading import load_config
 
 BLIND = """
 name: b

@@ -4,8 +4,9 @@ import yaml
 
 from bimask.attacks import ATTACKS
 from bimask.purify import PurifyConfig
-from study.config import StudyConfig, StudyError, load_config
+from study.config import StudyConfig, StudyError
 from study.prepare import check_data
+from study.reading import load_config
 from study.search.pareto_search import published
 from study.space import suggest
 

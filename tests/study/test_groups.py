@@ -20,7 +20,7 @@ from bimask.trigger_pool import TriggerPool
 from bimask.victim import obtain_victim
 from study import records, search
 from study.blind import make_probe
-from study.config import StudyConfig
+from study.config import StudyConfig, StudyError
 from study.pareto import OBJECTIVES
 from study.prepare import prepare_cases
 from study.tracking import Tracker, tracking_uri
@@ -284,4 +284,18 @@ def test_a_victim_that_a_worker_refuses_is_refused_with_its_sentence(case, searc
     victims = {case.name: replace(case.victim, model=softened)}
     config, quiet = StudyConfig.model_validate(STUDY), Console(file=io.StringIO())
     with pytest.raises(SettingError, match="last layer"):
+        prepare_cases(config, victims, quiet, workers=1, joined=True)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_of_a_victim_is_told_of_in_one_sentence(case, searched):
+    class Fatal(nn.Module):
+        def forward(self, images):
+            import os
+
+            os._exit(1)
+
+    victims = {case.name: replace(case.victim, model=Fatal())}
+    config, quiet = StudyConfig.model_validate(STUDY), Console(file=io.StringIO())
+    with pytest.raises(StudyError, match="No worker ended probing digits-badnets .*launch again"):
         prepare_cases(config, victims, quiet, workers=1, joined=True)

@@ -20,7 +20,8 @@ from bimask.errors import BimaskError, DataError, SettingError, VictimError, Vic
 from bimask.metrics import CleanScores, CleanSet, evaluate, predict
 from study.blind import PROMISE
 from study.candidate import read_candidate
-from study.config import StudyError, load_config
+from study.config import StudyError
+from study.reading import load_config
 from study.report import write_report
 from study.suspect import shared_out
 from study.warm_start import read_earlier

@@ -198,9 +198,11 @@ class ParetoSearch(Searcher):
     def tell(self, record: Mapping[str, Any]) -> None:
         """Tell Optuna how a trial ended: COMPLETE with finite values, PRUNED, or FAIL.
 
-        What the storage does not take now, it is told with the next. The paper's trial it is told of
-        when the search closes: a finished trial without parameters would leave nothing of the space
-        that GP, NSGA and QMC take to be what all finished trials have in common.
+        What the storage does not take now, it is told with the next. Of two kinds it is told when the
+        search closes. The paper's trial: a finished trial without parameters would leave nothing of the
+        space that GP, NSGA and QMC take to be what all finished trials have in common. A stopped trial,
+        where the sampler is GP: that leaves PRUNED trials out, and would propose the like again and
+        again; of a RUNNING one it knows that something is being tried there.
         """
         self.given.add(record["number"])
         self.untold[record["number"]] = record
@@ -214,7 +216,8 @@ class ParetoSearch(Searcher):
 
     def _tell_untold(self, *, last: bool = False) -> None:
         for number, record in list(self.untold.items()):
-            if record["preset"] == PAPER and not last:
+            unseen = record["status"] == "PRUNED" and self.config.sampler == "gp"
+            if (record["preset"] == PAPER or unseen) and not last:
                 continue
             if record["status"] == "PRUNED":
                 self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
@@ -238,7 +241,7 @@ class ParetoSearch(Searcher):
                     trial.set_constraint(bound, excess)
 
     def close(self) -> None:
-        """Tell what could not be told before, and of the paper's trial.
+        """Tell what could not be told before, and what was kept for the end.
 
         Raises:
             StudyError: the storage takes nothing.
@@ -286,7 +289,9 @@ class _Known:
 # A population of 20 and not of Optuna's 50: a study of 100 trials has then some generations.
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=6, constant_liar=True),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False),
+    "gp": lambda seed: optuna.samplers.GPSampler(
+        seed=seed, n_startup_trials=6, warn_independent_sampling=False
+    ),
     "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
     "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed, population_size=20),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),

@@ -279,6 +279,25 @@ def test_every_sampler_learns_in_the_whole_space_also_beside_the_papers_trial(sa
     assert {trial.state.name for trial in searcher.study.trials} == {"COMPLETE"}
 
 
+def test_gaussian_processes_do_not_propose_again_what_was_stopped():
+    """All beyond 0.3 is stopped, where by what is known of the rest the objectives would be best."""
+    config = config_of(sampler="gp", trials=20, constraints={}, start=[])
+    searcher = ParetoSearch(config, None)
+    stopped = []
+    for number in range(20):
+        (member,) = searcher.suggest(str(number))["members"]
+        rate = member["parameters"]["mask_lr"]
+        record = {"clean_accuracy": rate, "attack_success": 1 - rate, "pruned_share": 0.5}
+        ended = "PRUNED" if rate > 0.3 else "COMPLETE"
+        stopped += [tuple(member["parameters"].values())] if ended == "PRUNED" else []
+        searcher.tell(member | record | {"status": ended})
+    assert 1 <= len(stopped) <= 6  # 13 and more of 20 where a stopped trial is left out of the model
+    assert len(set(stopped)) == len(stopped)
+    searcher.close()
+    states = [trial.state.name for trial in searcher.study.trials]
+    assert (states.count("PRUNED"), states.count("RUNNING")) == (len(stopped), 0)
+
+
 def test_the_first_points_are_those_of_the_search_itself():
     members = search.first_points(config_of(), 5)
     assert [member["parameters"] for member in members] == SUITE["start"]

@@ -35,14 +35,15 @@ from study.config import StudyConfig
 from study.judge import Judge
 from study.pareto import ParetoFront
 from study.reading import load_config
-from study.search.pareto_search import SAMPLERS, ParetoSearch
+from study.search.pareto_search import ParetoSearch
+from study.search.samplers import SAMPLERS
 from study.stopping import EarlyStopping, Halving, Rivals
 from study.suite import cases_of
 from study.trial import Case, run_trials
 
 ROUNDING = 1e-12
 FOLDER = Path("outputs/benchmarks")
-KEPT = RESULTS / "samplers" / "digits.json"
+KEPT = RESULTS / "samplers"
 SPACE = Path("search_spaces/ims_digits.yaml")
 STOPPING = EarlyStopping(dominated=True, halving=Halving(shares=[0.5, 0.75], reduction=3, grace=6))
 ATTACKS = {"badnets": {"name": "badnets", "size": 3}, "blended": {"name": "blended"}}
@@ -167,14 +168,15 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=60, help="random trials measured")
     parser.add_argument("--trials", type=int, default=30, help="of each random search")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--samplers", nargs="+", choices=sorted(SAMPLERS), default=["tpe"])
+    parser.add_argument("--samplers", nargs="+", choices=sorted(SAMPLERS), default=["gp", "tpe"])
     parser.add_argument("--plain", action="store_true", help="also without early stopping")
     parser.add_argument(
         "--shipped-start", action="store_true", help="also from the study's first points"
     )
     parser.add_argument("--repeats", type=int, default=1, help="runs of a trial")
-    parser.add_argument("--out", type=Path, default=KEPT)
+    parser.add_argument("--out", type=Path, help="default: a file by the attacks' names")
     options = parser.parse_args()
+    options.out = options.out or KEPT / f"digits-{'-'.join(options.attacks)}.json"
     torch.set_num_threads(1)
 
     def study(**changes: Any) -> StudyConfig:

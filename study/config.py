@@ -87,7 +87,9 @@ class StudyConfig(BaseModel):
     gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four actors")
     retries: int = Field(3, ge=0, description="times a group is run again whose process or node died")
     device: str = Field("auto", description="auto: cuda where a trial has a GPU share, else cpu")
-    sampler: Literal["tpe", "gp", "nsga2", "nsga3", "random", "qmc"] = "tpe"
+    sampler: Literal["auto", "tpe", "gp", "nsga2", "nsga3", "random", "qmc"] = Field(
+        "auto", description="auto: gp or tpe, by what a trial takes"
+    )
     selection: Literal["oracle", "blind"] = Field(
         "oracle", description="oracle: by the true trigger on val; blind: by `risk`, from clean images"
     )

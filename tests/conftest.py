@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _places_of_the_session(tmp_path_factory):
-    """`make test` runs two processes: neither finds the other's cache or its Ray."""
+    """`make test` runs several processes: none finds another's cache or its Ray."""
     short = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
     with short as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("BIMASK_CACHE", str(tmp_path_factory.mktemp("cache")))

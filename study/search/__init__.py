@@ -14,6 +14,7 @@ The only package that imports ray or optuna. Facts of the stack that shape it:
 - A trial that ends early never reaches the front: only a final report carries objectives.
 - Trials of a group are asked for before the first of them is told, so TPE must keep its distance from
   those still running: `constant_liar`, the default since Optuna 5, for several objectives since 3.5.
+- GP knows of COMPLETE and RUNNING trials alone, so it is told of a stopped one when the search closes.
 - Actors are reused, so each trial sets its own threads and works on copies.
 """
 

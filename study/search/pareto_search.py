@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ray.tune.search import Searcher
 from bimask.config import PurifyConfig
 from study.config import StudyConfig, StudyError
 from study.judge import Judge
+from study.search.samplers import SAMPLERS, STARTUP, WORTH, first_sampler
 from study.space import Scalar, suggest
 from study.stopping import Standings
 from study.warm_start import Earlier, Observed
@@ -62,6 +64,7 @@ class ParetoSearch(Searcher):
         self.given: set[int] = set()
         self.asked: dict[int, optuna.Trial] = {}
         self.untold: dict[int, Mapping[str, Any]] = {}
+        self.seconds: list[float] = []
         self.earlier = earlier or Earlier()
         self.judge = Judge.of(config)
         self.standings = Standings(config.early_stopping)
@@ -98,7 +101,8 @@ class ParetoSearch(Searcher):
         known = len(study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING)))
         if self.config.sampler == "qmc":
             known = 0  # the storage knows the place in its sequence, under the sequence's seed
-        study.sampler = SAMPLERS[self.config.sampler]((self.config.seed + known) % 2**32)
+        self.seed = (self.config.seed + known) % 2**32
+        study.sampler = SAMPLERS[first_sampler(self.config)](self.seed)
         if "enqueued" not in study.user_attrs:  # a kill may have come before
             study.set_metric_names(list(self.config.directions))  # the axes in dashboards
             first: list[tuple[dict[str, Any], dict[str, str]]] = []
@@ -211,12 +215,24 @@ class ParetoSearch(Searcher):
         if is_complete(record):
             violations = self.judge.constraints.violations(record)
             self.standings.finished(self.judge.losses(record), violations)
+            self._settle(record["seconds"])
         with suppress(optuna.exceptions.StorageInternalError):
             self._tell_untold()
 
+    def _settle(self, seconds: float) -> None:
+        """Under `auto`, leave GP once it is known that trials are too short for it."""
+        self.seconds.append(seconds)
+        known = self.config.sampler == "auto" and len(self.seconds) == STARTUP
+        if known and self._learns_by_gp and statistics.median(self.seconds) < WORTH:
+            self.study.sampler = SAMPLERS["tpe"](self.seed)
+
+    @property
+    def _learns_by_gp(self) -> bool:
+        return isinstance(self.study.sampler, optuna.samplers.GPSampler)
+
     def _tell_untold(self, *, last: bool = False) -> None:
         for number, record in list(self.untold.items()):
-            unseen = record["status"] == "PRUNED" and self.config.sampler == "gp"
+            unseen = record["status"] == "PRUNED" and self._learns_by_gp
             if (record["preset"] == PAPER or unseen) and not last:
                 continue
             if record["status"] == "PRUNED":
@@ -284,21 +300,6 @@ class _Known:
     def suggest_categorical(self, name: str, choices: list[Scalar]) -> Scalar:
         self.distributions[name] = CategoricalDistribution(choices)
         return self.values[name]
-
-
-# A population of 20 and not of Optuna's 50: a study of 100 trials has then some generations.
-SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=6, constant_liar=True),
-    "gp": lambda seed: optuna.samplers.GPSampler(
-        seed=seed, n_startup_trials=6, warn_independent_sampling=False
-    ),
-    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
-    "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed, population_size=20),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-    "qmc": lambda seed: optuna.samplers.QMCSampler(
-        seed=seed, scramble=True, warn_independent_sampling=False
-    ),
-}
 
 
 def is_complete(record: Mapping[str, Any]) -> bool:

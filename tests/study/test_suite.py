@@ -18,7 +18,8 @@ from study.dry_run import dry_run
 from study.judge import Judge
 from study.pareto import ParetoFront, losses
 from study.protocol import run_leave_out
-from study.search.pareto_search import SAMPLERS, ParetoSearch
+from study.search.pareto_search import ParetoSearch
+from study.search.samplers import MANY, SAMPLERS, STARTUP, first_sampler
 from study.stopping import Rivals
 from study.trial import run_trials
 from study.warm_start import read_earlier
@@ -270,7 +271,7 @@ def test_every_sampler_learns_in_the_whole_space_also_beside_the_papers_trial(sa
         (member,) = searcher.suggest(str(number))["members"]
         assert member["preset"] == ("paper" if number == 0 else None)
         rate = member["parameters"]["mask_lr"]
-        record = {"clean_accuracy": rate, "attack_success": 1 - rate, "pruned_share": 0.5}
+        record = {"clean_accuracy": rate, "attack_success": 1 - rate, "pruned_share": 0.5, "seconds": 9}
         searcher.tell(member | record | {"status": "COMPLETE"})
     relative = searcher.study.sampler.infer_relative_search_space(searcher.study, None)
     if sampler not in ("random", "tpe"):  # these two propose each parameter by itself
@@ -287,7 +288,7 @@ def test_gaussian_processes_do_not_propose_again_what_was_stopped():
     for number in range(20):
         (member,) = searcher.suggest(str(number))["members"]
         rate = member["parameters"]["mask_lr"]
-        record = {"clean_accuracy": rate, "attack_success": 1 - rate, "pruned_share": 0.5}
+        record = {"clean_accuracy": rate, "attack_success": 1 - rate, "pruned_share": 0.5, "seconds": 9}
         ended = "PRUNED" if rate > 0.3 else "COMPLETE"
         stopped += [tuple(member["parameters"].values())] if ended == "PRUNED" else []
         searcher.tell(member | record | {"status": ended})
@@ -296,6 +297,25 @@ def test_gaussian_processes_do_not_propose_again_what_was_stopped():
     searcher.close()
     states = [trial.state.name for trial in searcher.study.trials]
     assert (states.count("PRUNED"), states.count("RUNNING")) == (len(stopped), 0)
+
+
+@pytest.mark.parametrize(("seconds", "settled"), [(1.0, "TPESampler"), (9.0, "GPSampler")])
+def test_auto_is_gp_where_trials_take_as_long_as_its_suggestions_are_worth(seconds, settled):
+    searcher = ParetoSearch(config_of(sampler="auto", start=[]), None)
+    for number in range(STARTUP):
+        assert type(searcher.study.sampler).__name__ == "GPSampler"
+        (member,) = searcher.suggest(str(number))["members"]
+        scores = {"clean_accuracy": 0.9, "attack_success": 0.1, "pruned_share": 0.5, "accuracy_drop": 0}
+        searcher.tell(member | scores | {"status": "COMPLETE", "seconds": seconds})
+    assert type(searcher.study.sampler).__name__ == settled
+
+
+def test_auto_is_tpe_where_gp_is_slow_or_blind():
+    narrow = {"kind": "int", "low": 1, "high": 3, "when": {"inner_optimizer": "sign"}}
+    names = {"kind": "categorical", "choices": ["adamw", "sign"]}
+    conditions = config_of(space={"inner_optimizer": names, "inner_steps": narrow}, fixed={}, start=[])
+    found = [conditions, config_of(trials=MANY + 1), config_of(trials=MANY), config_of(sampler="qmc")]
+    assert [first_sampler(config) for config in found] == ["tpe", "tpe", "gp", "qmc"]
 
 
 def test_the_first_points_are_those_of_the_search_itself():

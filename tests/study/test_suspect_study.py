@@ -247,7 +247,7 @@ def test_a_suspect_goes_without_saying_blind(at_home):
 def test_a_study_without_a_suspect_keeps_its_digest(tmp_path):
     path = tmp_path / "plain.yaml"
     point = {"clean_accuracy": 0.5, "attack_success": 1.0}
-    plain = {"name": "plain", "trials": 3, "victims": [{}], "reference_point": point}
+    plain = {"name": "plain", "trials": 3, "victims": [{}], "reference_point": point, "sampler": "tpe"}
     path.write_text(yaml.safe_dump(plain | {"space": STUDY["space"]}))
     assert load_config(path).digest == "9bd59d178c48edbe", "which it had before there were suspects"
 

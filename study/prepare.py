@@ -199,8 +199,8 @@ def _made_by_workers(
             made[at] = result
             progress.advance(bar)
 
-        models = {name: victim.model for name, victim in victims.items()}
-        given = [(p.victim, p.make, p.images, config.device_of_a_trial) for p in pieces]
+        models = {name: copy.deepcopy(victim.model).cpu() for name, victim in victims.items()}
+        given = [(p.victim, p.make, p.images.cpu(), config.device_of_a_trial) for p in pieces]
         search.run_tasks(config, _make, models, given, ended)
     return [made[at] for at in range(len(pieces))]
 
@@ -209,6 +209,7 @@ def _make(
     model: nn.Module, make: Callable[..., Probe | TriggerPool], images: Tensor, device: str
 ) -> Probe | TriggerPool | BimaskError:
     try:
-        return make(copy.deepcopy(model).to(device), images.to(device)).to("cpu")
+        there = copy.deepcopy(model).to(device)  # what Ray hands out is shared by all tasks of a node
+        return make(there, images.to(device)).to("cpu")
     except BimaskError as error:
         return error

@@ -19,7 +19,8 @@ from scipy.stats import spearmanr
 
 from benchmarks.blind_runs import SEED, TARGETS, judged, victim_of
 from benchmarks.report import RESULTS
-from study.blind import make_probe
+from bimask.evidence import Probe
+from study.blind import probe_images
 from study.pareto import choose
 from study.provenance import commit, versions
 
@@ -32,7 +33,7 @@ def asked(attack: str) -> dict[str, Any]:
     """Every kept trial of a victim with what the probe says of it."""
     victim, _ = victim_of(attack)
     begun = time.process_time()
-    probe = make_probe(victim, seed=SEED)
+    probe = Probe(victim.model, probe_images(victim, seed=SEED).floats())
     seconds = {"probe": time.process_time() - begun}
     rows = []
     begun = time.process_time()

@@ -13,7 +13,6 @@ import torch
 from scipy.stats import spearmanr
 
 from bimask.data import ImageData
-from bimask.evidence import Probe
 from study.suspect import Subject
 
 PER_CLASS = 16
@@ -26,11 +25,6 @@ PROMISE = (
     "as triggers made without the attack can show it; it measures no attack success rate and proves no "
     "backdoor gone, since an attack whose trigger is unlike every trigger made here stays unseen."
 )
-
-
-def make_probe(victim: Subject, *, seed: int, on_step: Callable[[], None] | None = None) -> Probe:
-    """The probe of a victim; the same seed makes the same one."""
-    return Probe(victim.model, probe_images(victim, seed=seed).floats(), on_step=on_step)
 
 
 def probe_images(victim: Subject, *, seed: int) -> ImageData:

@@ -1,4 +1,4 @@
-"""What is tried next, and what Optuna is told of how it ended. The only file that imports optuna."""
+"""What is tried next, and what Optuna is told of how it ended."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ class ParetoSearch(Searcher):
         if is_complete(record):
             violations = self.judge.constraints.violations(record)
             self.standings.finished(self.judge.losses(record), violations)
-            self._settle(record["seconds"])
+            self._settle(record.get("seconds", 0.0))
         with suppress(optuna.exceptions.StorageInternalError):
             self._tell_untold()
 

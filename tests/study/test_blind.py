@@ -7,7 +7,7 @@ import yaml
 
 from bimask.victim import VictimSpec, train_victim
 from study import run
-from study.blind import compare, make_probe, rank_correlation
+from study.blind import compare, probe_images, rank_correlation
 from study.config import StudyError
 from study.pareto import choose
 from study.reading import load_config
@@ -104,10 +104,10 @@ def test_the_probe_is_of_val_alone():
         device="cpu",
     )
     splits = victim.spec.load_data()
-    probe = make_probe(victim, seed=0)
+    images = probe_images(victim, seed=0).floats()
     rows = {image.numpy().tobytes() for image in splits.val.floats()}
-    assert len(probe.images) == 160
-    assert all(image.numpy().tobytes() in rows for image in probe.images)
+    assert len(images) == 160
+    assert all(image.numpy().tobytes() in rows for image in images)
 
 
 @pytest.mark.slow  # test_suspect_study's search is blind, too; test_report shows both choices

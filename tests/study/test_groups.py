@@ -15,11 +15,12 @@ from torch import nn
 
 import study as study_package
 from bimask.errors import NonFiniteError, SettingError
+from bimask.evidence import Probe
 from bimask.purify import purify
 from bimask.trigger_pool import TriggerPool
 from bimask.victim import obtain_victim
 from study import records, search
-from study.blind import make_probe
+from study.blind import probe_images
 from study.config import StudyConfig, StudyError
 from study.pareto import OBJECTIVES
 from study.prepare import prepare_cases
@@ -256,7 +257,7 @@ def test_workers_make_probes_and_triggers_once_and_trials_share_them(case, searc
     assert [one.key for one in runs] == ["digits-badnets", "digits-badnets.1"]
     assert not torch.equal(runs[0].clean, runs[1].clean), "each run has clean images of its own"
     assert runs[0].probe is runs[1].probe
-    here = make_probe(case.victim, seed=config.seed)
+    here = Probe(case.victim.model, probe_images(case.victim, seed=config.seed).floats())
     for mine, theirs in zip(here.universal, runs[0].probe.universal, strict=True):
         assert torch.equal(mine.images, theirs.images)
     alone = [

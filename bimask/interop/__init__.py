@@ -13,7 +13,8 @@ from bimask.interop import backdoorbench, defended, toolbox, trojai
 from bimask.interop.backdoorbench import read_attack_result
 from bimask.interop.backdoorbench_writer import write_attack_result
 from bimask.interop.defended import read_defense_result
-from bimask.interop.imported import ImportedVictim, load_imported, save_imported
+from bimask.interop.imported import ImportedVictim
+from bimask.interop.imported_files import load_imported, save_imported
 from bimask.interop.safe import load_foreign
 from bimask.interop.stand_ins import shown
 

@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from bimask.attacks import Attack, build_attack
 from bimask.data import FOLDER, LOADERS, Splits, load_data, pictures_digest
 from bimask.errors import DataError, VictimError
-from bimask.interop.imported import ImportedVictim, load_imported
+from bimask.interop.imported import ImportedVictim
+from bimask.interop.imported_files import load_imported
 from bimask.net_spec import NetSpec
 from bimask.victim.stored import StoredTrigger, shared_out, stamped
 

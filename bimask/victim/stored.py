@@ -14,7 +14,8 @@ from bimask.attacks import Attack, TriggeredData
 from bimask.data import Splits
 from bimask.errors import SettingError, VictimError
 from bimask.folders import parsed_manifest
-from bimask.interop.imported import MANIFEST, ImportedVictim
+from bimask.interop.imported import ImportedVictim
+from bimask.interop.imported_files import MANIFEST
 from bimask.metrics import Split
 from bimask.nets import is_own
 

@@ -16,7 +16,7 @@ from bimask.attacks import Attack
 from bimask.config import describe
 from bimask.data import ImageData
 from bimask.errors import NonFiniteError, SettingError, VictimError, VictimRefusedError
-from bimask.interop.imported import is_imported
+from bimask.interop.imported_files import is_imported
 from bimask.metrics import EvalSets, Scores, Split, evaluate
 from bimask.suspect import load_weights
 from bimask.training import fit

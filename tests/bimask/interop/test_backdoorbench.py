@@ -431,7 +431,7 @@ def test_nothing_is_left_when_writing_fails(backdoorbench, tmp_path, monkeypatch
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("bimask.interop.imported.save_file", full)
+    monkeypatch.setattr("bimask.interop.imported_files.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         save_imported(victim, tmp_path / "new" / "victim", source=backdoorbench.file)
     assert list((tmp_path / "new").iterdir()) == []

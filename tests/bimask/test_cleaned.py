@@ -127,7 +127,7 @@ def test_the_users_own_class_loads_the_file_and_the_backdoor_is_gone(own, cleane
     before, after = victim.scores["test"], evaluate(InUnits(net), test)
     assert before.attack_success > 0.9
     assert after.attack_success < 0.1
-    # 0.02 on one CPU and 0.051 on another: how good the defence is, `benchmarks/` says
+    # 0.051 on one CPU: how good the defence is, `benchmarks/` says
     assert before.clean_accuracy - after.clean_accuracy < 0.1
 
 

@@ -60,5 +60,5 @@ def refuse_existing(out: Path) -> None:
     Raises:
         SettingError: `out` exists.
     """
-    if out.exists():
-        raise SettingError(f"{out} exists; give a new one with --out.")
+    if out.exists() or out.is_symlink():
+        raise SettingError(f"{out} exists; give a new folder.")

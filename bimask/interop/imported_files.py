@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
@@ -21,7 +18,7 @@ from bimask.attacks import TriggeredData
 from bimask.config import describe
 from bimask.data import ImageData
 from bimask.errors import DataError, InteropError
-from bimask.folders import parsed_manifest
+from bimask.folders import parsed_manifest, whole_folder
 from bimask.interop.imported import ImportedVictim
 from bimask.interop.pictures import check_extent
 from bimask.interop.weights import fit_net
@@ -60,16 +57,9 @@ def save_imported(victim: ImportedVictim, out: Path, *, source: Path) -> None:
         source: the file that was imported; its name and digest go into the manifest.
 
     Raises:
-        InteropError: `out` exists or cannot be written.
+        SettingError: `out` exists or cannot be written.
     """
-    if out.exists() or out.is_symlink():
-        raise InteropError(f"{out} exists; give a new folder.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".imported-", dir=out.parent))
-    except OSError as error:
-        raise InteropError(f"Cannot write to {out.parent}: {error.strerror}.") from error
-    try:
+    with whole_folder(out) as part:
         state = victim.model.net.state_dict()
         save_file({name: value.contiguous() for name, value in state.items()}, part / WEIGHTS)
         clean, triggered = victim.sets.clean, victim.sets.triggered
@@ -104,10 +94,6 @@ def save_imported(victim: ImportedVictim, out: Path, *, source: Path) -> None:
             torch=torch.__version__,
         )
         (part / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        part.chmod(0o755)
-        os.rename(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def is_imported(folder: Path) -> bool:

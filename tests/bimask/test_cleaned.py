@@ -77,7 +77,7 @@ def own(tmp_path_factory):
     )
     # the profile was tuned on another net, and left the backdoor in this one on a CPU with AVX2 alone
     settings = PurifyConfig.profile(
-        "fast", precision="float32", class_triggers=0.3, clean_weight=2, select_rounds=64
+        "fast", precision="float32", class_triggers=0.3, clean_weight=4, select_rounds=96
     )
     (home / "best.yaml").write_text(yaml.safe_dump({"purify": settings.model_dump(), "seed": 0}))
     return home, victim
@@ -127,8 +127,7 @@ def test_the_users_own_class_loads_the_file_and_the_backdoor_is_gone(own, cleane
     before, after = victim.scores["test"], evaluate(InUnits(net), test)
     assert before.attack_success > 0.9
     assert after.attack_success < 0.1
-    # 0.051 on one CPU: how good the defence is, `benchmarks/` says
-    assert before.clean_accuracy - after.clean_accuracy < 0.1
+    assert before.clean_accuracy - after.clean_accuracy < 0.05
 
 
 def test_the_cleaned_weights_are_the_masked_suspects(own, cleaned):

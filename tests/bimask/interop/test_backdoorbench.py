@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.models import get_model
 from torchvision.transforms import Resize
 
-from bimask.errors import InteropError
+from bimask.errors import InteropError, SettingError
 from bimask.interop import load_imported, read_checkpoint, save_imported
 from bimask.interop.datasets import DATASETS, read_clean
 from bimask.interop.weights import BACKDOORBENCH_NETS, fit_net
@@ -399,7 +399,7 @@ def test_an_imported_victim_is_three_files_and_no_pickle(imported):
 
 
 def test_an_existing_folder_is_not_written_over(backdoorbench, imported):
-    with pytest.raises(InteropError, match="exists"):
+    with pytest.raises(SettingError, match="exists"):
         save_imported(read(backdoorbench), imported, source=backdoorbench.file)
 
 

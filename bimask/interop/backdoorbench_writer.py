@@ -12,9 +12,6 @@ but a test set made of them cannot be cut into subsets.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from bimask.errors import InteropError
+from bimask.folders import refuse_existing, whole_folder
 from bimask.interop.backdoorbench import ATTACK_FILE
 from bimask.interop.backdoorbench_convert import convert
 from bimask.metrics import EvalSets
@@ -69,7 +67,8 @@ def write_attack_result(
         What had to be done to the weights, a sentence each.
 
     Raises:
-        InteropError: a model or path that BackdoorBench cannot read, or `out` exists.
+        InteropError: a model or path that BackdoorBench cannot read.
+        SettingError: `out` exists, or nothing can be written beside it.
     """
     own_path = out.absolute().as_posix()
     if (cut := own_path.find("record")) < 0:
@@ -77,8 +76,7 @@ def write_attack_result(
             f"BackdoorBench finds pictures by the word record in their path, but {own_path} has "
             "none; write to record/NAME."
         )
-    if out.exists() or out.is_symlink():
-        raise InteropError(f"{out} exists; give a new folder.")
+    refuse_existing(out)
     if len(set(clean_index.tolist())) != len(clean_index):
         raise InteropError(
             "Two triggered images are of the same clean one, but BackdoorBench stores one."
@@ -86,12 +84,7 @@ def write_attack_result(
     name, state, notes = convert(net, model, dataset, sets)
     channels, height, width = sets.clean.images.shape[1:]
     stored = f"./{own_path[cut:]}/bd_test_dataset"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".record-", dir=out.parent))
-    except OSError as error:
-        raise InteropError(f"Cannot write to {out.parent}: {error.strerror}.") from error
-    try:
+    with whole_folder(out) as part:
         entries = _write_pictures(part, stored, sets, clean_index)
         flags = torch.zeros(len(sets.clean))
         flags[clean_index] = 1
@@ -117,10 +110,6 @@ def write_attack_result(
             },
         }
         torch.save(content, part / ATTACK_FILE)  # the format is a pickle; ours holds nothing but data
-        part.chmod(0o755)
-        os.rename(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return notes
 
 

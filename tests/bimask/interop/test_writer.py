@@ -14,7 +14,7 @@ from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
 from bimask.attacks import BadNets
 from bimask.data import ImageData
-from bimask.errors import InteropError
+from bimask.errors import InteropError, SettingError
 from bimask.interop import load_foreign, read_checkpoint, save_imported
 from bimask.interop.backdoorbench_convert import _renormalised, convert
 from bimask.interop.backdoorbench_writer import clean_positions, write_attack_result
@@ -268,7 +268,7 @@ def test_a_certain_word_must_be_in_the_path(victim, tmp_path):
 def test_existing_folders_and_failures_leave_things_as_they_are(victim, tmp_path, monkeypatch):
     out = tmp_path / "record" / "x"
     out.mkdir(parents=True)
-    with pytest.raises(InteropError, match="exists"):
+    with pytest.raises(SettingError, match="exists"):
         write(victim, out)
 
     def full(*_):

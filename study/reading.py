@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +78,22 @@ def _problem(problem: Any) -> tuple[str, str]:
         part for i, part in enumerate(parts) if not (parts[0] == "space" and i == 2 and part in kinds)
     )
     if problem["type"] == "extra_forbidden":
-        return place, "unknown key; remove it or mend its spelling"
+        close = get_close_matches(parts[-1], _known_keys(), n=1, cutoff=0.75)
+        hint = f"did you mean {close[0]}?" if close else "remove it or mend its spelling"
+        return place, f"unknown key; {hint}"
     if problem["type"] == "missing":
         return place, "is missing; every study needs it"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     shown = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
     return place, f"{message[0].lower()}{message[1:]}{shown}"
+
+
+@cache
+def _known_keys() -> tuple[str, ...]:
+    """Every key that some part of a study has."""
+    schema = StudyConfig.model_json_schema()
+    parts = [schema, *schema.get("$defs", {}).values()]
+    return tuple(dict.fromkeys(key for part in parts for key in part.get("properties", {})))
 
 
 def _readable_space(raw: Any) -> dict[str, Parameter]:

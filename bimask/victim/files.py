@@ -162,6 +162,8 @@ def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
             allowed, or changed.
         VictimRefusedError: its scores are below its bounds.
     """
+    if not folder.is_dir():
+        raise VictimError(f"{folder} is no folder; give a victim's, such as outputs/victims/DIGEST.")
     again = f"remove {folder} to train it anew"
     try:
         manifest = _Manifest.model_validate(parsed_manifest(folder / MANIFEST)[0])

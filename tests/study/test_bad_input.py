@@ -179,5 +179,5 @@ def test_the_command_itself_says_so_and_exits_with_2(tmp_path):
         env={**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[1])},
     )
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("trails: unknown key; remove it or mend its spelling")
+    assert done.stderr.strip().endswith("trails: unknown key; did you mean trials?")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.yaml"]

@@ -84,7 +84,10 @@ def test_the_cleaned_model_is_plain_and_answers_as_the_masked_victim(folder):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("--victim", "no", "--config", "best.yaml", "--out", "new"), "cannot be read"),
+        (
+            ("--victim", "no", "--config", "best.yaml", "--out", "new"),
+            "no is no folder; give a victim's",
+        ),
         (
             ("--victim", "VICTIM", "--config", "no.yaml", "--out", "new"),
             "Cannot read the configuration",

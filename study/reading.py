@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def _problem(problem: Any) -> tuple[str, str]:
         part for i, part in enumerate(parts) if not (parts[0] == "space" and i == 2 and part in kinds)
     )
     if problem["type"] == "extra_forbidden":
-        close = get_close_matches(parts[-1], _known_keys(), n=1, cutoff=0.75)
+        close = get_close_matches(parts[-1], _keys_beside(problem["loc"]), n=1, cutoff=0.75)
         hint = f"did you mean {close[0]}?" if close else "remove it or mend its spelling"
         return place, f"unknown key; {hint}"
     if problem["type"] == "missing":
@@ -88,12 +87,28 @@ def _problem(problem: Any) -> tuple[str, str]:
     return place, f"{message[0].lower()}{message[1:]}{shown}"
 
 
-@cache
-def _known_keys() -> tuple[str, ...]:
-    """Every key that some part of a study has."""
+def _keys_beside(loc: tuple[str | int, ...]) -> set[str]:
+    """The keys that a study may have where `loc` has one, by the schema."""
     schema = StudyConfig.model_json_schema()
-    parts = [schema, *schema.get("$defs", {}).values()]
-    return tuple(dict.fromkeys(key for part in parts for key in part.get("properties", {})))
+
+    def resolved(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if "$ref" in node:
+            yield from resolved(schema["$defs"][node["$ref"].rpartition("/")[2]])
+        for other in (*node.get("anyOf", ()), *node.get("oneOf", ())):
+            yield from resolved(other)
+        yield node
+
+    def below(node: dict[str, Any], part: str | int) -> dict[str, Any] | bool | None:
+        if isinstance(part, int):
+            return node.get("items")
+        return node.get("properties", {}).get(part, node.get("additionalProperties"))
+
+    nodes = list(resolved(schema))
+    for part in loc[:-1]:
+        steps = [step for node in nodes if isinstance(step := below(node, part), dict)]
+        # the tag of a union is in `loc`, but no step
+        nodes = [other for step in steps for other in resolved(step)] or nodes
+    return {key for node in nodes for key in node.get("properties", ())}
 
 
 def _readable_space(raw: Any) -> dict[str, Parameter]:

@@ -88,6 +88,14 @@ def test_how_much_runs_at_once_makes_no_other_study(study):
         ),
         ("trials: 2", "trials: 2\naggregate: median", ["study.yaml:3: aggregate.rule", "got 'median'"]),
         ("trials: 2", "trials: 2\nconstraints: {max_drop: 1}", ["constraints.max_drop: unknown key"]),
+        ("trials: 2", "trials: 2\nwidth: 8", ["study.yaml:3: width: unknown key; remove it or"]),
+        (
+            "trials: 2",
+            "trials: 2\nconfirm: {sedes: 5}",
+            ["confirm.sedes: unknown key; did you mean seeds?"],
+        ),
+        ("digits, attack", "digits, widht: 8, attack", ["widht: unknown key; did you mean width?"]),
+        ("log: true", "logg: true", ["space.mask_lr.logg: unknown key; did you mean log?"]),
         (
             "trials: 2",
             "trials: 2\ncontrols: [{attack: {name: badnets}}]",

@@ -154,7 +154,7 @@ def test_the_command_writes_a_png(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("no/such/victim",), "cannot be read"),
+        (("no/such/victim",), "no/such/victim is no folder; give a victim's"),
         (("VICTIM", "--out", "victim.bmp"), "must be a .png"),
         (("VICTIM", "--out", "/dev/null/victim.png"), "Cannot write"),
     ],

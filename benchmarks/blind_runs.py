@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.zoo import ATTACKS
+from benchmarks.zoo.digits import ATTACKS
 from bimask.config import PurifyConfig
 from bimask.data import Splits
 from bimask.errors import NonFiniteError

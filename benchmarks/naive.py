@@ -140,7 +140,8 @@ class Naive:
     def _hooks(self, inverse: bool, frozen: bool):  # type: ignore[no-untyped-def]
         factors = self.masks.keeps(inverse=inverse)
         handles = []
-        for site, conv in self.masks.modules_of(self.model).items():
+        for site, place in self.masks.places_in(self.model).items():
+            conv = self.model.get_submodule(place.module)
             factor = (factors[site].detach() if frozen else factors[site]).to(self.dtype)
 
             def scale(_module, _inputs, out, factor=factor):  # type: ignore[no-untyped-def]

@@ -13,6 +13,7 @@ from bimask.commands.export import export_command
 from bimask.commands.gallery import gallery_command
 from bimask.commands.interop import export_backdoorbench_command, import_command
 from bimask.commands.purify import purify_command
+from bimask.commands.sites import sites_command
 from bimask.commands.train_victim import train_victim_command
 from bimask.commands.train_victims import train_victims_command
 from bimask.errors import BimaskError
@@ -22,6 +23,7 @@ app.command("train-victim")(train_victim_command)
 app.command("train-victims")(train_victims_command)
 app.command("purify")(purify_command)
 app.command("audit")(audit_command)
+app.command("sites")(sites_command)
 app.command("export")(export_command)
 app.command("gallery")(gallery_command)
 app.command("import")(import_command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bimask.audit import Audit, calibration
+from bimask.audit import UNSEEN, Audit, calibration
 from bimask.masked_evidence import MaskedEvidence
 from bimask.own_model import Suspect
 
@@ -42,8 +43,10 @@ def as_json(audit: Audit, suspect: Suspect, masked: MaskedEvidence | None) -> di
     """The audit as JSON types, classes by name."""
     fitted = calibration()
     return {
-        "backdoored": audit.flagged,
-        "probability": audit.probability,
+        "verdict": audit.verdict,
+        "reasons": list(audit.reasons),
+        "unseen": UNSEEN,
+        "probability": None if audit.verdict == "unknown" else audit.probability,
         "suspected_target": suspect.classes[audit.target],
         "classes": {
             name: {"score": float(audit.scores[k])}
@@ -53,8 +56,9 @@ def as_json(audit: Audit, suspect: Suspect, masked: MaskedEvidence | None) -> di
             for k, name in enumerate(suspect.classes)
         },
         "masked": None if masked is None else masked.as_json(),
-        "calibration": {key: fitted[key] for key in ("fitted_on", "left_out")},
+        "calibration": {key: fitted[key] for key in ("fitted_on", "left_out", "domain", "band")},
         "clean_images": len(suspect.clean.images),
+        "kind": asdict(audit.kind),
         "net": suspect.spec.net,
         "suspect": suspect.origin,
     }
@@ -79,7 +83,7 @@ def draw(audit: Audit, suspect: Suspect) -> Figure:
     _triggers(top, audit, suspect)
     scores, curve = bottom.subplots(1, 2, width_ratios=[2, 1])
     _scores(scores, audit, suspect.classes)
-    _reliability(curve, audit.probability)
+    _reliability(curve, None if audit.verdict == "unknown" else audit.probability)
     return figure
 
 
@@ -114,13 +118,15 @@ def _scores(axes: Axes, audit: Audit, classes: tuple[str, ...]) -> None:
     axes.set_title("score of every class; orange is the suspected target", fontsize=10)
 
 
-def _reliability(axes: Axes, probability: float) -> None:
+def _reliability(axes: Axes, probability: float | None) -> None:
     rows = calibration()["left_out"]["reliability"]
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
     axes.plot([r["predicted"] for r in rows], [r["observed"] for r in rows], marker="o", color=BLUE)
     for row in rows:
         axes.annotate(f"n {row['n']}", (row["predicted"], row["observed"]), fontsize=7)
-    axes.axvline(probability, color=ORANGE)
-    axes.set_xlabel("probability (orange: this model)", fontsize=8)
+    axes.set_xlabel("probability", fontsize=8)
+    if probability is not None:
+        axes.axvline(probability, color=ORANGE)
+        axes.set_xlabel("probability (orange: this model)", fontsize=8)
     axes.set_ylabel("share backdoored", fontsize=8)
     axes.set_title("reliability, models left out", fontsize=10)

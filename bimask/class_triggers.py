@@ -27,7 +27,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
+from bimask.devices import fast_bfloat16
 from bimask.errors import DataError
+from bimask.frozen import FrozenNet
+from bimask.masks import MaskSet
+from bimask.places import candidates
 
 Family = Literal["patch", "pattern", "warp", "tone"]
 
@@ -202,7 +206,8 @@ def find_class_triggers(
     Costs `steps` forward and backward passes of K x N images.
 
     Args:
-        model: images in [0, 1] -> logits (N, K), in eval mode; it is left as it is.
+        model: images in [0, 1] -> logits (N, K), in eval mode; it is left as it is. Several searches on
+            one model share what `prepared` makes of it.
         images: (N, C, H, W) in [0, 1], clean, of the model's device, and best of all classes.
         towards: the classes, (K',), None for all.
         on_step: called after each of `steps_of(family, K', N)` steps.
@@ -212,8 +217,7 @@ def find_class_triggers(
     """
     if not len(images):
         raise DataError("Triggers need at least one clean image, got none.")
-    # a copy that no gradient is asked of, in the layout that convolutions are fastest in
-    model = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
+    model = prepared(model, images)
     with torch.no_grad():
         logits = model(images)
     answers = logits.argmax(1)
@@ -229,6 +233,24 @@ def find_class_triggers(
         successes.append(success)
         parts.append(triggers)
     return ClassTriggers(family, torch.cat(prices), torch.cat(successes), _stacked(parts))
+
+
+def prepared(model: nn.Module, images: Tensor) -> nn.Module:
+    """A copy of a model that is quick to ask and to take gradients of images through: batch norms
+    folded away, channels_last and bfloat16 where model and device bear them.
+
+    Args:
+        model: images -> logits, in eval mode; left as it is.
+        images: (N, C, H, W), some of those that it will be asked.
+    """
+    if isinstance(model, FrozenNet):
+        return model
+    sample = images[:8]
+    sites = {site.key: site.channels for site in candidates(model, sample)}
+    if not sites:
+        return copy.deepcopy(model).requires_grad_(False)
+    low = images.dtype == torch.float32 and fast_bfloat16(images.device)
+    return FrozenNet(model, MaskSet(sites), sample=sample, dtype=torch.bfloat16 if low else None)
 
 
 def steps_of(family: Family, classes: int, images: int) -> int:
@@ -265,7 +287,7 @@ def _search(
 
     def costs() -> tuple[Tensor, Tensor]:
         triggered = triggers(images).flatten(0, 1)
-        logits = model(triggered.contiguous(memory_format=torch.channels_last))
+        logits = model(triggered)
         loss = F.cross_entropy(logits, wanted, reduction="none").view(len(targets), -1)
         hits = (logits.argmax(1) == wanted).view(len(targets), -1)
         return (loss * share).sum(1) + triggers.weight * triggers.size(), (hits * share).sum(1)

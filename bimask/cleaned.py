@@ -26,19 +26,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bimask.admission import Door
 from bimask.before_after import BeforeAfter, logits_of
 from bimask.config import describe
 from bimask.errors import VictimError
 from bimask.export import FOLDED, require_equal
 from bimask.folders import parsed_manifest, whole_folder
+from bimask.held_back import HeldBack
 from bimask.masks import fold, masked_forward
 from bimask.metrics import Scores
 from bimask.net_spec import NetSpec
 from bimask.nets import Normalised, is_own, source_of
 from bimask.own_model import Suspect
+from bimask.places import coverage
 from bimask.report import render
 from bimask.result import PurifyResult
-from bimask.sites import ChannelGate, add_gates
+from bimask.sites import add_gates, gates_in
 from bimask.suspect import file_sha256
 
 MODEL, MASKS, INVERSE = "model.safetensors", "masks.safetensors", "inverse.safetensors"
@@ -58,6 +61,7 @@ class _Manifest(BaseModel):
     mean: list[float]
     std: list[float]
     wrapped: bool
+    door: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def save_cleaned(
     seed: int,
     inverse: bool = False,
     scores: Mapping[str, Scores] | None = None,
+    held_back: HeldBack | None = None,
 ) -> dict[str, Any]:
     """Write a cleaned model, whole or not at all, and say what was written: the manifest.
 
@@ -98,6 +103,7 @@ def save_cleaned(
         seed: of the run.
         inverse: write the inverse twin, too.
         scores: "before" and "after" on `test`, where the trigger is known.
+        held_back: what pictures say that the run did not learn on.
 
     Raises:
         SettingError: `out` exists or cannot be made.
@@ -119,6 +125,8 @@ def save_cleaned(
         manifest = _manifest(suspect, purified, result, looked, seed)
         manifest["parity"] = {"largest_difference": error, "allowed": FOLDED, "images": len(images)}
         manifest |= {name: asdict(value) for name, value in (scores or {}).items()}
+        if held_back is not None:
+            manifest["held_back"] = asdict(held_back)
         (part / REPORT).write_text(render(suspect, result, looked, manifest))
         files = sorted(path for path in part.iterdir())
         manifest["files"] = {path.name: file_sha256(path) for path in files}
@@ -142,7 +150,9 @@ def _manifest(
         "classes": list(suspect.classes),
         "image": list(suspect.clean.images.shape[1:]),
         "wrapped": suspect.wrapped,
-        "gates": [name for name, m in inner.named_modules() if isinstance(m, ChannelGate)],
+        "gates": gates_in(inner),
+        "door": suspect.door.as_json(),
+        "coverage": asdict(coverage(suspect.model, result.masks.cpu(), suspect.clean.floats()[:4])),
         "purify": result.config.model_dump(mode="json"),
         "seed": seed,
         "clean_images": len(suspect.clean.images),
@@ -193,8 +203,9 @@ def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
         raise VictimError(f"The net in {folder / MANIFEST} is of no use: {describe(error)}.") from error
     if not (folder / MODEL).is_file():
         raise VictimError(f"{folder} holds no file {MODEL}; purify again.")
-    channels, height, _ = manifest.image
-    shape = (channels, len(manifest.classes), height)
+    channels, height, width = manifest.image
+    size = height if height == width else (height, width)
+    shape = (channels, len(manifest.classes), size)
     try:
         state = load_file(folder / MODEL)
         spec.require_at_most(sum(value.numel() for value in state.values()), *shape)
@@ -202,11 +213,20 @@ def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
         inner = _inner(model, manifest.wrapped)
         add_gates(inner, manifest.gates)
         inner.load_state_dict(state)
-    except (OSError, SafetensorError, RuntimeError, AttributeError, AssertionError) as error:
+        Door.from_json(manifest.door).install(model)
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         raise VictimError(
             f"The weights in {folder} do not fit {spec.net}: {shorten(str(error), 300)}."
         ) from error
-    return Cleaned(model.eval(), manifest.classes, (channels, height, height), content)
+    return Cleaned(model.eval(), manifest.classes, manifest.image, content)
 
 
 def _inner(model: nn.Module, wrapped: bool) -> nn.Module:

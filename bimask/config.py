@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bimask.errors import SettingError
 from bimask.losses import LossForm
@@ -18,7 +18,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 # What prepares the one net that all members of a population share.
-ENGINE = ("precision", "memory_format", "fold_batch_norm", "compile", "images_per_pass")
+ENGINE = ("sites", "precision", "memory_format", "fold_batch_norm", "compile", "images_per_pass")
 
 
 # Settings by the name of what they are for; `benchmarks/` holds the ablation of each.
@@ -50,6 +50,21 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
+def profile_of(name: object) -> dict[str, Any]:
+    """The settings of a profile that differ from the published ones.
+
+    Raises:
+        SettingError: no such profile.
+    """
+    if not isinstance(name, str) or name not in PROFILES:
+        raise SettingError(f"Unknown profile {name!r}; known are {', '.join(PROFILES)}.")
+    return PROFILES[name]
+
+
+# For a net that nobody tuned: every kind of site, and triggers searched beforehand. benchmarks/zoo.md.
+PROFILES["robust"] = PROFILES["fast"] | {"sites": "all", "class_triggers": 0.7, "clean_weight": 4.0}
+
+
 class BudgetWarning(UserWarning):
     """The perturbation budget cannot be reached with these steps, so it bounds nothing."""
 
@@ -63,6 +78,11 @@ class PurifyConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    sites: Literal["published", "all"] | tuple[str, ...] = Field(
+        "published",
+        description="what is masked: convolutions, or a transformer's blocks (published); linear "
+        "layers and attention heads too (all); or kinds and names of sites, with *",
+    )
     sharpness: Positive = Field(20.0, description="k, the slope of the mask's sigmoid")
     mask_estimator: Literal["soft", "straight_through"] = Field(
         "soft", description="straight_through: 0 or 1 in the forward pass, the soft slope backward"
@@ -127,6 +147,14 @@ class PurifyConfig(BaseModel):
         "batch", description="of an outer pass; batch: one batch a member, device: what it is good for"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_profile(cls, given: Any) -> Any:
+        """`profile: NAME` among the settings stands for that profile's, under those beside it."""
+        if isinstance(given, dict) and "profile" in given:
+            return profile_of(given["profile"]) | {k: v for k, v in given.items() if k != "profile"}
+        return given
+
     def inner_steps_at(self, progress: float) -> int:
         """Inner steps at a share `progress` in [0, 1] of the rounds with triggers."""
         if self.inner_steps_at_start is None:
@@ -183,14 +211,12 @@ class PurifyConfig(BaseModel):
 
     @classmethod
     def profile(cls, name: str, **changes: Any) -> PurifyConfig:
-        """The settings of a profile, "paper" or "fast", with changes.
+        """The settings of a profile, "paper", "fast" or "robust", with changes.
 
         Raises:
             SettingError: no such profile.
         """
-        if name not in PROFILES:
-            raise SettingError(f"Unknown profile {name!r}; known are {', '.join(PROFILES)}.")
-        return cls.model_validate(PROFILES[name] | changes)
+        return cls.model_validate(profile_of(name) | changes)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> PurifyConfig:

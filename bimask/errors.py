@@ -3,6 +3,7 @@
 BimaskError                    the base: one sentence, with what was got, what was expected, what to do
 ├── DataError                  a dataset is missing, malformed or too small
 ├── SettingError               a setting is unknown or out of range
+├── ModelError                 a model cannot be defended as it is: its forward, its answers, its layers
 ├── MaskMismatchError          masks and model do not belong together
 ├── NonFiniteError             a loss or a metric is NaN or infinite
 ├── ExportError                a cleaned model cannot be written, or would answer otherwise
@@ -22,6 +23,10 @@ class DataError(BimaskError):
 
 class SettingError(BimaskError, ValueError):
     """A setting is unknown or out of its range."""
+
+
+class ModelError(BimaskError):
+    """A model cannot be asked, answers with no logits, or mixes the images of a batch."""
 
 
 class MaskMismatchError(BimaskError):

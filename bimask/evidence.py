@@ -12,7 +12,7 @@ and a purified model g is asked how far it still follows them:
     same_answer   among adversarial images that f errs on, the share with g(x') = f(x'): the same error
     carried_over  among images that class k's trigger sends there under f, the share with g(T_k(x)) = k,
                   weighted by how suspicious the classes are: w = softmax(-8 sum of the log prices), of
-                  patch price, pattern price and latent distance
+                  patch price, pattern price and, where the last layer is linear, latent distance
     risk          (carried_over + same_answer) / 2, in [0, 1]: low where few short cuts of f are left
 
 A backdoor is not measured by any of them: g may have learned to resist these triggers and not the
@@ -29,7 +29,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from bimask.class_triggers import ClassTriggers, Family, find_class_triggers, steps_of
+from bimask.class_triggers import (
+    ClassTriggers,
+    Family,
+    find_class_triggers,
+    prepared,
+    steps_of,
+)
 from bimask.errors import DataError
 from bimask.latent import latent_distances
 from bimask.losses import disagree
@@ -84,7 +90,6 @@ class Probe:
 
     Raises:
         DataError: fewer than two images, or no image that the suspect errs on after the search.
-        SettingError: the suspect's last layer is no nn.Linear.
     """
 
     def __init__(
@@ -96,9 +101,11 @@ class Probe:
         self.answers = _answers(suspect, images)
         self.adversarial = [_Stressed.of(suspect, _adversarial(suspect, images, b)) for b in BUDGETS]
         fitted_on = images[::FITTED_ON]
-        triggers = [find_class_triggers(suspect, fitted_on, f, on_step=on_step) for f in CARRIERS]
+        net = prepared(suspect, fitted_on)
+        triggers = [find_class_triggers(net, fitted_on, f, on_step=on_step) for f in CARRIERS]
         prices = [found.price.double().cpu() for found in triggers]
-        self.weights = suspicion([*prices, latent_distances(suspect, images)])
+        distances = latent_distances(suspect, images)
+        self.weights = suspicion(prices if distances is None else [*prices, distances])
         self.universal = [self._followed(suspect, found) for found in triggers]
         self.concentration = self._concentration()
 

@@ -17,21 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from bimask.errors import ExportError, SettingError
+from bimask.places import row_scale
 
-FOLDED = 1e-5  # what folding may change of a logit, absolute and relative, in float32
+FOLDED = 1e-5  # what folding may change of a row's logits, as a share of the largest, in float32
 EXPORTED = 1e-4  # what another runtime may
 
 
 def require_equal(got: Tensor, expected: Tensor, bound: float, what: str) -> float:
     """The largest absolute difference of two sets of logits (N, K), if it is small enough.
 
-    Small is `|got - expected| <= bound * max(1, |expected|)`, logit by logit.
+    Small is `|got - expected| <= bound * max(1, largest |expected| of the row)`: rounding grows with
+    what is added up, and wrong folds are off by orders more.
 
     Raises:
         ExportError: it is not, or either is not finite.
     """
     error = (got - expected).abs()
-    if not (error <= bound * expected.abs().clamp_min(1)).all():  # so NaN is refused, too
+    if not (error <= bound * row_scale(expected)).all():  # so NaN is refused, too
         raise ExportError(
             f"{what} answers otherwise than the model it was made from: logits differ by "
             f"{error.max().item():.3g}, {bound:g} is allowed; nothing was written."

@@ -18,38 +18,72 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bimask.masks import MaskSet
-from bimask.sites import along_channels
+from bimask.attention import call_projections
+from bimask.layout import bears_channels_last
+from bimask.masks import MaskSet, any_called
+from bimask.places import images_in
+from bimask.sites import Site, axis_of
 
+# What a batch norm can be folded into, and which one.
+FOLLOWED_BY: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Linear: nn.BatchNorm1d,
+}
 # Kernels are chosen by how many images come; from here on they are the same.
 FEWEST = 16
 
 
-class _Site:
-    """What follows a masked module: factor * output + shift, the factor set by `FrozenNet`.
+class _Factor:
+    """What stands at a site as a hook: factor * value + shift, the factor set by `FrozenNet`.
 
-    It stands behind the module as a hook, so that this stays what it was. Blocks have no shift.
+    Args:
+        site: on its module's output or input.
+        images: dimension of the value that counts images, block after block; others may be mixed with
+            it (windows of an image), if images come first.
+
+    Attributes:
+        factor: (B, C), one row a block of images; None scales nothing.
+        shift: (C,), of a batch norm that was folded into the module.
     """
 
     factor: Tensor | None = None
     shift: Tensor | None = None
 
-    def __call__(self, module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-        """(B n, C, H, W), or (B n, S, C) of an encoder block -> same."""
-        factor, shift = self.factor, self.shift
-        if factor is None:
-            return out if shift is None else out + shift.view(-1, 1, 1)
-        factor = along_channels(factor.unsqueeze(1), module)  # (B, 1, C, 1, 1) or (B, 1, C)
-        if factor.ndim == 3:
-            factor = factor.unsqueeze(2)  # (B, 1, 1, C): over the tokens
-        blocks = out.unflatten(0, (len(factor), -1))
-        if shift is None:
-            return (blocks * factor).flatten(0, 1)
-        return torch.addcmul(shift.view(-1, 1, 1), blocks, factor).flatten(0, 1)
+    def __init__(self, site: Site, axis: int, images: int = 0) -> None:
+        self.site, self.axis, self.images = site, axis, images
+
+    def output(self, _module: nn.Module, _inputs: Any, out: Any) -> Any:
+        """A forward hook."""
+        if isinstance(out, tuple):
+            return (self.scaled(out[0]), *out[1:])
+        return self.scaled(out)
+
+    def input(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A forward pre-hook."""
+        return (self.scaled(inputs[0]), *inputs[1:])
+
+    def scaled(self, value: Tensor) -> Tensor:
+        """(B n, ..., C) or (B n, C, ...) -> same; or with the images in dimension 1."""
+        shift = self.shift
+        if shift is not None:
+            shift = shift.view(-1, *[1] * (value.ndim - 2)) if self.axis == 1 else shift
+        if self.factor is None:
+            return value if shift is None else value + shift
+        factor = self.site.spread(self.factor, value.shape[self.axis])
+        blocks = value.unflatten(self.images, (len(factor), -1))
+        shape = [1] * blocks.ndim
+        shape[self.images] = len(factor)
+        shape[2 if self.axis == 1 else -1] = factor.shape[1]
+        factor = factor.view(shape)
+        out = blocks * factor if shift is None else torch.addcmul(shift, blocks, factor)
+        return out.flatten(self.images, self.images + 1)
 
 
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """Put the scale of a batch norm in eval mode into `conv`; its shift, (C,), comes back."""
+def _fold(layer: nn.Module, norm: nn.Module) -> Tensor:
+    """Put the scale of a batch norm in eval mode into a convolution or linear layer; its shift, (C,),
+    comes back."""
+    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
@@ -59,10 +93,11 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     shift = -mean.double() * scale
     if norm.bias is not None:
         shift = shift + norm.bias.double()
-    dtype = conv.weight.dtype
-    conv.weight.data = (conv.weight.double() * scale.view(-1, 1, 1, 1)).to(dtype)
-    if conv.bias is not None:
-        conv.bias.data = (conv.bias.double() * scale).to(dtype)
+    dtype = layer.weight.dtype
+    rows = scale.view(-1, *[1] * (layer.weight.ndim - 1))
+    layer.weight.data = (layer.weight.double() * rows).to(dtype)
+    if layer.bias is not None:
+        layer.bias.data = (layer.bias.double() * scale).to(dtype)
     return shift.to(dtype)
 
 
@@ -76,7 +111,8 @@ class FrozenNet(nn.Module):
         sample: (n, C, H, W) images; the prepared net must answer them as `model` does.
         dtype: of weights and activations; None keeps the model's. Logits come back in the dtype of
             the images.
-        channels_last: memory format of activations and weights.
+        channels_last: memory format of activations and weights, where the model can bear it: one that
+            calls `view` on what it computes cannot.
         fold_batch_norm: fold batch norms into masked convolutions where the model can be traced.
         compile: run through torch.compile; where that fails, run as it is.
 
@@ -100,38 +136,54 @@ class FrozenNet(nn.Module):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        masks.modules_of(model)
-        plain = copy.deepcopy(model).eval().requires_grad_(False)
+        places = masks.places_in(model)
         self.sites = dict(masks.sites)
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.activation, self.folded = 0, 0
+
+        def frozen() -> nn.Module:
+            copied = copy.deepcopy(model).eval().requires_grad_(False)
+            if any_called(copied, places.values()):
+                call_projections(copied)
+            return copied
+
+        plain = frozen()
         with torch.no_grad():
             expected = plain(sample)
-        net = self._prepared(plain, fold_batch_norm)
+        mixed = images_in(plain, places.values(), sample)
+        bears = channels_last and bears_channels_last(plain, sample)
+        net = self._prepared(plain, places, mixed, fold_batch_norm)
         if self.folded and not self._answers(net, sample, expected):
             # hooks and branches on values do not survive tracing: run the model as it is
             self.folded = 0
-            net = self._prepared(copy.deepcopy(model).eval().requires_grad_(False), False)
-        self._measure(net, sample)
+            net = self._prepared(frozen(), places, mixed, False)
+        self._measure(net, places, sample)
         self.dtype = dtype or expected.dtype
-        for site in self._sites.values():
-            site.shift = None if site.shift is None else site.shift.to(self.dtype)
+        for factor in self._factors.values():
+            factor.shift = None if factor.shift is None else factor.shift.to(self.dtype)
+        self.format = torch.channels_last if bears else torch.contiguous_format
         self.net: Any = net.to(dtype=self.dtype, memory_format=self.format)  # type: ignore[call-overload]
         if compile:
             self.net = self._compiled(sample.detach().clone().to(self.dtype, memory_format=self.format))
 
-    def _prepared(self, net: nn.Module, fold: bool) -> nn.Module:
-        norms: dict[str, nn.BatchNorm2d] = {}
+    def _prepared(
+        self, net: nn.Module, places: dict[str, Site], mixed: dict[str, int], fold: bool
+    ) -> nn.Module:
+        norms: dict[str, nn.Module] = {}
         if fold:
-            net, norms = _without_batch_norms(net, self.sites)
+            net, norms = _without_batch_norms(net, {site.module for site in places.values()})
         self.folded = len(norms)
-        self._sites = {}
-        for name in self.sites:
-            module = net.get_submodule(name)
-            self._sites[name] = site = _Site()
-            if name in norms and isinstance(module, nn.Conv2d):
-                site.shift = _fold(module, norms[name])
-            module.register_forward_hook(site)
+        self._factors = {}
+        for key, site in places.items():
+            module = net.get_submodule(site.module)
+            self._factors[key] = factor = _Factor(
+                site, -1 if site.on_input else axis_of(module), mixed.get(key, 0)
+            )
+            if site.module in norms and not site.on_input:
+                factor.shift = _fold(module, norms.pop(site.module))
+            if site.on_input:
+                module.register_forward_pre_hook(factor.input)
+            else:
+                module.register_forward_hook(factor.output)
         return net
 
     def _compiled(self, sample: Tensor) -> Any:
@@ -154,11 +206,13 @@ class FrozenNet(nn.Module):
         return got.shape == expected.shape and bool((got - expected).abs().max() <= 1e-3 * scale)
 
     @torch.no_grad()
-    def _measure(self, net: nn.Module, sample: Tensor) -> None:
-        def seen(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
-            self.activation = max(self.activation, out[0].numel())
+    def _measure(self, net: nn.Module, places: dict[str, Site], sample: Tensor) -> None:
+        def seen(_module: nn.Module, _inputs: Any, out: Any) -> None:
+            first = out[0] if isinstance(out, tuple) else out
+            self.activation = max(self.activation, first.numel())
 
-        handles = [net.get_submodule(name).register_forward_hook(seen) for name in self.sites]
+        names = dict.fromkeys(site.module for site in places.values())
+        handles = [net.get_submodule(name).register_forward_hook(seen) for name in names]
         net(sample[:1])
         for handle in handles:
             handle.remove()
@@ -181,13 +235,21 @@ class FrozenNet(nn.Module):
         if factors is not None:
             rows = factors.to(self.dtype).split(list(self.sites.values()), dim=1)
             for site, row in zip(self.sites, rows, strict=True):
-                self._sites[site].factor = row
+                self._factors[site].factor = row
         try:
-            logits: Tensor = self.net(images.to(self.dtype).contiguous(memory_format=self.format))
+            logits: Tensor = self.net(_laid_out(images.to(self.dtype), self.format))
         finally:
-            for held in self._sites.values():
+            for held in self._factors.values():
                 held.factor = None
         return logits[:given].to(images.dtype)
+
+
+def _laid_out(images: Tensor, layout: torch.memory_format) -> Tensor:
+    """Images in a memory layout; of one channel, too, where `contiguous` leaves the strides as they
+    are."""
+    if images.shape[1] == 1 and layout == torch.contiguous_format:
+        return images.clone(memory_format=layout)
+    return images.contiguous(memory_format=layout)
 
 
 class _Tracer(fx.Tracer):
@@ -198,14 +260,15 @@ class _Tracer(fx.Tracer):
         self.sites = sites
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, nn.Conv2d) or module_qualified_name in self.sites
+        whole = isinstance(m, (nn.Conv2d, nn.Linear)) or module_qualified_name in self.sites
         return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _without_batch_norms(
-    net: nn.Module, sites: dict[str, int]
-) -> tuple[nn.Module, dict[str, nn.BatchNorm2d]]:
-    """The net without the batch norms that alone follow a site, and these norms by site.
+    net: nn.Module, sites: Collection[str]
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The net without the batch norms that alone follow one of these modules, and these norms by
+    module.
 
     A model that cannot be traced comes back as it is.
     """
@@ -215,25 +278,27 @@ def _without_batch_norms(
         return net, {}
     traced.delete_all_unused_submodules()
     modules = dict(traced.named_modules())
-    if not sites.keys() <= modules.keys():
+    if not set(sites) <= modules.keys():
         return net, {}
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
 
-    def called_once(node: Any, kind: type[nn.Module]) -> bool:
+    def called_once(node: Any, *kinds: type[nn.Module]) -> bool:
         return (
             isinstance(node, fx.Node)
             and node.op == "call_module"
             and calls[node.target] == 1
-            and type(modules[str(node.target)]) is kind
+            and type(modules[str(node.target)]) in kinds
         )
 
-    norms = {}
+    norms: dict[str, nn.Module] = {}
     for node in list(traced.graph.nodes):
-        if not (called_once(node, nn.BatchNorm2d) and node.args):
+        if not (called_once(node, *FOLLOWED_BY.values()) and node.args):
             continue
         source, norm = node.args[0], modules[str(node.target)]
-        alone = called_once(source, nn.Conv2d) and len(source.users) == 1
+        alone = called_once(source, *FOLLOWED_BY) and len(source.users) == 1
         if alone and source.target in sites and norm.running_mean is not None:
+            if type(norm) is not FOLLOWED_BY[type(modules[str(source.target)])]:
+                continue
             norms[str(source.target)] = norm
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)
@@ -241,4 +306,8 @@ def _without_batch_norms(
         return net, {}
     traced.delete_all_unused_submodules()
     traced.recompile()
+    for hook in net._forward_pre_hooks.values():  # tracing begins behind the model's own hooks
+        traced.register_forward_pre_hook(hook)
+    for after in net._forward_hooks.values():
+        traced.register_forward_hook(after)
     return traced, norms

@@ -8,12 +8,10 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
-from bimask.errors import SettingError
-
 Floats = NDArray[np.float64]
 
 
-def latent_distances(model: nn.Module, images: Tensor) -> Tensor:
+def latent_distances(model: nn.Module, images: Tensor) -> Tensor | None:
     """Minimal universal latent perturbation of every class (arXiv 2511.08944).
 
         d_k = min |s|_2   subject to   argmax W (z_i + s) + b = k   for all images i
@@ -25,16 +23,18 @@ def latent_distances(model: nn.Module, images: Tensor) -> Tensor:
     from their mean, so they have no unit.
 
     Args:
-        model: images -> logits (N, K), whose last step is an nn.Linear; eval mode.
+        model: images -> logits (N, K), in eval mode, whose last step is an nn.Linear, or a log-softmax
+            after it.
         images: (N, C, H, W) in [0, 1], clean, at least two that differ.
 
     Returns:
-        (K,) float64 on the CPU; inf where no perturbation does it.
-
-    Raises:
-        SettingError: the logits are not the output of an nn.Linear.
+        (K,) float64 on the CPU; inf where no perturbation does it. None where the logits are not the
+        output of an nn.Linear.
     """
-    layer, features = last_layer(model, images)
+    last = last_layer(model, images)
+    if last is None:
+        return None
+    layer, features = last
     z = features.double().cpu().numpy()
     weights = layer.weight.detach().double().cpu().numpy()
     bias = np.zeros(len(weights))
@@ -69,12 +69,9 @@ def least_distance(normals: Floats, needed: Floats) -> float:
     return float(np.linalg.norm(rest[:-1] / rest[-1]))
 
 
-def last_layer(model: nn.Module, images: Tensor) -> tuple[nn.Linear, Tensor]:
-    """The layer that the logits come from, and what goes into it: (N, D).
-
-    Raises:
-        SettingError: the logits are not the output of an nn.Linear.
-    """
+def last_layer(model: nn.Module, images: Tensor) -> tuple[nn.Linear, Tensor] | None:
+    """The linear layer that the logits come from, and what goes into it, (N, D); None where they come
+    from none. A constant of a row, such as a log-softmax takes off, changes no answer."""
     seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -89,9 +86,13 @@ def last_layer(model: nn.Module, images: Tensor) -> tuple[nn.Linear, Tensor]:
         for handle in handles:
             handle.remove()
     for layer, features, output in reversed(seen):
-        if torch.equal(output, logits):
+        if output.shape == logits.shape and _same_but_for_constants(output, logits):
             return layer, features
-    raise SettingError(
-        "The distances of classes need a model whose logits come from an nn.Linear, and this one ends "
-        "in another way; give the model without what follows its last layer."
-    )
+    return None
+
+
+def _same_but_for_constants(output: Tensor, logits: Tensor) -> bool:
+    """Whether two sets of rows (N, K) differ by a number a row alone."""
+    apart = output - logits
+    apart = apart - apart.mean(1, keepdim=True)
+    return bool(apart.abs().max() <= 1e-4 * logits.abs().max().clamp_min(1))

@@ -1,5 +1,5 @@
-"""Invertible masks: learned per-channel factors on the convolutions of a frozen model, or on the
-encoder blocks of a transformer (`bimask.sites`).
+"""Invertible masks: learned per-channel factors on a frozen model's convolutions, linear layers,
+attention heads or encoder blocks (`bimask.sites`).
 
 A channel has a mask variable a and a selection variable s, both in [0, 1]. With
 sigma(a) = sigmoid(k (a - 1/2)) the factor on the channel's output is (Dunnett et al. 2025, eqs. 1, 2)
@@ -8,22 +8,33 @@ sigma(a) = sigmoid(k (a - 1/2)) the factor on the channel's output is (Dunnett e
     inverse   abar' = sigma(1 - a) + s (1 - sigma(1 - a))          and  a' + abar' = 1 + s.
 
 s = 1 keeps the channel both ways; s = 0 gives it to one side. The factor multiplies the output of
-the convolution *before* the batch norm that follows, so a channel at 0 is constant, not zero.
+a convolution *before* the batch norm that follows, so a channel at 0 is constant, not zero.
 At a = s = 1 both sides are the identity and no gradient reaches a: only s can move first.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bimask.attention import called_projections, can_be_called
 from bimask.errors import MaskMismatchError, SettingError
-from bimask.sites import ChannelGate, along_channels, channels_of, sites_of
+from bimask.sites import (
+    ChannelGate,
+    Site,
+    axis_of,
+    foldable,
+    gate_at,
+    module_of,
+    site_at,
+    sites_of,
+    times,
+)
 
 
 def keep_factor(
@@ -109,7 +120,9 @@ class MaskSet(InvertibleMask):
     One flat vector costs an optimiser one update instead of one for every layer.
 
     Args:
-        sites: dotted module name -> number of output channels, in module order.
+        sites: key of a site (`bimask.sites.Site`) -> its channels, in module order.
+        gates: keys of sites whose factor is no factor on weights, as a look at the model's answers
+            showed (`bimask.places`); folding puts a gate there.
         sharpness, mask, selection, straight_through: as in `InvertibleMask`.
     """
 
@@ -117,13 +130,17 @@ class MaskSet(InvertibleMask):
         self,
         sites: Mapping[str, int],
         *,
+        gates: Collection[str] = (),
         sharpness: float = 20.0,
         mask: float = 1.0,
         selection: float = 1.0,
         straight_through: bool = False,
     ) -> None:
         if not sites:
-            raise MaskMismatchError("No site to mask: the model has no Conv2d and no encoder block.")
+            raise MaskMismatchError(
+                "No site to mask: the model has no Conv2d and no encoder block, which are what the "
+                "published setting masks; say `sites: all`, which masks linear layers too."
+            )
         super().__init__(
             sum(sites.values()),
             sharpness=sharpness,
@@ -132,13 +149,18 @@ class MaskSet(InvertibleMask):
             straight_through=straight_through,
         )
         self.sites = dict(sites)
+        self.gates = frozenset(gates)
 
     @classmethod
     def for_model(cls, model: nn.Module, **values: Any) -> MaskSet:
         """A mask for every Conv2d of `model`, squeeze-excite and shortcuts too, as published; for
-        every encoder block instead where it has some."""
-        masks = cls(sites_of(model), **values)
-        return masks.to(next(model.get_submodule(next(iter(masks.sites))).parameters()))
+        every encoder block instead where it has some. `bimask.places` finds other sites."""
+        return cls(sites_of(model), **values).like(model)
+
+    def like(self, model: nn.Module) -> MaskSet:
+        """These masks in the dtype and on the device of the model that they mask."""
+        name = module_of(next(iter(self.sites)))
+        return self.to(next(model.get_submodule(name).parameters()))
 
     def keeps(self, *, inverse: bool = False) -> dict[str, Tensor]:
         """Site -> (C_site,) factor in [0, 1]."""
@@ -153,13 +175,15 @@ class MaskSet(InvertibleMask):
         return dict(zip(self.sites, values.split(list(self.sites.values())), strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
-        """`SITE.mask` and `SITE.selection` of every site, detached, on the CPU: what is saved."""
+        """`SITE.mask` and `SITE.selection` of every site, detached, on the CPU: what is saved; and
+        `SITE.gate`, a 1, of those in `gates`."""
         columns = {"mask": self.by_site(self.mask), "selection": self.by_site(self.selection)}
-        return {
+        saved = {
             f"{site}.{column}": values[site].detach().cpu().clone()
             for site in self.sites
             for column, values in columns.items()
         }
+        return saved | {f"{site}.gate": torch.ones(1) for site in sorted(self.gates)}
 
     @classmethod
     def from_tensors(
@@ -170,6 +194,8 @@ class MaskSet(InvertibleMask):
         Raises:
             MaskMismatchError: a site lacks its mask or selection, or their shapes differ.
         """
+        gates = {name.removesuffix(".gate") for name in tensors if name.endswith(".gate")}
+        tensors = {name: value for name, value in tensors.items() if not name.endswith(".gate")}
         names = [name.removesuffix(".mask") for name in tensors if name.endswith(".mask")]
         expected = {f"{name}.{column}" for name in names for column in ("mask", "selection")}
         if set(tensors) != expected or not names:
@@ -186,6 +212,7 @@ class MaskSet(InvertibleMask):
                 )
         masks = cls(
             {name: len(tensors[f"{name}.mask"]) for name in names},
+            gates=gates & set(names),
             sharpness=sharpness,
             straight_through=straight_through,
         )
@@ -195,42 +222,63 @@ class MaskSet(InvertibleMask):
             masks.selection.copy_(torch.cat([tensors[f"{name}.selection"] for name in names]))
         return masks
 
-    def modules_of(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The module of `model` behind each site.
+    def places_in(self, model: nn.Module) -> dict[str, Site]:
+        """The site of `model` behind each key.
 
         Raises:
             MaskMismatchError: naming the first site that is missing or of another size.
         """
-        named = dict(model.named_modules())
         found = {}
-        for site, channels in self.sites.items():
-            module = named.get(site)
-            if module is None or channels_of(module) != channels:
+        for key, channels in self.sites.items():
+            site = site_at(model, key, channels)
+            if site is None:
+                there = dict(model.named_modules()).get(module_of(key))
                 raise MaskMismatchError(
-                    f"The masks have a site {site!r} of {channels} channels, but the model has "
-                    f"{module!r} there; use the masks with the model they were made for."
+                    f"The masks have a site {key!r} of {channels} channels, but the model has "
+                    f"{there!r} there; use the masks with the model they were made for."
                 )
-            found[site] = module
+            found[key] = site
         return found
 
 
 @contextmanager
 def _hooked(model: nn.Module, masks: MaskSet, factors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Multiply the output of every site by its factor while the context is open."""
-    modules = masks.modules_of(model)
-
-    def multiply(factor: Tensor):  # type: ignore[no-untyped-def]
-        return lambda _module, _inputs, output: output * factor
-
-    handles = []
-    try:
-        for site, module in modules.items():
-            factor = along_channels(factors[site], module)
-            handles.append(module.register_forward_hook(multiply(factor)))
+    """Multiply every site by its factor while the context is open."""
+    sites = masks.places_in(model)
+    with ExitStack() as undo:
+        if any_called(model, sites.values()):
+            undo.enter_context(called_projections(model))
+        for key, site in sites.items():
+            module = model.get_submodule(site.module)
+            handle = (
+                module.register_forward_pre_hook(_times_input(site, factors[key]))
+                if site.on_input
+                else module.register_forward_hook(_times_output(factors[key], axis_of(module)))
+            )
+            undo.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def any_called(model: nn.Module, sites: Collection[Site] | Any) -> bool:
+    """Whether a site is the output layer of an attention that calls none: see `bimask.attention`."""
+    parents = {site.module.rpartition(".")[0] for site in sites}
+    return any(can_be_called(model.get_submodule(name)) for name in parents)
+
+
+def _times_output(factor: Tensor, axis: int) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _inputs: Any, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return (times(out[0], factor, axis), *out[1:])
+        return times(out, factor, axis)
+
+    return hook
+
+
+def _times_input(site: Site, factor: Tensor) -> Callable[..., Any]:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0] * site.spread(factor, inputs[0].shape[-1]), *inputs[1:])
+
+    return hook
 
 
 def masked_forward(
@@ -251,11 +299,12 @@ def masked_forward(
 def fold(model: nn.Module, masks: MaskSet, *, inverse: bool = False) -> nn.Module:
     """A new plain model of the same architecture whose weights carry the masks.
 
-    Exact, since a factor on a convolution's output is a factor on its rows of weights and its bias.
-    The argument is left bit for bit as it was; folding can be undone only by keeping it. Encoder blocks
-    cannot take a mask into their weights: a transformer comes back with a `ChannelGate` around each.
+    Exact: a factor on a layer's output is a factor on its rows of weights and its bias, one on the
+    heads before it a factor on its columns. The argument is left bit for bit as it was; folding can be
+    undone only by keeping it. Where weights cannot take a mask (encoder blocks, weights that are
+    computed or shared, `MaskSet.gates`) the module comes back in a `ChannelGate`.
     """
-    masks.modules_of(model)  # refuse before the copy is paid for
+    masks.places_in(model)  # refuse before the copy is paid for
     folded = copy.deepcopy(model)
     fold_into(folded, model, masks, inverse=inverse)
     return folded
@@ -263,15 +312,45 @@ def fold(model: nn.Module, masks: MaskSet, *, inverse: bool = False) -> nn.Modul
 
 @torch.no_grad()
 def fold_into(target: nn.Module, model: nn.Module, masks: MaskSet, *, inverse: bool = False) -> None:
-    """Overwrite the sites of `target`, a copy of `model`, with masked ones; no new memory."""
-    sources, targets = masks.modules_of(model), masks.modules_of(target)
-    for site, factor in masks.keeps(inverse=inverse).items():
-        source, module = sources[site], targets[site]
-        if isinstance(source, nn.Conv2d) and isinstance(module, nn.Conv2d):
-            torch.mul(source.weight, factor.view(-1, 1, 1, 1), out=module.weight)
-            if source.bias is not None and module.bias is not None:
-                torch.mul(source.bias, factor, out=module.bias)
-        elif isinstance(module, ChannelGate):
-            module.factor.copy_(factor)
+    """Overwrite the sites of `target`, a copy of `model`, with masked ones."""
+    sites = masks.places_in(model)
+    masks.places_in(target)
+    folds = foldable(model, sites.values()) - masks.gates
+    folded: dict[str, list[tuple[Site, Tensor]]] = {}
+    for key, factor in masks.keeps(inverse=inverse).items():
+        site = sites[key]
+        if key in folds:
+            folded.setdefault(site.module, []).append((site, factor))
         else:
-            target.set_submodule(site, ChannelGate(module, factor))
+            _gate(gate_at(target, site.module), site, factor)
+    for name, factors in folded.items():
+        source, module = model.get_submodule(name), target.get_submodule(name)
+        module = module.block if isinstance(module, ChannelGate) else module
+        _fold_layer(source, module, factors)
+
+
+def _gate(gate: ChannelGate, site: Site, factor: Tensor) -> None:
+    """Write a site's factor into the gate around its module."""
+    if not site.on_input:
+        gate.factor.copy_(factor)
+        return
+    width: int = gate.block.in_features  # type: ignore[assignment]
+    gate.input_factor = site.spread(factor, width).to(gate.factor).clone()
+
+
+def _fold_layer(source: nn.Module, module: nn.Module, factors: Collection[tuple[Site, Tensor]]) -> None:
+    """Write the weights of `source`, times the factors on its outputs and inputs, into `module`."""
+    weight: Tensor | None = source._parameters["weight"]
+    bias: Tensor | None = source._parameters.get("bias")
+    assert weight is not None
+    for site, factor in factors:
+        if site.on_input:
+            weight = weight * site.spread(factor, weight.shape[1])
+        elif site.kind == "embedding":
+            weight = weight * factor
+        else:
+            weight = weight * factor.view(-1, *[1] * (weight.ndim - 1))
+            bias = None if bias is None else bias * factor
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            module._parameters[name].copy_(value)  # type: ignore[union-attr]

@@ -164,9 +164,10 @@ def _logits(
 ) -> Tensor:
     """Logits of uint8 images: (N, C, H, W) -> (N, K) float32, in the largest batches that fit."""
     size = batch_size or (512 if images.device.type == "cpu" else max(1, len(images)))
+    layout = _layout(model, images, dtype)
     while True:
         try:
-            parts = [model(_floats(part, dtype)).float() for part in images.split(size)]
+            parts = [model(_floats(part, dtype, layout)).float() for part in images.split(size)]
             break
         except torch.OutOfMemoryError:
             if size == 1:
@@ -178,9 +179,21 @@ def _logits(
     return logits
 
 
-def _floats(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 -> [0, 1], in the memory format that convolutions are fastest in."""
-    return (images.float() / 255).to(dtype, memory_format=torch.channels_last)
+def _layout(model: nn.Module, images: Tensor, dtype: torch.dtype) -> torch.memory_format:
+    """The memory format that convolutions are fastest in, or the plain one for a model that needs
+    it."""
+    try:
+        model(_floats(images[:2], dtype, torch.channels_last))
+    except (
+        RuntimeError
+    ):  # view: size is not compatible with stride; what else it raises is raised again
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _floats(images: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    """uint8 -> [0, 1], in a memory format."""
+    return (images.float() / 255).to(dtype).clone(memory_format=layout)
 
 
 @overload

@@ -14,7 +14,9 @@ from pydantic import (
     model_validator,
 )
 
+from bimask.admission import admit
 from bimask.data import ImageData
+from bimask.data.pictures import Size, height_and_width
 from bimask.errors import BimaskError, SettingError, VictimError
 from bimask.nets import Normalised, build_net, check_net, is_own, source_of
 from bimask.suspect import file_sha256
@@ -58,7 +60,7 @@ class NetSpec(BaseModel):
         description="channels of the first stage; null is the net as published. Unless given, 16 for "
         "small_resnet and preactresnet18, null for others",
     )
-    weights: str | None = Field(None, description="a .safetensors, .pt or .pth file: no training")
+    weights: str | None = Field(None, description="a file of weights, whatever its name: no training")
     normalise: Literal["dataset", "none"] | Statistics | None = Field(
         None, description="by the training split's own values, not at all, or by {mean, std}"
     )
@@ -107,12 +109,28 @@ class NetSpec(BaseModel):
             mean, std = [0.0] * channels, [1.0] * channels
         else:
             mean, std = how.mean, how.std
-        return self.net_of(mean, std, channels, data.num_classes, data.images.shape[-1])
+        height, width = data.images.shape[-2:]
+        size = height if height == width else (height, width)
+        return self.with_door(self.net_of(mean, std, channels, data.num_classes, size), size)
+
+    def with_door(self, model: Normalised, size: Size | None) -> Normalised:
+        """The model itself, with a door in front (`bimask.admission`) if it is of an own factory, which
+        may answer with a tuple or with probabilities; made up images tell.
+
+        Raises:
+            ModelError: it cannot be defended as it is.
+        """
+        if is_own(self.net) and size is not None:
+            shape = (4, model.mean.shape[1], *height_and_width(size))
+            images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+            admit(model, images).door.install(model)
+        return model
 
     def net_of(
-        self, mean: list[float], std: list[float], channels: int, classes: int, size: int | None
+        self, mean: list[float], std: list[float], channels: int, classes: int, size: Size | None
     ) -> Normalised:
-        """The same with given statistics; `size` None where it is not known."""
+        """The same with given statistics; `size` is (height, width) or the side of a square, None
+        where it is not known."""
         if len(mean) != channels:
             raise SettingError(f"`normalise` needs {channels} values, one a channel, got {mean}.")
         if self.net_sha256 is not None and file_sha256(source_of(self.net)) != self.net_sha256:
@@ -130,7 +148,7 @@ class NetSpec(BaseModel):
             std=std,
         )
 
-    def require_at_most(self, numbers: int, channels: int, classes: int, size: int | None) -> None:
+    def require_at_most(self, numbers: int, channels: int, classes: int, size: Size | None) -> None:
         """Refuse a net that is larger than its file of weights, before memory is taken for it.
 
         Own nets are let pass: their code is trusted, or was not run.

@@ -12,7 +12,6 @@ No label is used anywhere: only images enter.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import time
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from bimask.admission import ASKED, admit
 from bimask.blocks import Blocks
 from bimask.config import ENGINE, BudgetWarning, PurifyConfig
 from bimask.devices import fast_bfloat16, upload
@@ -33,6 +33,7 @@ from bimask.member import Member, column
 from bimask.objective import Objective
 from bimask.optim import AdamWState, bias_corrections
 from bimask.perturbations import Perturbations
+from bimask.places import masks_for
 from bimask.result import PurifyResult, RoundLog
 from bimask.trigger_pool import TriggerPool
 
@@ -50,8 +51,8 @@ class PopulationPurifier:
     """Learn the masks of several configurations on one victim at once.
 
     Args:
-        model: the suspect, (N, C, H, W) in [0, 1] -> (N, K) logits, with a Conv2d or an encoder block.
-            It is copied, never edited; batch norm is frozen.
+        model: the suspect, (N, C, H, W) in [0, 1] -> (N, K) logits, or what `bimask.admission` makes
+            them of. It is copied, never edited; batch norm is frozen.
         images: clean images (N, C, H, W), float in [0, 1]. No labels.
         configs: one a member, at least one. They share `precision`, `compile`, `memory_format` and
             `fold_batch_norm`, which decide how the one net is prepared.
@@ -63,6 +64,7 @@ class PopulationPurifier:
 
     Raises:
         SettingError: images of another shape or outside [0, 1]; configurations that do not fit.
+        ModelError: the model cannot be defended as it is.
         MaskMismatchError: the model has nothing to mask.
     """
 
@@ -87,14 +89,16 @@ class PopulationPurifier:
         for config in configs:
             if (problem := config.unreachable_budget()) is not None:
                 warnings.warn(problem, BudgetWarning, stacklevel=3)
-        self.model, self.on_round = model, on_round
-        self.blank = MaskSet.for_model(model)
+        self.admitted = admit(model, images)
+        self.on_round = on_round
+        suspect = self.admitted.model.requires_grad_(False)
+        self.blank = masks_for(suspect, _sample(suspect, images), engine.sites)
         like = self.blank.mask
         self.fine = torch.empty(0, dtype=_fine(images.device), device=images.device)
         self.images = images.to(like).contiguous(memory_format=torch.channels_last)
         low = engine.precision == "bfloat16" and fast_bfloat16(images.device)
         net = FrozenNet(
-            model,
+            suspect,
             self.blank,
             sample=self.images[:8],
             dtype=torch.bfloat16 if low else None,
@@ -138,7 +142,6 @@ class PopulationPurifier:
                 ]
             )
         if pool is None and any(config.class_triggers for config in configs):
-            suspect = copy.deepcopy(model).eval().requires_grad_(False)
             pool = TriggerPool.search(suspect, self.images)
         self.objective = Objective(self.blocks, self.images, clean_logits, self.perturbations, pool)
         for member in self.members:  # what each would need alone
@@ -255,13 +258,14 @@ class PopulationPurifier:
         masks = self._masks(member).requires_grad_(False)
         seconds = time.perf_counter() - self.started if seconds is None else seconds
         member.result = PurifyResult(
-            masks, member.rounds, member.passes, seconds, member.config, self.model
+            masks, member.rounds, member.passes, seconds, member.config, self.admitted.plain
         )
 
     def _masks(self, member: Member) -> MaskSet:
         """A member's masks as they are now: those it would end with."""
         masks = MaskSet(
             self.blank.sites,
+            gates=self.blank.gates,
             sharpness=member.config.sharpness,
             straight_through=member.config.straight_through,
         ).to(self.blank.mask)
@@ -271,6 +275,11 @@ class PopulationPurifier:
             masks.mask.copy_(state[: len(masks.mask)])
             masks.selection.copy_(state[len(masks.mask) :])
         return masks
+
+
+def _sample(suspect: nn.Module, images: Tensor) -> Tensor:
+    """A few images in the dtype of the model."""
+    return images[:ASKED].to(next(suspect.parameters()).dtype)
 
 
 def _alike(members: list[Member], images: int) -> Iterator[list[Member]]:

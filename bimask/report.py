@@ -15,6 +15,7 @@ from torch import Tensor
 from bimask.before_after import Answers, BeforeAfter, logits_of
 from bimask.masks import fold
 from bimask.own_model import Suspect
+from bimask.places import coverage
 from bimask.result import PurifyResult
 
 SHOWN = 12
@@ -66,6 +67,10 @@ def render(
             }
             for name, keep in masks.keeps().items()
         ],
+        coverage=str(reached := coverage(suspect.model, masks, images[:4])),
+        uncovered=reached.warning,
+        unmasked=", ".join(reached.unmasked),
+        held_back=manifest.get("held_back"),
         facts=[
             ("suspect", suspect.origin),
             *manifest["versions"].items(),

@@ -10,6 +10,8 @@ from torch import nn
 from bimask.config import PurifyConfig
 from bimask.masks import MaskSet, fold
 
+LEAST = 1e-6  # of a factor: what is closer to 1 changes no answer
+
 Stage = Literal["initialise", "minimise", "select"]
 
 
@@ -62,6 +64,12 @@ class PurifyResult:
     seconds: float
     config: PurifyConfig
     _model: nn.Module = field(repr=False)
+
+    @property
+    def changed(self) -> bool:
+        """Whether any mask does anything: a factor other than 1, on either side."""
+        sides = (self.masks.keep(), self.masks.keep(inverse=True))
+        return any(bool((factor - 1).abs().max() > LEAST) for factor in sides)
 
     def model(self, *, inverse: bool = False) -> nn.Module:
         """The purified model (or its inverse twin): a plain copy with the masks folded in."""

@@ -18,14 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bimask.class_triggers import FAMILIES, ClassTriggers, Family, find_class_triggers, steps_of
+from bimask.class_triggers import (
+    FAMILIES,
+    ClassTriggers,
+    Family,
+    find_class_triggers,
+    prepared,
+    steps_of,
+)
 from bimask.devices import upload
 from bimask.errors import DataError, SettingError
 from bimask.evidence import costs
 from bimask.latent import latent_distances
 
-SEARCHES = 3  # of each family towards each class
+SEARCHES = 3  # of each family towards the cheapest classes, one towards the others
+CHEAPEST = 3  # classes
 SHARE = 0.3  # of the images that one search sees, so that no two find the same
+SEEN = 20  # images that one search sees at most
 APART = 0.6  # of the draws go to the cheapest class at most, where the next costs far more
 MOST = 20  # classes, the cheapest ones
 PRICED_BY: tuple[Family, ...] = ("patch", "pattern")
@@ -36,18 +45,22 @@ class TriggerPool:
     """Universal triggers of a suspect model.
 
     Attributes:
-        triggers: one a search, of the same J classes each.
+        triggers: one a search, each of some of J classes.
         weights: (J,) how often each class is drawn, in [0, 1], of sum 1.
+        rows: (S, J) which row of a search's triggers is of which class, -1 where it has none; None
+            where every search has all classes in order.
     """
 
     triggers: tuple[ClassTriggers, ...]
     weights: Tensor
+    rows: Tensor | None = None
 
     @classmethod
     def search(
         cls, suspect: nn.Module, images: Tensor, *, on_step: Callable[[], None] | None = None
     ) -> TriggerPool:
-        """The same model and images give the same triggers.
+        """The same model and images give the same triggers, whatever the number of images at a bounded
+        cost: `SEEN` of them at most for each class and search.
 
         Args:
             suspect: images in [0, 1] -> logits (N, K), in eval mode; it is left as it is.
@@ -56,16 +69,11 @@ class TriggerPool:
 
         Raises:
             DataError: fewer than two images.
-            SettingError: fewer than two classes, or the suspect's last layer is no nn.Linear.
+            SettingError: fewer than two classes.
         """
         if len(images) < 2:
             raise DataError(f"A search of triggers needs two clean images or more, got {len(images)}.")
-        distances = latent_distances(suspect, images)
-        if len(distances) < 2:
-            raise SettingError(
-                "A search of triggers leads images from one class to another, but the model has one "
-                "class; set `class_triggers` to 0."
-            )
+        net = prepared(suspect, images)
         generator = torch.Generator().manual_seed(0)
         count = _seen(len(images))
         parts = [
@@ -73,35 +81,64 @@ class TriggerPool:
             for _ in range(SEARCHES)
         ]
         priced = {
-            family: find_class_triggers(suspect, parts[0], family, on_step=on_step)
-            for family in PRICED_BY
+            family: find_class_triggers(net, parts[0], family, on_step=on_step) for family in PRICED_BY
         }
         prices = [found.price.double().cpu() for found in priced.values()]
-        weights = draws(costs([*prices, distances]))
+        if len(prices[0]) < 2:
+            raise SettingError(
+                "A search of triggers leads images from one class to another, but the model has one "
+                "class; set `class_triggers` to 0."
+            )
+        distances = latent_distances(suspect, images)
+        cost = costs(prices if distances is None else [*prices, distances])
+        weights = draws(cost)
         towards = weights.nonzero().flatten()
-        there = towards.to(images.device)
-        found = [priced[family].of(there) for family in PRICED_BY]
+        near = cost[towards].argsort()[:CHEAPEST].sort().values
+        found = [priced[family].of(towards.to(images.device)) for family in PRICED_BY]
+        rows = [torch.arange(len(towards))] * len(FAMILIES)
         found += [
-            find_class_triggers(suspect, part, family, towards=there, on_step=on_step)
-            for part in parts
+            find_class_triggers(
+                net, parts[0], family, towards=towards.to(images.device), on_step=on_step
+            )
             for family in FAMILIES
-            if part is not parts[0] or family not in priced
+            if family not in priced
         ]
-        return cls(tuple(found), weights[towards])
+        for part in parts[1:]:
+            there = towards[near].to(images.device)
+            found += [
+                find_class_triggers(net, part, family, towards=there, on_step=on_step)
+                for family in FAMILIES
+            ]
+            of_class = torch.full((len(towards),), -1).index_put((near,), torch.arange(len(near)))
+            rows += [of_class] * len(FAMILIES)
+        return cls(tuple(found), weights[towards], torch.stack(rows))
 
     @staticmethod
     def steps(classes: int, images: int) -> int:
         """How often `on_step` is called."""
         seen, towards = _seen(images), min(classes, MOST)
-        steps = {family: steps_of(family, towards, seen) for family in FAMILIES}
-        first = steps | {family: steps_of(family, classes, seen) for family in PRICED_BY}
-        return sum(first.values()) + (SEARCHES - 1) * sum(steps.values())
+        first = {family: steps_of(family, towards, seen) for family in FAMILIES}
+        first |= {family: steps_of(family, classes, seen) for family in PRICED_BY}
+        again = sum(steps_of(family, min(towards, CHEAPEST), seen) for family in FAMILIES)
+        return sum(first.values()) + (SEARCHES - 1) * again
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        every = torch.arange(len(self.weights)).expand(len(self.triggers), -1)
+        return every if self.rows is None else self.rows
 
     @cached_property
     def chances(self) -> Tensor:
         """How often each search's trigger of each class is drawn: (S, J) of sum 1, by its success."""
-        success = torch.stack([found.success.double().cpu() for found in self.triggers])
+        rows = self._rows
+        success = torch.stack(
+            [
+                found.success.double().cpu()[row.clamp_min(0)]
+                for found, row in zip(self.triggers, rows, strict=True)
+            ]
+        )
         success = success.clamp_min(1e-6)  # where none of a class's triggers works, all are drawn alike
+        success = success * (rows >= 0)
         return success / success.sum(0) * self.weights.double()
 
     def to(self, device: torch.device | str) -> TriggerPool:
@@ -118,7 +155,7 @@ class TriggerPool:
         for search in searches.unique().tolist():
             rows = (searches == search).nonzero().flatten()
             mine = upload(rows, images)
-            of_class = upload(classes[rows], images)
+            of_class = upload(self._rows[search, classes[rows]], images)
             triggered[mine] = self.triggers[search].apply_each(images[mine], of_class)
         return triggered
 
@@ -136,4 +173,4 @@ def draws(costs: Tensor) -> Tensor:
 
 
 def _seen(images: int) -> int:
-    return max(1, round(SHARE * images))
+    return min(SEEN, max(1, round(SHARE * images)))

@@ -22,7 +22,7 @@ from bimask.victim import VictimSpec
 from study.gates import Gates
 from study.objectives import Aggregate, Constraints, ObjectiveName
 from study.pareto import DIRECTIONS, Direction
-from study.space import Parameter, Scalar
+from study.space import Parameter, Scalar, expanded
 from study.stopping import EarlyStopping
 from study.suspect import NAME, SuspectSpec
 
@@ -139,6 +139,16 @@ class StudyConfig(BaseModel):
             given = {"victims": [], "selection": "blind"} | given
         if isinstance(given, dict) and given.get("selection") == "blind":
             return {"objectives": ["clean_accuracy", "risk"]} | given
+        return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_profile(cls, given: Any) -> Any:
+        """`profile: NAME` in `fixed` stands for that profile's settings."""
+        if isinstance(given, dict) and isinstance(given.get("fixed"), dict):
+            space = given.get("space")
+            fixed = expanded(given["fixed"], space if isinstance(space, dict) else {})
+            return given | {"fixed": fixed}
         return given
 
     @model_validator(mode="after")

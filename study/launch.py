@@ -15,7 +15,8 @@ from rich.markup import escape
 from bimask.errors import BimaskError
 from study.interrupts import InterruptedStudyError
 
-DEFAULT = Path(__file__).parent.parent / "search_spaces" / "ims_digits.yaml"
+SPACES = Path(__file__).parent.parent / "search_spaces"
+DEFAULT, SUSPECT = SPACES / "ims_digits.yaml", SPACES / "suspect.yaml"
 
 
 def main(
@@ -61,6 +62,25 @@ def main(
             help="Folder or URI (s3://, gs://) that all nodes reach, for trials' checkpoints.",
         ),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A suspect of your own, with --net and --clean: search_spaces/suspect.yaml on it."
+        ),
+    ] = None,
+    net: Annotated[
+        str | None, typer.Option(help="Its net: FILE.py:factory, package.module:factory or a name.")
+    ] = None,
+    clean: Annotated[
+        Path | None, typer.Option(help="Clean pictures in class folders, in the order of its classes.")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Pixels to bring pictures to: 32, or 48x32 (height x width).")
+    ] = None,
+    channels: Annotated[int | None, typer.Option(help="3, or 1 for grey pictures.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the net, where it takes one.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Its normalisation: 0.485,0.456,0.406")] = None,
+    std: Annotated[str | None, typer.Option(help="and 0.229,0.224,0.225; default: none.")] = None,
     wait: Annotated[
         float,
         typer.Option(
@@ -70,22 +90,32 @@ def main(
 ) -> None:
     """Search the defence's settings on Ray, record every trial in MLflow, choose the best."""
     given = {"trials": trials, "concurrency": concurrency, "name": name, "seed": seed}
-    overrides = {key: value for key, value in given.items() if value is not None}
+    overrides: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if resume is not None and (dry or leave_out is not None):
         raise typer.BadParameter("--resume goes on with one study, without --dry-run and --leave-out.")
+    own = {"model": model, "net": net, "clean": clean}
+    about = {"image_size": image_size, "channels": channels, "width": width, "mean": mean, "std": std}
     path = study or (DEFAULT if resume is None else None)
     here = outputs or Path("outputs")
     where = {"address": address, "storage": storage, "wait": wait}
     try:
         # each imports what it needs, which is heavy: after --help and usage errors
+        if any(value is not None for value in (*own.values(), *about.values())):
+            overrides["suspect"] = suspect_of(own, about)
+            path = study or SUSPECT
         if dry:
-            complete = _dry_run(path, overrides, here)
+            complete = _dry_run(path or DEFAULT, overrides, here)
         elif address is not None and address.startswith(("http://", "https://")):
             options = overrides | ({"resume": resume} if resume else {})
             options |= {"leave-out": leave_out} if leave_out else {}
+            if "suspect" in overrides:
+                raise typer.BadParameter(
+                    "A suspect of your own is studied where its files are; on a cluster write it into "
+                    "a YAML (docs/suspects.md)."
+                )
             sys.exit(send(address, study, overrides, outputs, options))
         elif leave_out is not None:
-            complete = _leave_out(path, overrides, leave_out, here, where)
+            complete = _leave_out(path or DEFAULT, overrides, leave_out, here, where)
         else:
             complete = _run(path, overrides, resume, here, where)
     except BimaskError as error:
@@ -100,20 +130,43 @@ def main(
     sys.exit(0 if complete else 1)
 
 
-def _dry_run(study: Path | None, overrides: dict[str, Any], outputs: Path) -> bool:
+def suspect_of(own: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """A study's `suspect` from the command's options.
+
+    Raises:
+        StudyError: model, net or pictures are missing, or an option is none.
+    """
+    from bimask.commands.suspects import numbers, size
+    from study.config import StudyError
+
+    if missing := [f"--{key}" for key, value in own.items() if value is None]:
+        raise StudyError(
+            f"A suspect is given as --model, --net and --clean; {' and '.join(missing)} is missing."
+        )
+    suspect = {key: str(value) for key, value in own.items()}
+    read = {
+        **about,
+        "image_size": size(about["image_size"]),
+        "mean": numbers("--mean", about["mean"]),
+        "std": numbers("--std", about["std"]),
+    }
+    return suspect | {key: value for key, value in read.items() if value is not None}
+
+
+def _dry_run(study: Path, overrides: dict[str, Any], outputs: Path) -> bool:
     from study.console import wide_console
     from study.dry_run import dry_run
 
-    dry_run(study or DEFAULT, overrides, outputs=outputs, console=wide_console())
+    dry_run(study, overrides, outputs=outputs, console=wide_console())
     return True
 
 
 def _leave_out(
-    study: Path | None, overrides: dict[str, Any], which: str, outputs: Path, where: dict[str, Any]
+    study: Path, overrides: dict[str, Any], which: str, outputs: Path, where: dict[str, Any]
 ) -> bool:
     from study.protocol import run_leave_out
 
-    return run_leave_out(study or DEFAULT, overrides, which, outputs=outputs, **where)
+    return run_leave_out(study, overrides, which, outputs=outputs, **where)
 
 
 def _run(

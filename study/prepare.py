@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 
 from bimask.commands.terminal import VictimBars, described
@@ -107,6 +108,8 @@ def _prepare_suspect(spec: SuspectSpec, for_defence: int, console: Console) -> S
         soft_wrap=True,
         highlight=False,
     )
+    for note in suspect.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
     return suspect
 
 

@@ -50,7 +50,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> StudyCon
         config = None
         found += [_problem(problem) for problem in error.errors()]
     space = _readable_space(raw.get("space"))
-    found += spaces.problems(space, _mapping(raw.get("fixed")))
+    found += spaces.problems(space, spaces.expanded(_mapping(raw.get("fixed")), space))
     if config is not None:
         found += spaces.start_problems(space, config.start)
     if config is not None and not found:

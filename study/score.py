@@ -30,7 +30,7 @@ def score_folder(model: Any, folder: Path, console: Console, *, resize: bool = F
     Raises:
         DataError: no picture.
     """
-    channels, size, _ = model.unwrap_python_model().classifier.shape
+    channels, height, width = model.unwrap_python_model().classifier.shape
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
     if not files:
         raise DataError(f"There are no pictures ({', '.join(PICTURES)}) below {folder}.")
@@ -39,7 +39,7 @@ def score_folder(model: Any, folder: Path, console: Console, *, resize: bool = F
         task = progress.add_task("pictures", total=len(files))
         for start in range(0, len(files), BATCH):
             part = files[start : start + BATCH]
-            rows += _answers(model, part, channels, size, resize)
+            rows += _answers(model, part, channels, (height, width), resize)
             progress.update(task, advance=len(part))
     frame = pd.DataFrame(rows, columns=["file", "class", "probability", "error"])
     frame["file"] = [str(Path(name).relative_to(folder)) for name in frame["file"]]
@@ -47,16 +47,17 @@ def score_folder(model: Any, folder: Path, console: Console, *, resize: bool = F
 
 
 def _answers(
-    model: Any, files: list[Path], channels: int, size: int, resize: bool
+    model: Any, files: list[Path], channels: int, size: tuple[int, int], resize: bool
 ) -> list[dict[str, Any]]:
     rows: dict[Path, dict[str, Any]] = {}
     images = {}
     for path in files:
         try:
             image = read_picture(path, channels, size if resize else None)
-            if image.shape[1:] != (size, size):
+            if image.shape[1:] != size:
                 height, width = image.shape[1:]
-                raise DataError(f"{width}x{height} pixels, the model takes {size}x{size}; --resize")
+                takes = f"{size[1]}x{size[0]}"
+                raise DataError(f"{width}x{height} pixels, the model takes {takes}; --resize")
             images[path] = image.permute(1, 2, 0).numpy()
         except DataError as error:
             rows[path] = {"file": str(path), "error": str(error)}

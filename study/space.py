@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bimask.config import PurifyConfig
+from bimask.config import PROFILES, PurifyConfig
 
 Scalar = bool | int | float | str | None
 SETTINGS = PurifyConfig.model_fields
@@ -146,6 +146,15 @@ def start_problems(
     ]
 
 
+def expanded(fixed: Mapping[str, Any], space: Mapping[str, Any]) -> dict[str, Any]:
+    """Fixed settings with what a `profile` among them stands for, but for what is searched."""
+    name = fixed.get("profile")
+    if name not in PROFILES:
+        return dict(fixed)
+    beside = {key: value for key, value in fixed.items() if key != "profile"}
+    return {key: value for key, value in PROFILES[name].items() if key not in space} | beside
+
+
 def _possible(parameter: Parameter, value: Scalar) -> bool:
     if isinstance(parameter, CategoricalParameter):
         return value in parameter.choices
@@ -154,6 +163,8 @@ def _possible(parameter: Parameter, value: Scalar) -> bool:
 
 def _setting_problems(name: str, value: Any) -> list[str]:
     """What `PurifyConfig` says of one setting."""
+    if name == "profile":
+        return [f"there is no profile {value!r}; known are {', '.join(PROFILES)}"]
     if name not in SETTINGS:
         return [f"is no setting of the defence; its settings are {', '.join(sorted(SETTINGS))}"]
     try:

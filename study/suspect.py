@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
 from bimask.data import ImageData, Splits
 from bimask.errors import BimaskError, DataError, VictimError, VictimRefusedError
-from bimask.latent import last_layer
 from bimask.metrics import CleanScores, CleanSet, Split, evaluate
 from bimask.nets import check_net, is_own, source_of
 from bimask.own_model import PICTURES, load_suspect, read_clean
@@ -30,6 +29,7 @@ from bimask.victim import Victim
 
 NAME = "suspect"  # in records, files and charts, where victims have theirs
 NEEDS_VICTIMS = ("victims", "held_out", "controls", "confirm", "gates")  # keys of a study
+SIDES = range(4, 1025)  # of an image, in pixels
 HELD_BACK = 2  # pictures of a class at least: one to choose on, one to report on
 
 
@@ -41,10 +41,12 @@ class SuspectSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(description="weights: .safetensors, or tensors in a .pt or .pth file")
+    model: str = Field(description="weights: safetensors, or of torch.save, whatever the file's name")
     net: str = Field(description="FILE.py:factory, package.module:factory or a name")
     clean: str = Field(description="folder of clean pictures in class folders")
-    image_size: int | None = Field(None, ge=4, le=1024, description="pixels to bring pictures to")
+    image_size: int | tuple[int, int] | None = Field(
+        None, description="pixels to bring pictures to: one number, or [height, width]"
+    )
     channels: Literal[1, 3] = 3
     width: int | None = Field(None, ge=1, description="of the net, where it takes one")
     mean: list[float] | None = Field(None, description="of the normalisation, one value a channel")
@@ -53,6 +55,21 @@ class SuspectSpec(BaseModel):
     sha256: str | None = Field(
         None, description="of weights, code and pictures; filled in unless given"
     )
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _sides(cls, given: Any) -> int | tuple[int, int] | None:
+        """One sentence for whatever is neither, which a union would have one a type for."""
+        sides = list(given) if isinstance(given, (list, tuple)) else [given, given]
+        if given is None:
+            return None
+        if len(sides) != 2 or not all(type(side) is int and side in SIDES for side in sides):
+            raise ValueError(
+                f"must be one number of pixels or [height, width], {SIDES[0]} to {SIDES[-1]}, "
+                f"got {given!r}"
+            )
+        height, width = sides
+        return height if height == width else (height, width)
 
     @model_validator(mode="before")
     @classmethod
@@ -91,6 +108,7 @@ class SuspectSpec(BaseModel):
         for name, value in self.model_dump(exclude={"min_clean_accuracy", "sha256"}).items():
             if value is not None and value != type(self).model_fields[name].default:
                 text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                text = "x".join(map(str, value)) if isinstance(value, tuple) else text
                 words += [f"--{name.replace('_', '-')}", shlex.quote(text)]
         return " ".join(words)
 
@@ -104,7 +122,8 @@ class SuspectSpec(BaseModel):
             DataError: pictures that are too few, in no class folders, or cannot be read.
             VictimError: weights that do not fit; files that changed since the spec was made.
             VictimRefusedError: it is less accurate than `min_clean_accuracy`.
-            SettingError: the net cannot be made, or its answers are not those of an nn.Linear.
+            SettingError: the net cannot be made.
+            ModelError: the model cannot be defended as it is.
         """
         if _sha256(self.model, self.net, self.clean) != self.sha256:
             raise VictimError(
@@ -130,8 +149,7 @@ class SuspectSpec(BaseModel):
                 f"(`min_clean_accuracy` is {self.min_clean_accuracy:g}); are `mean`, `std` and the "
                 "order of the class folders those of its training?"
             )
-        last_layer(own.model, splits.val.floats()[:2])  # what a probe needs, before anything is begun
-        return SuspectModel(self, own.model, own.classes, scores, for_defence)
+        return SuspectModel(self, own.model, own.classes, scores, for_defence, own.notes)
 
     def load_data(self, for_defence: int) -> Splits:
         """The pictures: `train` is the defence's, `val` to choose on, `test` to report on."""
@@ -152,6 +170,7 @@ class SuspectModel:
         model: images in [0, 1] -> logits, in eval mode.
         scores: of the suspect itself, on "val" and "test".
         for_defence: pictures of every class that are the defence's.
+        notes: sentences on what was done about the model while it was loaded.
     """
 
     spec: SuspectSpec
@@ -159,6 +178,7 @@ class SuspectModel:
     classes: tuple[str, ...]
     scores: dict[Split, CleanScores]
     for_defence: int
+    notes: tuple[str, ...] = ()
 
     def load_data(self) -> Splits:
         """The pictures, read anew."""

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from bimask.audit import Audit, audit, calibration, steps
+from bimask.audit import UNSEEN, Audit, audit, calibration, steps
 from bimask.audit_report import PAGE, write_report
 from bimask.commands.suspects import (
     Channels,
@@ -34,6 +34,8 @@ from bimask.masked_evidence import MaskedEvidence, masked_evidence
 from bimask.own_model import Suspect
 from bimask.purify import purify
 
+SHOWN = 5  # classes in the table
+
 
 def audit_command(
     model: Model = None,
@@ -42,7 +44,7 @@ def audit_command(
     out: Annotated[Path, typer.Option(help="New folder for the report.")] = Path("audit"),
     classes: Classes = None,
     image_size: ImageSize = None,
-    channels: Channels = 3,
+    channels: Channels = None,
     width: Width = None,
     mean: Mean = None,
     std: Std = None,
@@ -51,18 +53,20 @@ def audit_command(
     seed: Annotated[int, typer.Option(help="Of the masks, and of the images with --victim.")] = 0,
     masks: Annotated[
         bool, typer.Option(help="Purify the model, too, and ask its inverse twin.")
-    ] = True,
+    ] = False,
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
     """Is a model backdoored, and towards which class? From clean pictures alone.
+
+    The verdict is "backdoored", "no sign", or "unknown" for models unlike those of the calibration.
 
     Give your own model as --model, --net and --clean, or one of known trigger as --victim.
     """
     refuse_existing(out)
     where = resolve_device(device)
     choice = Choice(model, net, clean, classes, image_size, channels, width, mean, std, victim)
-    suspect, _ = choice.load(clean_images_per_class, seed=seed, trust_code=trust_code, device=where)
+    suspect, _, _ = choice.load(clean_images_per_class, seed=seed, trust_code=trust_code, device=where)
     images, moved = suspect.clean.floats().to(where), suspect.model.to(where)
     with progress_bar("searching triggers", steps(len(suspect.classes), len(images))) as advance:
         result = audit(moved, images, on_step=lambda: advance(1))
@@ -75,7 +79,7 @@ def audit_command(
 
 
 def _masked(suspect: Suspect, images: torch.Tensor, result: Audit, seed: int) -> MaskedEvidence:
-    settings = PurifyConfig.profile("fast")
+    settings = PurifyConfig.profile("fast", sites="all")
     rounds = settings.initialise_rounds + settings.minimise_rounds + settings.select_rounds
     with progress_bar("learning masks", rounds) as advance:
         learned = purify(
@@ -88,19 +92,29 @@ def _masked(suspect: Suspect, images: torch.Tensor, result: Audit, seed: int) ->
     return masked_evidence(suspect.model, learned.masks, images, result.triggers, result.target)
 
 
-def _show(result: Audit, classes: tuple[str, ...], images: int) -> None:
-    table = Table("class", "score", *(f"{kind} price" for kind in result.prices))
-    for k in sorted(range(len(classes)), key=lambda k: -result.scores[k])[:5]:
-        prices = [f"{values[k]:.2f}" for values in result.prices.values()]
-        table.add_row(escape(classes[k]), f"{result.scores[k]:.2f}", *prices)
+def _show(result: Audit, classes: tuple[str, ...], given: int) -> None:
+    kinds = list(result.evidence)
+    columns = [f"{kind} {what}" for what in ("evidence", "price") for kind in kinds]
+    table = Table("class", "score", *columns)
+    for k in sorted(range(len(classes)), key=lambda k: -result.scores[k])[:SHOWN]:
+        rows = (result.evidence, result.prices)
+        numbers = [result.scores[k], *(row[kind][k] for row in rows for kind in kinds)]
+        table.add_row(escape(classes[k]), *(f"{number:.2f}" for number in numbers))
     console.print(table)
-    target = escape(classes[result.target])
-    if result.flagged:
-        console.print(f"[bold red]probably backdoored[/], towards class {target!r}")
-    else:
-        console.print(f"no backdoor found; the most suspicious class is {target!r}")
-    console.print(
-        f"probability {result.probability:.2f} from {images} clean images, calibrated on "
-        f"{calibration()['fitted_on']['models']}; for other nets and images it is a lead",
-        soft_wrap=True,
-    )
+    colour = {"backdoored": "bold red", "no sign": "bold", "unknown": "bold yellow"}[result.verdict]
+    chance = "" if result.verdict == "unknown" else f" (probability {result.probability:.2f})"
+    said = {
+        "backdoored": f"backdoored{chance}",
+        "no sign": f"no sign of a backdoor{chance}",
+        "unknown": "unknown; there is evidence, and no verdict",
+    }[result.verdict]
+    lines = [
+        f"verdict: [{colour}]{said}[/]",
+        *(f"- {escape(reason)}" for reason in result.reasons),
+        f"suspected class: {escape(classes[result.target])!r}",
+        f"{result.kind.images} of {given} clean images were looked at closely; calibrated on "
+        f"{escape(calibration()['fitted_on']['models'])}.",
+        UNSEEN,
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)

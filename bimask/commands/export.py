@@ -40,8 +40,8 @@ def export_command(
     if images is None:
         checked = torch.rand(NOISE, *read.shape, generator=torch.Generator().manual_seed(0))
     else:
-        channels, size, _ = read.shape
-        checked = read_clean(images, channels=channels, image_size=size)[0].floats()
+        channels, *sides = read.shape
+        checked = read_clean(images, channels=channels, image_size=(sides[0], sides[1]))[0].floats()
     model = read.model
     if compact_:
         small = compact(model)

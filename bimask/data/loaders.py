@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bimask.data.images import ImageData, Splits
+from bimask.data.pictures import picture_size, read_picture, unreadable
 from bimask.errors import DataError
 
 T = TypeVar("T")
 
 FOLDER = "imagefolder:"  # before the path, in a data set's name
+DECODER = 2  # counted up when pictures are decoded otherwise, so that no older cache is taken
 VAL_SHARE = 0.1  # of a training set that comes without a validation set
 DIGITS_TEST, DIGITS_VAL = 450, 450  # of 1,797; the rest is for training
 
@@ -200,7 +202,7 @@ def _content(path: Path, _stamp: str) -> str:
         try:
             held = Path(file).read_bytes()
         except OSError as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
         place = Path(file).relative_to(path).as_posix()
         content.update(f"{place}|{len(held)}|{hashlib.sha256(held).hexdigest()}\n".encode())
     return content.hexdigest()
@@ -208,16 +210,8 @@ def _content(path: Path, _stamp: str) -> str:
 
 def _common_size(files: list[str], path: Path) -> int:
     """The one square size of all pictures, or an error that asks for one."""
-    from PIL import Image
-
-    sizes = set()
-    for file in files:
-        try:
-            with Image.open(file) as picture:  # reads the header only
-                sizes.add(picture.size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise _unreadable(file, error) from error
-    width, height = next(iter(sizes))
+    sizes = {picture_size(file) for file in files}
+    height, width = next(iter(sizes))
     if len(sizes) > 1 or width != height:
         raise DataError(
             f"The pictures in {path} have {len(sizes)} sizes, such as {width}x{height}; give "
@@ -230,8 +224,6 @@ def _decode(
     samples: list[tuple[str, int]], classes: tuple[str, ...], size: int, name: str
 ) -> ImageData:
     """Pictures as RGB of size x size, decoded once; the second time they come from the cache."""
-    from PIL import Image
-
     stamp = _stamp(samples, size)
     cached = cache_folder() / "decoded" / f"{name}-{size}-{stamp[:16]}.safetensors"
     if cached.is_file():
@@ -242,14 +234,7 @@ def _decode(
             cached.unlink()  # cut short by a crash: decode again
     images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
     for row, (file, _) in enumerate(samples):
-        try:
-            with Image.open(file) as picture:
-                rgb = picture.convert("RGB")
-                if rgb.size != (size, size):
-                    rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
-                images[row] = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise _unreadable(file, error) from error
+        images[row] = read_picture(file, 3, size)
     labels = torch.tensor([label for _, label in samples])
     cached.parent.mkdir(parents=True, exist_ok=True)
     part = cached.with_suffix(f".{os.getpid()}.part")
@@ -260,18 +245,14 @@ def _decode(
 
 def _stamp(samples: list[tuple[str, int]], size: int) -> str:
     """Changes with any file's place, label, size or time; reads none."""
-    stamp = hashlib.sha256(f"{size}".encode())
+    stamp = hashlib.sha256(f"{DECODER}|{size}".encode())
     for file, label in samples:
         try:
             status = os.stat(file)
         except OSError as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
         stamp.update(f"{file}|{label}|{status.st_size}|{status.st_mtime_ns}\n".encode())
     return stamp.hexdigest()
-
-
-def _unreadable(file: str, error: Exception) -> DataError:
-    return DataError(f"Cannot read the picture {file}: {error}.")
 
 
 def _with_val(train: ImageData, test: ImageData) -> Splits:

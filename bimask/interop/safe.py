@@ -9,6 +9,8 @@ A file passes four gates:
     stand-ins   of `stand_ins.py` for numpy and PIL: a pickle can hand both states that corrupt
                 memory or ask for any amount of it, so neither sees one
 
+A pickle that torch did not write is read by `plain_pickles.py`, which knows less than any unpickler.
+
 What is not bounded is time: a file within the limits can be made slow to read.
 """
 
@@ -18,20 +20,24 @@ import pickletools
 import re
 import struct
 import zipfile
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
 
 from bimask.errors import InteropError
-from bimask.interop.stand_ins import STAND_INS, StoredArray, shown
+from bimask.interop.plain_pickles import MAGIC_NUMBER, UnknownName, load_plain
+from bimask.interop.stand_ins import PATHS, STAND_INS, StoredArray, printable, shown
 
 MAX_FILE_BYTES = 8 * 2**30  # of a file, and so of everything in it: nothing in it is compressed
 MAX_PICKLE_BYTES = 2 * 2**30  # of the part that is not tensors: v1 files keep pictures there
 MAX_DIRECTORY_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 100_000_000  # of safetensors, whose own limit it is
 MAX_ENTRIES = 20_000  # tensors in a file; the largest nets have about a thousand
 
 ALLOWED = frozenset(
@@ -53,11 +59,14 @@ ALLOWED = frozenset(
     }
 )
 
-# What training programs keep beside weights: plain containers, shapes and types in optimisers' states.
+# What training programs keep beside weights: plain containers, shapes and types in optimisers' states,
+# and a program's options, which are read as nothing.
 BESIDE_WEIGHTS = frozenset(
     {
         "__builtin__ set",
+        "argparse Namespace",
         "collections Counter",
+        *(f"{home} {kind}" for home in ("pathlib", "pathlib._local") for kind in PATHS),
         "torch Size",
         "torch device",
         *(f"torch {kind}" for kind in ("bfloat16", "float16", "float32", "float64", "int64", "uint8")),
@@ -65,6 +74,36 @@ BESIDE_WEIGHTS = frozenset(
 )
 ZIP = b"PK\3\4"
 PICKLES_BEFORE_ZIP = 5  # magic number, version, system, the object, the storages' keys
+OBJECT_BEFORE_ZIP = 3  # which of them is the object
+PICKLE = re.compile(rb"\x80[\0-\5]")  # protocols 0 and 1 begin in any way
+# Under what names training programs keep the state dict beside epochs and optimiser.
+STATE_KEYS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module"),
+    *("weights", "params", "classifier", "model_ema", "ema"),
+)
+OF_A_MODULE = {"_parameters", "_buffers", "_modules"}  # attributes of every pickled nn.Module
+# A pickle that asks for one of these may be made to do harm; nobody is told how to open it.
+HARMFUL = frozenset(
+    {
+        *("__builtin__", "builtins", "os", "posix", "nt", "sys", "subprocess", "shutil", "importlib"),
+        *("runpy", "pty", "socket", "webbrowser", "code", "codeop", "ctypes", "urllib", "operator"),
+        *("io", "_io", "pickle", "_pickle", "timeit", "pdb", "bdb", "profile", "cProfile", "commands"),
+    }
+)
+HARMLESS = frozenset(
+    f"{home} {kind}"
+    for home in ("__builtin__", "builtins")
+    for kind in ("dict", "list", "tuple", "int", "float", "complex", "object", "slice", "range")
+)
+FOREIGN = {  # beginnings of other files, and what they are
+    b"\x1f\x8b": "is compressed by gzip; unpack it first",
+    b"BZh": "is compressed by bzip2; unpack it first",
+    b"\xfd7zXZ": "is compressed by xz; unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it first",
+    b"\x89HDF": "is HDF5, which other frameworks write; write its weights with torch.save",
+}
+TAR = (257, b"ustar")
+Form = Literal["zip", "before zip", "pickle", "safetensors"]
 
 
 def load_foreign(path: Path) -> Any:
@@ -77,25 +116,141 @@ def load_foreign(path: Path) -> Any:
     return _load(path, mmap=True)
 
 
-def load_training(path: Path) -> Any:
-    """The same of a checkpoint of somebody's training: also what stands beside weights there
-    (`BESIDE_WEIGHTS`), and the format that `torch.save` had before zip.
+def form_of(path: Path) -> Form:
+    """In which form a file of weights is written, by its first bytes; its name counts nothing.
 
     Raises:
-        InteropError: as of `load_foreign`.
+        InteropError: in none that is known here.
     """
     with open(path, "rb") as file:
-        zipped = file.read(len(ZIP)) == ZIP
-    names = pickled_names(path) if zipped else _names_before_zip(path)
-    _refuse_unknown(path, names - ALLOWED - BESIDE_WEIGHTS, "save `net.state_dict()` alone")
-    return _load(path, mmap=zipped)
+        head = file.read(512)
+    if head.startswith(ZIP):
+        return "zip"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < MAX_HEADER_BYTES:
+        return "safetensors"  # asked first, since its length may begin as a pickle does
+    if PICKLE.match(head):
+        return "before zip" if MAGIC_NUMBER in head[:32] else "pickle"
+    said = next((words for start, words in FOREIGN.items() if head.startswith(start)), None)
+    if head[TAR[0] :].startswith(TAR[1]):
+        said = "is a tar archive; unpack it first"
+    raise InteropError(
+        f"{path} {said}."
+        if said
+        else f"{path} is no whole file of torch.save, of today's zip format or the one before it, nor "
+        "safetensors, nor a pickle; get another copy of it, or save `net.state_dict()` by torch.save."
+    )
+
+
+def load_training(path: Path) -> Any:
+    """The same of a checkpoint of somebody's training: also what stands beside weights there
+    (`BESIDE_WEIGHTS`), the format that `torch.save` had before zip, and plain pickles of tensors.
+
+    Raises:
+        InteropError: as of `load_foreign`; of one that asks for code it says what can be done instead.
+    """
+    form = form_of(path)
+    if form == "pickle":
+        return _load_plain(path)
+    names = pickled_names(path) if form == "zip" else _names_before_zip(path)
+    if unknown := names - ALLOWED - BESIDE_WEIGHTS:
+        raise _asks_for_code(path, unknown, form)
+    return _load(path, mmap=form == "zip")
+
+
+def _load_plain(path: Path) -> Any:
+    """What a pickle holds that torch did not write."""
+    if (size := path.stat().st_size) > MAX_PICKLE_BYTES:
+        raise InteropError(
+            f"{path} is a pickle of {size} bytes, but at most {MAX_PICKLE_BYTES} are read; save it "
+            "anew with torch.save."
+        )
+    try:
+        return load_plain(path.read_bytes())
+    except UnknownName as error:
+        raise _asks_for_code(path, {error.name}, "pickle") from None
+    except InteropError as error:
+        raise InteropError(f"{path} is refused: {error}; get another copy of it.") from None
+    except Exception as error:  # a hostile pickle can raise anything; nothing of it has been used yet
+        raise InteropError(
+            f"{path} is no whole pickle of tensors ({type(error).__name__}: {shown(str(error))}); get "
+            "another copy of it, or save it anew with torch.save."
+        ) from error
+
+
+def _asks_for_code(path: Path, unknown: set[str], form: Form) -> InteropError:
+    """The refusal of a pickle that asks for what none of ours does, with what its owner can do."""
+    harmful = sorted(name for name in unknown - HARMLESS if re.split(r"[ .]", name)[0] in HARMFUL)
+    what = shown((harmful or sorted(unknown - HARMLESS) or sorted(unknown))[0].replace(" ", ".", 1))
+    if harmful:
+        return InteropError(
+            f"{path} is refused: it asks for {what} when it is read, but weights need nothing of the "
+            "kind; nothing was run, do not open it with other programs, but ask for "
+            "`net.state_dict()` alone."
+        )
+    inside, expression = _weights_in(path, form)
+    return InteropError(
+        f"{path} is refused: it holds {inside} and asks for {what} when it is read, which is code; "
+        f"nothing was run, {_rewritten(path, expression)}."
+    )
+
+
+def _rewritten(path: Path, expression: str) -> str:
+    """How the weights alone come into a file that is read here."""
+    new = repr(printable(f"{path.name.partition('.')[0]}-weights.pt"))
+    return f"run `torch.save({expression}, {new})` where you trust the file, and give the new one"
+
+
+def _weights_in(path: Path, form: Form) -> tuple[str, str]:
+    """What such a pickle holds, and the Python expression that has its weights."""
+    quoted = repr(printable(str(path)))
+    opened = f"torch.load({quoted}, weights_only=False)"
+    if form == "pickle":
+        opened = f"pickle.load(open({quoted}, 'rb'))"
+    known, last, module_key = set(), "", ""
+    texts: deque[str] = deque(
+        ["model"], maxlen=8
+    )  # before the first module's attributes, the last ones
+    for name, argument in _operations(path, form):
+        last = last if name == "STOP" else name
+        if isinstance(argument, str) and argument in OF_A_MODULE.union(STATE_KEYS):
+            known.add(argument)
+        if module_key:
+            continue
+        if argument == "training":  # a module's first attribute: its key stands before
+            module_key = texts[-1]
+        elif name.endswith("UNICODE"):
+            texts.append(argument)
+        else:  # a class, by its module and name, or before zip with its file and its source
+            for _ in range({"STACK_GLOBAL": 2, "BINPERSID": 3}.get(name, 0)):
+                if len(texts) > 1:
+                    texts.pop()
+    if known >= OF_A_MODULE:
+        place = "" if last == "BUILD" else f"[{module_key!r}]"
+        return "a whole pickled module", f"{opened}{place}.state_dict()"
+    likely = [key for key in STATE_KEYS if key in known and key != "params"]  # an optimiser has it, too
+    return "more than tensors", f"{opened}[{likely[0]!r}]" if likely else "model.state_dict()"
+
+
+def _operations(path: Path, form: Form) -> Iterator[tuple[str, Any]]:
+    """Name and argument of the operations of the pickle that holds the object."""
+    with ExitStack() as open_files:
+        if form == "zip":
+            archive = open_files.enter_context(zipfile.ZipFile(path))
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            file: Any = open_files.enter_context(archive.open(name))
+        else:
+            file = open_files.enter_context(open(path, "rb"))
+        for _ in range(OBJECT_BEFORE_ZIP if form == "before zip" else 0):
+            for _ in pickletools.genops(file):
+                pass
+        yield from ((code.name, argument) for code, argument, _ in pickletools.genops(file))
 
 
 def _load(path: Path, *, mmap: bool) -> Any:
     """Open a file that was looked through."""
     try:
-        with _only_stand_ins():
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+        with _only_stand_ins(), _named_otherwise(path) as name:
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
     except InteropError as error:
         raise InteropError(f"{path} is refused: {error}; get another copy of it.") from None
     except Exception as error:  # a hostile pickle can raise anything; nothing of it has been used yet
@@ -103,6 +258,18 @@ def _load(path: Path, *, mmap: bool) -> Any:
             f"{path} is refused: its contents are malformed ({type(error).__name__}); get another "
             "copy of it."
         ) from error
+
+
+@contextmanager
+def _named_otherwise(path: Path) -> Iterator[str]:
+    """The path, or a link to it where torch would take the name, not the content, for safetensors."""
+    if path.suffix != ".safetensors":
+        yield str(path)
+        return
+    with TemporaryDirectory(prefix="bimask-") as folder:
+        link = Path(folder, "weights")
+        link.symlink_to(path.absolute())
+        yield str(link)
 
 
 @contextmanager
@@ -184,6 +351,8 @@ def _names_in(path: Path, archive: zipfile.ZipFile, size: int) -> set[str]:
             f"{path} is refused: its zip has {len(names)} entries, {len(set(names))} of them "
             f"different, but at most {MAX_ENTRIES} different ones are read."
         )
+    if program := _program_in(path, names):
+        raise InteropError(program)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         unpacked = sum(entry.file_size for entry in entries)
         raise InteropError(
@@ -198,7 +367,7 @@ def _names_in(path: Path, archive: zipfile.ZipFile, size: int) -> set[str]:
     if [entry.filename.split("/")[1:] for entry in pickles] != [["data.pkl"]]:
         raise InteropError(
             f"{path} is refused: it holds {len(pickles)} pickles, but a state saved by torch.save "
-            "has one, data.pkl; TorchScript is not read."
+            "has one, data.pkl; save it anew with torch.save."
         )
     if pickles[0].file_size > MAX_PICKLE_BYTES:
         raise InteropError(
@@ -210,6 +379,25 @@ def _names_in(path: Path, archive: zipfile.ZipFile, size: int) -> set[str]:
     return _names_asked(path, archive.read(pickles[0]))
 
 
+def _program_in(path: Path, names: list[str]) -> str:
+    """The refusal of an archive that is a program with its weights; empty where it is none."""
+    parts = {part for name in names for part in name.split("/")[1:2]}
+    quoted = repr(printable(str(path)))
+    if parts & {"code", "constants.pkl"}:
+        what, expression = "TorchScript", f"torch.jit.load({quoted}).state_dict()"
+    elif parts & {"archive_format", "models"}:
+        what, expression = "torch.export", f"torch.export.load({quoted}).state_dict"
+    elif names and all(name.endswith(".npy") for name in names):
+        what = "numpy"
+        expression = f"{{k: torch.tensor(v) for k, v in numpy.load({quoted}).items()}}"
+    else:
+        return ""
+    return (
+        f"{path} is refused: it is an archive of {what}, not of torch.save; nothing was run, "
+        f"{_rewritten(path, expression)}."
+    )
+
+
 def _names_asked(path: Path, pickle: bytes | BinaryIO) -> set[str]:
     """The globals that one pickle asks for, by disassembly."""
     found = set()
@@ -218,7 +406,8 @@ def _names_asked(path: Path, pickle: bytes | BinaryIO) -> set[str]:
             found.add(str(argument))
         elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
             raise InteropError(
-                f"{path} is refused: its pickle is of another protocol than torch.save's."
+                f"{path} is refused: its pickle is of another protocol than torch.save's; save it anew "
+                "by torch.save without `pickle_protocol`."
             )
     return found
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from bimask.errors import InteropError
 
 MAX_SIDE = 1024  # pixels
+PATHS = ("PosixPath", "PurePosixPath", "WindowsPath")
 
 
 def shown(value: object) -> str:
@@ -95,7 +96,19 @@ class StoredPicture:
         self.pixels = torch.from_numpy(rows.copy()).permute(2, 0, 1).contiguous()
 
 
-def _reconstruct(kind: object, _shape: object, _code: object) -> StoredArray:
+class StoredNothing:
+    """Stands in for what is of no use here, as a program's options are: keeps nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> StoredNothing:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+def array_of(kind: object, _shape: object = None, _code: object = None) -> StoredArray:
+    """Stands in for numpy's `_reconstruct`: an array that has no numbers yet."""
     if kind is not StoredArray:
         raise InteropError("it holds a numpy array of a class of its own")
     return StoredArray()
@@ -105,7 +118,8 @@ def _no_bytes() -> bytes:
     return b""
 
 
-def _scalar(dtype: object, data: object) -> int | float | bool:
+def scalar_of(dtype: object, data: object) -> int | float | bool:
+    """Stands in for numpy's `scalar`."""
     if not isinstance(dtype, StoredType):
         raise InteropError("it holds a numpy number that is malformed")
     number: int | float | bool = dtype.read(data, ()).item()
@@ -117,6 +131,8 @@ STAND_INS: list[Any] = [
     (StoredType, "numpy.dtype"),
     (StoredArray, "numpy.ndarray"),
     (StoredPicture, "PIL.Image.Image"),
-    *((_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    (StoredNothing, "argparse.Namespace"),
+    *((StoredNothing, f"{home}.{kind}") for home in ("pathlib", "pathlib._local") for kind in PATHS),
+    *((array_of, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((scalar_of, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]

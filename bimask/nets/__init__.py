@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bimask.data.pictures import Size
 from bimask.errors import SettingError
 from bimask.nets.named import call_with, checked, factory_of, is_own, require_known, source_of
 from bimask.nets.published import (
@@ -75,7 +77,7 @@ def build_net(
     in_channels: int,
     num_classes: int,
     width: int | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     mean: list[float],
     std: list[float],
 ) -> Normalised:
@@ -85,8 +87,8 @@ def build_net(
         name: of `NETS`, or one of the forms in `bimask.nets.named`, whose code is imported and run.
         width: channels of the first stage; None is the net as published. Only `NETS` have one, and
             factories that take a `width`.
-        image_size: height and width of the images; None is the published size. Nets that do not
-            depend on it take any.
+        image_size: of the images, (height, width) or the side of a square; None is the published
+            size. Nets that do not depend on it take any. `NETS` are made for the shorter side.
 
     Raises:
         SettingError: the name is unknown, the width is not positive or not taken, or an own factory is
@@ -95,9 +97,16 @@ def build_net(
     check_net(name)
     if width is not None and width < 1:
         raise SettingError(f"`width >= 1` must hold, but got width={width}.")
-    offered = {"num_classes": num_classes, "in_channels": in_channels}
+    offered: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
     if image_size is not None:
         offered["image_size"] = image_size
+    if name in NETS and isinstance(image_size, tuple):
+        if name.startswith("vit_"):
+            raise SettingError(
+                f"The net {name} takes square images alone, got {image_size[0]}x{image_size[1]}; give "
+                "an image size."
+            )
+        offered["image_size"] = min(image_size)
     if width is not None:
         offered["width"] = width
     if name in NETS:

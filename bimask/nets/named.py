@@ -6,7 +6,8 @@
     path/to/file.py:factory      the user's own, in a file anywhere
 
 Nothing is downloaded. Own factories are run: name only those you trust. They are called by keyword with
-`num_classes` and, where their signature has them, `in_channels`, `image_size` and `width`.
+`num_classes` and, where their signature has them, `in_channels`, `width` and `image_size`: the side of
+a square, or (height, width).
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bimask.errors import SettingError
+from bimask.data.pictures import Size, height_and_width
+from bimask.errors import ModelError, SettingError
+from bimask.nets.answers import taken, where_logits
 from bimask.nets.published import with_in_channels
 
 TORCHVISION, TIMM = "torchvision", "timm"
@@ -147,7 +150,7 @@ def _not_imported(name: str, error: Exception) -> SettingError:
     )
 
 
-def call_with(name: str, factory: Callable[..., Any], offered: dict[str, int]) -> Any:
+def call_with(name: str, factory: Callable[..., Any], offered: dict[str, Any]) -> Any:
     """Call a factory with what its signature takes of `offered`.
 
     `num_classes` is also given to a factory that takes any keyword; the others only by name.
@@ -183,9 +186,10 @@ def call_with(name: str, factory: Callable[..., Any], offered: dict[str, int]) -
 
 @torch.no_grad()
 def checked(
-    name: str, net: Any, in_channels: int, num_classes: int, image_size: int | None
+    name: str, net: Any, in_channels: int, num_classes: int, image_size: Size | None
 ) -> nn.Module:
-    """The net, if it is one that answers such images with logits of so many classes.
+    """The net, if it is one that answers such images with logits of so many classes, or with something
+    that `bimask.admission` finds them in.
 
     Raises:
         SettingError: another type, another shape of the answer, or an image it cannot take.
@@ -197,7 +201,7 @@ def checked(
     if image_size is None:
         return net
     training = net.training
-    shape = (1, in_channels, image_size, image_size)
+    shape = (1, in_channels, *height_and_width(image_size))
     try:
         answer = net.eval()(torch.zeros(shape))
     except Exception as error:  # whatever the model's own forward raises
@@ -205,7 +209,13 @@ def checked(
             f"The net {name!r} cannot take images {shape[1:]} ({type(error).__name__}: "
             f"{shorten(str(error), 200)}); give another `image_size` or net."
         ) from error
-    got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    try:
+        take, _, _ = where_logits(answer, 1)
+    except ModelError as error:
+        raise SettingError(
+            f"The net {name!r} must answer one image with logits {(1, num_classes)}: {error}"
+        ) from error
+    got = tuple(taken(answer, take).flatten(1).shape)
     if got != (1, num_classes):
         raise SettingError(
             f"The net {name!r} must answer one image with logits {(1, num_classes)}, but got {got}; "
@@ -221,7 +231,7 @@ def _torchvision_names() -> list[str]:
 
 
 def _from_torchvision(
-    name: str, num_classes: int, in_channels: int, image_size: int = 224
+    name: str, num_classes: int, in_channels: int, image_size: Size = 224
 ) -> nn.Module:
     """torchvision's own model without weights; only its first convolution is made anew for images that
     have not three channels. Of the models, only vision transformers depend on the size of an image."""
@@ -235,7 +245,7 @@ def _from_torchvision(
     return with_in_channels(models.get_model(name, **settings), in_channels)
 
 
-def _from_timm(name: str, num_classes: int, in_channels: int, image_size: int = 224) -> nn.Module:
+def _from_timm(name: str, num_classes: int, in_channels: int, image_size: Size = 224) -> nn.Module:
     """timm's model without weights; it makes its first convolution for `in_channels` itself."""
     try:
         timm = importlib.import_module(TIMM)

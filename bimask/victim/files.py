@@ -199,6 +199,7 @@ def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
         ones = [1.0] * manifest.in_channels
         net = spec.net_of(ones, ones, *shape)
         net.load_state_dict(state)
+        spec.with_door(net.eval(), image_size)
     except (SafetensorError, RuntimeError) as error:
         raise VictimError(
             f"The weights {weights} do not fit {spec.net}: {shorten(str(error), 300)}; {again}."

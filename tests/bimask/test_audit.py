@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,19 @@ from torch import nn
 from typer.testing import CliRunner
 
 from bimask.__main__ import app
-from bimask.audit import MIN_CLASSES, advantage, audit, calibration, prices_of, steps
+from bimask.audit import (
+    IMAGES,
+    MIN_CLASSES,
+    UNSEEN,
+    NetKind,
+    advantage,
+    audit,
+    calibration,
+    judge,
+    measure,
+    picked,
+    steps,
+)
 from bimask.errors import DataError, SettingError
 from bimask.masked_evidence import masked_evidence
 from bimask.masks import MaskSet
@@ -78,15 +91,13 @@ def test_advantage_has_no_unit_and_bears_what_cannot_be_reached():
 def test_a_planted_backdoor_raises_probability_and_is_named(quadrants, quarters):
     clean, backdoored = audit(quadrants(), quarters), audit(quadrants(20.0), quarters)
     assert backdoored.target == 2
-    assert backdoored.flagged
     assert backdoored.probability > clean.probability
-    assert not clean.flagged
     assert backdoored.evidence["patch"].argmax() == 2
 
 
-def test_the_verdict_is_the_formula(quadrants, quarters):
+def test_scores_are_the_formula(quadrants, quarters):
     found, fitted = audit(quadrants(20.0), quarters), calibration()
-    prices, _ = prices_of(quadrants(20.0), quarters)
+    prices = measure(quadrants(20.0), quarters).prices
     scores = fitted["intercept"] + sum(
         weight * advantage(prices[kind]) for kind, weight in fitted["coefficients"].items()
     )
@@ -97,10 +108,134 @@ def test_the_verdict_is_the_formula(quadrants, quarters):
 
 def test_the_calibration_says_where_it_comes_from():
     fitted = calibration()
-    assert fitted["fitted_on"]["clean"] == fitted["fitted_on"]["backdoored"] == 20
-    assert len(fitted["fitted_on"]["attacks"]) == 5
+    assert fitted["fitted_on"]["clean"] >= 30
+    assert fitted["fitted_on"]["backdoored"] >= 25
     assert fitted["platt"]["slope"] > 0  # a higher score is a higher probability
-    assert sum(row["n"] for row in fitted["left_out"]["reliability"]) == 40
+    assert 0 < fitted["band"]["no_sign_below"] <= fitted["band"]["backdoored_from"] < 1
+    for ranges in fitted["domain"]["sizes"].values():
+        assert set(ranges["all"]) == set(ranges["clean"]) == set(fitted["coefficients"])
+    assert fitted["left_out"]["called no sign"]["backdoored"] == 0
+
+
+@pytest.fixture
+def fitted():
+    """A calibration by hand: the probability is the sigmoid of the patch's evidence."""
+    return {
+        "coefficients": {"patch": 1.0},
+        "intercept": 0.0,
+        "platt": {"slope": 1.0, "offset": 0.0},
+        "band": {"no_sign_below": 0.6, "backdoored_from": 0.8},
+        "domain": {
+            "nets": ["convolutions"],
+            "channels": [1],
+            "classes": [4, 10],
+            "answered": 0.8,
+            "images": 10,
+            "size_factor": 1.15,
+            "sizes": {
+                "16": {
+                    "all": {"patch": [math.log(0.5), math.log(8)]},
+                    "clean": {"patch": [math.log(0.8), math.log(2)]},
+                }
+            },
+        },
+    }
+
+
+KIND = NetKind(
+    net="convolutions", linear=True, classes=4, channels=1, height=16, width=16, images=20, answered=4
+)
+
+
+@pytest.mark.parametrize(
+    ("price", "verdict"),
+    [(1.0, "no sign"), (1 / 2, "unknown"), (1 / 3, "unknown"), (1 / 4.1, "backdoored")],
+)
+def test_the_verdict_by_hand(fitted, price, verdict):
+    # the probability is 1 / (1 + price), 0.6 and 0.8 are the edges
+    found = judge({"patch": np.array([1.0, 1.0, price, 1.0])}, KIND, fitted)
+    assert found.probability == pytest.approx(1 / (1 + price))
+    assert found.verdict == verdict
+    assert found.reasons
+    assert all(reason.endswith(".") for reason in found.reasons)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"net": "tokens"}, "nets of the kind 'tokens'"),
+        ({"linear": False}, "no linear layer"),
+        ({"channels": 3}, "3 channels"),
+        ({"height": 20}, "20 pixels high and 16 wide"),
+        ({"width": 8}, "16 pixels high and 8 wide"),
+        ({"classes": 43, "answered": 43}, "43 classes"),
+        ({"answered": 2}, "only 2 of 4 classes"),
+        ({"images": 5}, "only 5 clean images"),
+    ],
+)
+@pytest.mark.parametrize("price", [1.0, 0.01])
+def test_outside_of_the_calibration_there_is_no_verdict(fitted, change, said, price):
+    kind = replace(KIND, **change)
+    prices = {"patch": np.ones(kind.classes)}
+    prices["patch"][2] = price
+    found = judge(prices, kind, fitted)
+    assert found.verdict == "unknown"
+    assert any(said in reason for reason in found.reasons)
+    assert price == 1 or found.target == 2  # the lead is there
+
+
+@pytest.mark.parametrize(("factor", "word"), [(0.1, "cheap"), (20, "dear")])
+def test_prices_that_were_never_seen_give_no_verdict(fitted, factor, word):
+    found = judge({"patch": factor * np.array([1.0, 1.0, 0.01, 1.0])}, KIND, fitted)
+    assert found.verdict == "unknown"
+    assert f"unusually {word}" in found.reasons[0]
+
+
+def test_no_sign_is_said_of_prices_of_clean_models_alone(fitted):
+    prices = np.array([1.0, 1.0, 1.0, 1.0])
+    assert judge({"patch": prices}, KIND, fitted).verdict == "no sign"
+    found = judge({"patch": 0.6 * prices}, KIND, fitted)  # seen, but of backdoored models alone
+    assert found.verdict == "unknown"
+    assert "of clean models" in found.reasons[0]
+    dear = judge({"patch": 0.6 * np.array([1.0, 1.0, 0.1, 1.0])}, KIND, fitted)
+    assert dear.verdict == "backdoored"
+
+
+def test_without_a_last_layer_that_evidence_is_left_out(quadrants, quarters):
+    found = audit(nn.Sequential(quadrants(20.0), nn.Softplus()), quarters)
+    assert "latent" not in found.evidence
+    assert found.verdict == "unknown"
+    assert any("no linear layer" in reason for reason in found.reasons)
+    assert found.target == 2
+
+
+def test_probabilities_and_tuples_are_audited_as_their_logits_are(quadrants, quarters):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = quadrants(20.0)
+
+        def forward(self, images):
+            return {"logits": self.net(images), "images": images}
+
+    assert audit(Pair().eval(), quarters).target == 2
+
+
+def test_the_cost_is_bounded_whatever_number_of_images(quadrants, quarters):
+    many, calls = quarters.repeat(50, 1, 1, 1), []
+    found = audit(quadrants(20.0), many, on_step=lambda: calls.append(1))
+    assert found.kind.images == IMAGES
+    assert found.kind.answered == 4
+    assert len(calls) == steps(4, len(many)) == steps(4, IMAGES)
+    assert found.target == 2
+
+
+def test_images_are_picked_evenly_over_the_answers():
+    answers = torch.tensor([0] * 40 + [1] * 30 + [2] * 3 + [3])
+    chosen = picked(answers)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert answers[chosen].bincount().tolist() == [8, 8, 3, 1]
+    assert picked(answers[:7]).tolist() == list(range(7))
 
 
 def test_steps_are_told_and_nothing_is_changed(quadrants, quarters):
@@ -117,8 +252,8 @@ def test_what_cannot_be_audited_is_refused(quadrants, quarters):
     few = nn.Sequential(nn.Flatten(), nn.Linear(64, MIN_CLASSES - 1))
     with pytest.raises(DataError, match="too few"):
         audit(few, quarters)
-    with pytest.raises(SettingError, match=r"nn\.Linear"):
-        audit(nn.Sequential(quadrants(), nn.Softmax(1)), quarters)
+    with pytest.raises(DataError, match="got none"):
+        audit(quadrants(), quarters[:0])
 
 
 def test_masks_that_keep_all_change_nothing_and_the_twin_of_none_follows(quadrants, quarters):
@@ -127,7 +262,9 @@ def test_masks_that_keep_all_change_nothing_and_the_twin_of_none_follows(quadran
     masks = MaskSet.for_model(model)
     same = masked_evidence(model, masks, quarters, found.triggers, found.target)
     for family, row in same.followed.items():
-        assert row.suspect == row.purified == row.inverse == found.triggers[family].success[2].item()
+        assert row.suspect == row.purified == row.inverse
+        # an image on the edge may fall the other way in bfloat16, in which triggers are searched
+        assert abs(row.suspect - found.triggers[family].success[2].item()) < 1.5 / 9
     assert same.agreement == same.inverse_agreement == 1
     with torch.no_grad():  # every channel goes to the twin
         masks.mask.zero_()
@@ -159,15 +296,22 @@ def arguments(home, *more):
 def test_the_command_writes_verdict_pictures_and_page(own):
     ran = CliRunner().invoke(app, arguments(own, "--out", str(own / "report")))
     assert ran.exit_code == 0, ran.output
-    assert "towards class 'quarter2'" in ran.output
+    assert "verdict: unknown" in ran.output
+    assert "suspected class: 'quarter2'" in ran.output
+    assert UNSEEN in ran.output.replace("\n", " ")
     content = json.loads((own / "report" / "audit.json").read_text())
-    assert content["backdoored"]
+    assert content["verdict"] == "unknown"
+    assert content["probability"] is None
+    assert any("8 pixels high" in reason for reason in content["reasons"])
+    assert all(reason in ran.output.replace("\n", " ") for reason in content["reasons"])
     assert content["suspected_target"] == "quarter2"
     assert set(content["classes"]) == {f"quarter{k}" for k in range(4)}
     assert content["masked"]["followed"]["patch"]["suspect"] == 1
     assert (own / "report" / "audit.png").read_bytes().startswith(b"\x89PNG")
     page = (own / "report" / "audit.html").read_text()
     assert "quarter2" in page
+    assert "Verdict: unknown" in page
+    assert "8 pixels high" in page
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
 

@@ -230,7 +230,8 @@ def test_an_edited_manifest_is_refused(cleaned, tmp_path, change):
         ({"--mean": "0.5", "--std": "0.5"}, SettingError, "3 values"),
         ({"--classes": 7}, VictimError, "do not fit"),
         ({"--config": "models:/a@champion"}, SettingError, "study.purify"),
-        ({"--channels": 1}, SettingError, "cannot take images"),
+        ({"--channels": 1}, SettingError, "takes 3; give --channels 3"),
+        ({"--image-size": "16x"}, SettingError, "such as 32, or 48x32"),
     ],
 )
 def test_bad_input_writes_nothing(own, tmp_path, options, error, says):
@@ -266,8 +267,8 @@ def test_class_folders_are_labels_in_the_order_of_their_names(own):
 
 
 def test_pictures_of_several_sizes_need_one(tmp_path):
-    Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    Image.new("L", (8, 9)).save(tmp_path / "b.png")
+    Image.effect_noise((8, 8), 50).save(tmp_path / "a.png")
+    Image.effect_noise((8, 9), 50).save(tmp_path / "b.png")
     with pytest.raises(DataError, match="sizes"):
         read_clean(tmp_path)
     assert read_clean(tmp_path, image_size=4)[0].images.shape == (2, 3, 4, 4)

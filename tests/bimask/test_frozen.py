@@ -161,7 +161,7 @@ MODELS = {
     ),
     "hook on the convolution": (lambda: hooked("conv"), 0),
     "hook on the norm": (lambda: hooked("norm"), 0),
-    "hook on the model": (lambda: hooked(""), 0),
+    "hook on the model": (lambda: hooked(""), 1),
     "hook on a model without norms": (
         lambda: hooked("", Net(lambda net, x: net.conv(x), conv=conv())),
         0,

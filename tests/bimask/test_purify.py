@@ -210,11 +210,31 @@ def test_a_model_without_convolutions_is_refused(pictures):
     [({}, "initialise"), ({"initialise_rounds": 0}, "minimise")],
 )
 def test_losses_that_are_not_finite_are_refused_with_their_place(tiny_net, pictures, changes, stage):
-    tiny_net[-1].bias.data[0] = math.nan
+    pictures = torch.cat([pictures] * 3)[:12].clone()
+    pictures[11] = 0  # not among the few that a model is asked before the first round
+    net = NoAnswerToBlack(tiny_net)
     logs = []
     with pytest.raises(NonFiniteError, match=f"stage '{stage}', round 0"):
-        purify(tiny_net, pictures, short(**changes), on_round=lambda log, _masks: logs.append(log))
+        purify(net, pictures, short(**changes), on_round=lambda log, _masks: logs.append(log))
     assert not logs
+
+
+class NoAnswerToBlack(nn.Module):
+    """NaN for a black picture."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        black = images.amax((1, 2, 3)) < 0.1
+        return torch.where(black[:, None], math.nan, self.net(images))
+
+
+def test_a_model_that_answers_nan_is_refused_before_the_first_round(tiny_net, pictures):
+    tiny_net[-1].bias.data[0] = math.nan
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        purify(tiny_net, pictures, short())
 
 
 # --- rounds and batches ---

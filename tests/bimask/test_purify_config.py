@@ -17,6 +17,7 @@ OTHER = PurifyConfig(norm="l2", keep="best", step_size=None, patience=None, warm
 
 def test_the_defaults_are_the_published_settings():
     published = {
+        "sites": "published",
         "sharpness": 20,
         "initial_mask": 1,
         "initial_selection": 1,

@@ -343,8 +343,9 @@ def before_zip(content):
 @pytest.mark.parametrize(
     ("name", "write", "words"),
     [
-        ("w.onnx", lambda p: p.write_bytes(b"x"), "must be a .safetensors, .pt or .pth"),
-        ("w.safetensors", lambda p: p.write_bytes(b"not tensors"), "cannot be read as plain tensors"),
+        ("w.onnx", lambda p: p.write_bytes(b"x"), "nor safetensors, nor a pickle; get another copy"),
+        ("w.safetensors", lambda p: p.write_bytes(b"not tensors"), "no whole file of torch.save"),
+        ("w.safetensors", lambda p: p.write_bytes(b"\2" + b"\0" * 7 + b"{x"), "as plain tensors"),
         ("w.safetensors", lambda p: save_file({}, p), "hold nothing"),
         ("w.pt", lambda p: p.write_bytes(b"not a pickle"), "no whole file of torch.save"),
         ("w.pt", lambda p: p.write_bytes(b""), "no whole file of torch.save"),

@@ -183,8 +183,10 @@ def test_a_conditional_parameter_exists_where_its_condition_holds(study):
 def test_every_shipped_study_is_valid(shipped_studies):
     assert len(shipped_studies) >= 2
     for path in shipped_studies:
-        config = load_config(path)
-        assert yaml.safe_load(path.read_text())["name"] == config.name
+        given = yaml.safe_load(path.read_text())
+        # the study of a suspect gets its model on the command line
+        config = load_config(path, {} if "victims" in given else {"victims": [{"dataset": "digits"}]})
+        assert given["name"] == config.name
         assert path.read_text().startswith("#"), "a study begins with a comment on what it is"
 
 

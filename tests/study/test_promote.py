@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -491,6 +492,25 @@ def test_a_configuration_is_purified_with_by_its_alias(applied, outputs, monkeyp
     assert PurifyConfig.from_yaml(config) == PurifyConfig.from_yaml(outputs / "tiny" / "best.yaml")
     with pytest.raises(StudyError, match="nowhere"):
         resolved(["models:/nowhere@champion"], tmp_path)
+
+
+@pytest.mark.parametrize("resize", [False, True])
+def test_a_folder_is_scored_by_a_model_of_oblong_images(tmp_path, resize):
+    class Oblong:
+        classifier = SimpleNamespace(shape=(3, 6, 10))
+
+        def unwrap_python_model(self):
+            return self
+
+        def predict(self, images):
+            assert {image.shape for image in images} == {(6, 10, 3)}
+            return [{"class": "a", "probabilities": {"a": 1.0}}] * len(images)
+
+    Image.fromarray(np.zeros((6, 10), np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.zeros((10, 6), np.uint8)).save(tmp_path / "b.png")
+    frame = score_folder(Oblong(), tmp_path, Console(file=io.StringIO()), resize=resize)
+    said = "6x10 pixels, the model takes 10x6; --resize"
+    assert [error for error in frame["error"] if isinstance(error, str)] == ([] if resize else [said])
 
 
 def test_a_folder_is_scored_and_a_broken_picture_is_told(applied, outputs, images, in_memory, tmp_path):

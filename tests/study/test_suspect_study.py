@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bimask import ImageData, VictimSpec, load_data, train_victim
-from bimask.errors import BimaskError, DataError, SettingError, VictimError, VictimRefusedError
+from bimask.errors import BimaskError, DataError, VictimError, VictimRefusedError
 from bimask.metrics import CleanScores, CleanSet, evaluate, predict
 from study.blind import PROMISE
 from study.candidate import read_candidate
@@ -275,11 +275,6 @@ def test_files_count_by_their_content(at_home):
     [
         ({"mean": [9.0] * 3}, VictimRefusedError, "order of the class folders"),
         ({"clean": "pictures/0"}, DataError, "in no class folders"),
-        (
-            {"net": "net.py:softened"},
-            SettingError,
-            "give the model without what follows its last layer",
-        ),
     ],
 )
 def test_a_suspect_that_cannot_be_measured_is_refused(at_home, change, error, expected):
@@ -288,6 +283,44 @@ def test_a_suspect_that_cannot_be_measured_is_refused(at_home, change, error, ex
     with pytest.raises(error, match=expected):
         load_config(path).suspect.load(FOR_DEFENCE)
     assert issubclass(error, BimaskError)
+
+
+def test_a_suspect_that_answers_with_probabilities_is_stepped_into(at_home):
+    plain = load_config(at_home / "study.yaml").suspect.load(FOR_DEFENCE)
+    path = at_home / "soft.yaml"
+    path.write_text(yaml.safe_dump(STUDY | {"suspect": STUDY["suspect"] | {"net": "net.py:softened"}}))
+    soft = load_config(path).suspect.load(FOR_DEFENCE)
+    assert any("Softmax" in note for note in soft.notes)
+    images = soft.load_data().val.floats()
+    assert torch.equal(soft.model(images), plain.model(images))
+
+
+def test_pictures_may_be_oblong(at_home):
+    spec = load_config(at_home / "study.yaml").suspect
+    assert spec.image_size == 12
+    path = at_home / "oblong.yaml"
+    for given, size in (([12, 20], (12, 20)), ([12, 12], 12)):
+        path.write_text(yaml.safe_dump(STUDY | {"suspect": STUDY["suspect"] | {"image_size": given}}))
+        oblong = load_config(path).suspect
+        assert oblong.image_size == size
+        assert type(oblong).model_validate_json(oblong.model_dump_json()) == oblong
+        assert (oblong.digest == spec.digest) == (size == 12)
+    oblong = spec.model_copy(update={"image_size": (12, 20)})
+    assert "--image-size 12x20" in oblong.options
+    assert oblong.load_data(FOR_DEFENCE).val.images.shape[1:] == (3, 12, 20)
+    assert oblong.load(FOR_DEFENCE).scores["val"].clean_accuracy > 0.2
+
+
+@pytest.mark.parametrize("given", ["12", 3, [12], [12, 2000], [12, 12, 3], 12.5, True])
+def test_a_size_that_is_none_is_one_sentence(at_home, given):
+    path = at_home / "odd.yaml"
+    path.write_text(yaml.safe_dump(STUDY | {"suspect": STUDY["suspect"] | {"image_size": given}}))
+    with pytest.raises(
+        StudyError, match="must be one number of pixels or .height, width.*got"
+    ) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+    assert "suspect.image_size" in str(caught.value)
 
 
 def some_data(counts):

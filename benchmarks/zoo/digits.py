@@ -1,6 +1,6 @@
 """Small digits models for the audit: clean ones and backdoored ones, in two sets that share nothing.
 
-    python -m benchmarks.zoo          # trains what is not there: 88 models of 5 to 15 s each
+    python -m benchmarks.zoo.digits   # trains what is not there: 88 models of 5 to 15 s each
 
 Seeds, widths and targets differ from model to model; an attack that a training does not learn (ASR on
 `val` below 0.9) is trained again with the next seed, so every backdoored model has a backdoor.

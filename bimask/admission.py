@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -398,25 +399,43 @@ def _takes_any_layout(model: nn.Module, images: Tensor) -> bool:
 
 
 def _require_gradients(model: nn.Module, images: Tensor) -> None:
-    """Raise if no gradient gets from the logits to the images."""
+    """Raise if no gradient gets from the logits to the images, or only by way of further passes."""
     moved = images.detach().clone().requires_grad_()
     slope = None
-    try:
-        with torch.enable_grad():
-            logits = model(moved)
-            if logits.requires_grad:
-                unlike = torch.arange(logits.shape[1]).to(logits)  # the plain sum may be constant
-                (slope,) = torch.autograd.grad((logits * unlike).sum(), moved, allow_unused=True)
-    except Exception as error:  # whatever a user's backward raises
-        raise ModelError(
-            f"No gradient gets through the model ({_first(error)}{_line(error)}); let its forward be "
-            "differentiable: no in-place change of what a gradient needs."
-        ) from error
+    with _counted(model) as calls:
+        try:
+            with torch.enable_grad():
+                logits = model(moved)
+                forward = len(calls)
+                if logits.requires_grad:
+                    unlike = torch.arange(logits.shape[1]).to(logits)  # the plain sum may be constant
+                    (slope,) = torch.autograd.grad((logits * unlike).sum(), moved, allow_unused=True)
+        except Exception as error:  # whatever a user's backward raises
+            raise ModelError(
+                f"No gradient gets through the model ({_first(error)}{_line(error)}); let its forward "
+                "be differentiable: no in-place change of what a gradient needs."
+            ) from error
     if slope is None or not (slope.any() or _constant(model, images)):
         raise ModelError(
             "No gradient gets through the model: its forward runs without gradients, or detaches or "
             "rounds what it computes (`torch.no_grad`, `detach`, `round`, numpy); take that out."
         )
+    if len(calls) > forward:
+        raise ModelError(
+            f"The model calls {calls[-1]} once more for its gradients (`torch.utils.checkpoint`), where "
+            "no mask stands; switch that off, as by `set_grad_checkpointing(False)`."
+        )
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the modules that are called while the context is open, one a call."""
+    calls: list[str] = []
+    with ExitStack() as undo:
+        for name, module in model.named_modules():
+            handle = module.register_forward_pre_hook(lambda _m, _i, name=name: calls.append(name))
+            undo.callback(handle.remove)
+        yield calls
 
 
 @torch.no_grad()

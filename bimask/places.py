@@ -88,7 +88,8 @@ def watched(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, _Seen]
 
 @torch.no_grad()
 def images_in(model: nn.Module, sites: Iterable[Site], images: Tensor) -> dict[str, int]:
-    """Site's key -> the dimension of its values that counts images; without those that hold no image.
+    """Site's key -> the dimension of its values that counts images; without those that hold no image in
+    one of their module's calls.
 
     Found by asking two images, then three: that dimension is the one that grows with them.
 
@@ -98,19 +99,26 @@ def images_in(model: nn.Module, sites: Iterable[Site], images: Tensor) -> dict[s
     """
     sites = list(sites)
     names = list(dict.fromkeys(site.module for site in sites))
-    shapes: list[dict[str, tuple[torch.Size, torch.Size]]] = []
+    asked: list[dict[str, _Seen]] = []
     for count in (2, 3):
         with watched(model, names) as seen:
             model(torch.cat([images] * count)[:count])
-        shapes.append({n: (s.inputs[0].shape, s.outputs[0].shape) for n, s in seen.items()})
+        asked.append(seen)
     found = {}
     for site in sites:
-        if site.module in shapes[0] and site.module in shapes[1]:
-            two, three = (shape[site.module][0 if site.on_input else 1] for shape in shapes)
-            grows = [d for d in (0, 1) if _grows(two, three, d)]
+        two, three = (_values(seen, site) for seen in asked)
+        if two and len(two) == len(three):
+            pairs = [(a.shape, b.shape) for a, b in zip(two, three, strict=True)]
+            grows = [d for d in (0, 1) if all(_grows(a, b, d) for a, b in pairs)]
             if grows:
                 found[site.key] = grows[0]
     return found
+
+
+def _values(seen: dict[str, _Seen], site: Site) -> list[Tensor]:
+    """What a site would scale, of every call."""
+    layer = seen.get(site.module, _Seen())
+    return layer.inputs if site.on_input else layer.outputs
 
 
 def _grows(two: torch.Size, three: torch.Size, at: int) -> bool:
@@ -175,13 +183,10 @@ def _mixing(model: nn.Module, sites: Sequence[Site], where: dict[str, int], imag
     with watched(model, names) as twice:
         model(pair[[0, 0]])
 
-    def values(seen: dict[str, _Seen], site: Site) -> list[Tensor]:
-        return seen[site.module].inputs if site.on_input else seen[site.module].outputs
-
     mixing = set()
     for site in sites:
         at = where[site.key]
-        for both, same in zip(values(together, site), values(twice, site), strict=True):
+        for both, same in zip(_values(together, site), _values(twice, site), strict=True):
             one, other = (value.narrow(at, 0, value.shape[at] // 2) for value in (both, same))
             if (one - other).abs().max() > SAME * other.abs().max().clamp_min(1e-6):
                 mixing.add(site.key)
@@ -249,11 +254,13 @@ def chosen(model: nn.Module, images: Tensor, which: Which) -> list[Site]:
 
 @torch.no_grad()
 def _published(model: nn.Module, images: Tensor) -> list[Site]:
-    """The published sites that answer images, a last convolution too, in module order."""
+    """The published sites that answer each image, a last convolution too, in module order."""
     modules = dict(model.named_modules())
     sites = [Site(key, key, _kind(modules, key), size) for key, size in sites_of(model).items()]
     where = images_in(model, sites, images)
-    return [site for site in sites if site.key in where]
+    holding = [site for site in sites if site.key in where]
+    mixing = _mixing(model, holding, where, images)
+    return [site for site in holding if site.key not in mixing]
 
 
 def _no_such(pattern: str, found: Sequence[Site]) -> str:

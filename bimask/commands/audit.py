@@ -94,11 +94,9 @@ def _masked(suspect: Suspect, images: torch.Tensor, result: Audit, seed: int) ->
 
 def _show(result: Audit, classes: tuple[str, ...], given: int) -> None:
     kinds = list(result.evidence)
-    columns = [f"{kind} {what}" for what in ("evidence", "price") for kind in kinds]
-    table = Table("class", "score", *columns)
+    table = Table("class", "score", *kinds, title="evidence by class; its prices are in the report")
     for k in sorted(range(len(classes)), key=lambda k: -result.scores[k])[:SHOWN]:
-        rows = (result.evidence, result.prices)
-        numbers = [result.scores[k], *(row[kind][k] for row in rows for kind in kinds)]
+        numbers = [result.scores[k], *(result.evidence[kind][k] for kind in kinds)]
         table.add_row(escape(classes[k]), *(f"{number:.2f}" for number in numbers))
     console.print(table)
     colour = {"backdoored": "bold red", "no sign": "bold", "unknown": "bold yellow"}[result.verdict]

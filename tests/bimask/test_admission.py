@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bimask.admission import Door, admit
 from bimask.config import PurifyConfig
@@ -637,6 +638,23 @@ def test_a_backward_that_fails_is_refused():
 
     said = refusal(seeded(Net, enter=spoilt))
     assert "in-place" in said
+
+
+@pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_are_computed_anew_for_gradients_are_refused(reentrant):
+    class Checkpointed(Net):
+        def features(self, x):
+            return checkpoint(super().features, x, use_reentrant=reentrant)
+
+    said = refusal(seeded(Checkpointed))
+    assert "checkpoint" in said
+    assert reentrant or "The model calls norm once more for its gradients" in said
+
+
+def test_logits_of_a_constant_sum_have_gradients():
+    net = seeded(Net, lambda z: torch.stack([z[:, 0], -z[:, 0]], 1))
+    assert admit(net, images()).door == Door()
 
 
 def test_torchscript_is_refused():

@@ -168,6 +168,67 @@ def test_what_counts_images_is_told_from_tokens():
     assert set(images_in(model, candidates(model, images), images).values()) == {0}
 
 
+class Fed(nn.Module):
+    """One convolution on what `feed` makes of images, and another one on the images."""
+
+    def __init__(self, feed, gather=lambda maps, _count: maps):
+        super().__init__()
+        self.feed, self.gather = feed, gather
+        self.conv, self.other = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3)
+        self.hidden, self.fc = nn.Linear(6, 7), nn.Linear(7, CLASSES)
+
+    def forward(self, x):
+        maps = self.gather(self.conv(self.feed(x)), len(x)) + self.other(x)
+        return self.fc(torch.relu(self.hidden(torch.relu(maps).mean((2, 3)))))
+
+
+@pytest.mark.parametrize("which", ["published", "all"])
+@pytest.mark.parametrize(
+    ("model", "masked"),
+    [
+        (Fed(lambda x: x), True),
+        (Fed(lambda x: torch.full_like(x[:1], 0.3)), False),  # of no image
+        (Fed(lambda x: torch.full_like(x[:2], 0.3), lambda maps, _n: maps[:1]), False),
+        # copies of an image beside it; copies behind all images
+        (Fed(lambda x: torch.stack([x, x.flip(3)], 1).flatten(0, 1), lambda maps, _n: maps[::2]), True),
+        (Fed(lambda x: torch.cat([x, x.flip(3)]), lambda maps, n: maps[:n] + maps[n:]), False),
+    ],
+)
+@torch.no_grad()
+def test_only_values_of_images_one_by_one_are_masked(model, masked, which):
+    model.eval()
+    images = families.pictures(FAMILIES["two convs"])
+    masks = moved(masks_for(model, images, which))
+    assert ("conv" in masks.sites) == masked
+    assert "other" in masks.sites
+    rows = torch.stack([masks.keep(), masks.keep(inverse=True)])
+    got = FrozenNet(model, masks, sample=images)(torch.cat([images, images]), rows)
+    expected = [masked_forward(model, masks, images, inverse=side) for side in (False, True)]
+    assert differs_by(got, torch.cat(expected)) <= 1e-5
+
+
+def test_a_layer_that_sees_an_image_and_its_neighbour_is_no_site():
+    model = Fed(lambda x: x + 0.1 * x.roll(1, 0)).eval()
+    images = families.pictures(FAMILIES["two convs"])
+    assert list(masks_for(model, images).sites) == ["other"]
+    assert list(masks_for(model, images, "all").sites) == ["other"]
+
+
+def test_a_layer_that_sees_images_and_a_constant_is_no_site():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, CLASSES)
+
+        def forward(self, x):
+            constant = torch.full_like(x[:1], 0.3)
+            return self.fc(torch.relu(self.conv(x) + self.conv(constant)).mean((2, 3)))
+
+    for which in ("published", "all"):
+        with pytest.raises(MaskMismatchError, match="No site to mask"):
+            masks_for(Both().eval(), families.pictures(FAMILIES["two convs"]), which)
+
+
 @every_family
 def test_coverage_counts_what_all_reaches(name):
     family, (model, images) = FAMILIES[name], let_in(name)

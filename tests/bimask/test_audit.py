@@ -294,7 +294,7 @@ def arguments(home, *more):
 
 
 def test_the_command_writes_verdict_pictures_and_page(own):
-    ran = CliRunner().invoke(app, arguments(own, "--out", str(own / "report")))
+    ran = CliRunner().invoke(app, arguments(own, "--out", str(own / "report"), "--masks"))
     assert ran.exit_code == 0, ran.output
     assert "verdict: unknown" in ran.output
     assert "suspected class: 'quarter2'" in ran.output

@@ -16,7 +16,6 @@ A door is two hooks on the copy's root, so that modules and tensors keep their n
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from bimask.copies import copied
 from bimask.errors import BimaskError, ModelError, NonFiniteError
 from bimask.nets.answers import taken, where_logits
 from bimask.places import SAME, watched
@@ -166,9 +166,7 @@ def admit(model: nn.Module, images: Tensor) -> Admitted:
     """
     plain, findings = unwrapped(model)
     try:
-        if _computed(plain):  # torch copies no such tensor, and the result is made from a copy
-            plain = _copied(plain)
-        asked = _copied(plain).eval()
+        asked = copied(plain).eval()
     except Exception as error:  # whatever a user's attributes raise
         raise ModelError(
             f"The model cannot be copied ({_first(error)}); give one whose attributes `copy.deepcopy` "
@@ -216,18 +214,6 @@ def admit(model: nn.Module, images: Tensor) -> Admitted:
         door = replace(door, contiguous=True)
         handle.install(asked)
     return Admitted(plain, asked, door, tuple(findings))
-
-
-def _computed(model: nn.Module) -> list[Tensor]:
-    """Tensors that modules hold beside their parameters, with what they were computed from: pruned or
-    normalised weights, features of the last pass."""
-    held = [value for module in model.modules() for value in vars(module).values()]
-    return [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy in which computed tensors are numbers alone."""
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in _computed(model)})
 
 
 def _ask(model: nn.Module, images: Tensor) -> Any:
@@ -422,8 +408,8 @@ def _require_gradients(model: nn.Module, images: Tensor) -> None:
         )
     if len(calls) > forward:
         raise ModelError(
-            f"The model calls {calls[-1]} once more for its gradients (`torch.utils.checkpoint`), where "
-            "no mask stands; switch that off, as by `set_grad_checkpointing(False)`."
+            f"The model calls {calls[-1]} once more for its gradients (`torch.utils.checkpoint`), "
+            "where no mask stands; switch that off, as by `set_grad_checkpointing(False)`."
         )
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
+from bimask.copies import copied
 from bimask.devices import fast_bfloat16
 from bimask.errors import DataError
 from bimask.frozen import FrozenNet
@@ -248,7 +249,7 @@ def prepared(model: nn.Module, images: Tensor) -> nn.Module:
     sample = images[:8]
     sites = {site.key: site.channels for site in candidates(model, sample)}
     if not sites:
-        return copy.deepcopy(model).requires_grad_(False)
+        return copied(model).requires_grad_(False)
     low = images.dtype == torch.float32 and fast_bfloat16(images.device)
     return FrozenNet(model, MaskSet(sites), sample=sample, dtype=torch.bfloat16 if low else None)
 

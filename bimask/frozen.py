@@ -9,7 +9,6 @@ for bit on one machine; in float64 a Linear's last bits depend on a row's positi
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Collection
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bimask.attention import call_projections
+from bimask.copies import copied
 from bimask.layout import bears_channels_last
 from bimask.masks import MaskSet, any_called
 from bimask.places import images_in
@@ -141,10 +141,10 @@ class FrozenNet(nn.Module):
         self.activation, self.folded = 0, 0
 
         def frozen() -> nn.Module:
-            copied = copy.deepcopy(model).eval().requires_grad_(False)
-            if any_called(copied, places.values()):
-                call_projections(copied)
-            return copied
+            own = copied(model).eval().requires_grad_(False)
+            if any_called(own, places.values()):
+                call_projections(own)
+            return own
 
         plain = frozen()
         with torch.no_grad():

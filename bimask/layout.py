@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
+
+from bimask.copies import copied
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def bears_channels_last(model: nn.Module, images: Tensor) -> bool:
     """
     if not any(parameter.ndim == 4 for parameter in model.parameters()):
         return False
-    tried = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    tried = copied(model).to(memory_format=torch.channels_last)
     try:
         tried(images.clone(memory_format=torch.channels_last))
     except RuntimeError:  # view: size is not compatible with stride

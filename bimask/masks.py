@@ -14,7 +14,6 @@ At a = s = 1 both sides are the identity and no gradient reaches a: only s can m
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bimask.attention import called_projections, can_be_called
+from bimask.copies import copied
 from bimask.errors import MaskMismatchError, SettingError
 from bimask.sites import (
     ChannelGate,
@@ -139,7 +139,7 @@ class MaskSet(InvertibleMask):
         if not sites:
             raise MaskMismatchError(
                 "No site to mask: the model has no Conv2d and no encoder block, which are what the "
-                "published setting masks; say `sites: all`, which masks linear layers too."
+                "published setting masks; `sites: all` masks linear layers too, but for the last."
             )
         super().__init__(
             sum(sites.values()),
@@ -305,7 +305,7 @@ def fold(model: nn.Module, masks: MaskSet, *, inverse: bool = False) -> nn.Modul
     computed or shared, `MaskSet.gates`) the module comes back in a `ChannelGate`.
     """
     masks.places_in(model)  # refuse before the copy is paid for
-    folded = copy.deepcopy(model)
+    folded = copied(model)
     fold_into(folded, model, masks, inverse=inverse)
     return folded
 

@@ -9,7 +9,6 @@ import torch
 from scipy.optimize import minimize
 from torch import nn
 
-from bimask.errors import SettingError
 from bimask.latent import last_layer, latent_distances, least_distance
 
 
@@ -95,6 +94,8 @@ def test_the_last_layer_of_a_net_and_no_hook_stays(tiny_net, pictures):
     assert not any(module._forward_hooks for module in tiny_net.modules())
 
 
-def test_another_ending_is_refused(tiny_net, pictures):
-    with pytest.raises(SettingError, match=r"nn\.Linear"):
-        latent_distances(nn.Sequential(tiny_net, nn.Softmax(1)), pictures)
+def test_another_ending_has_no_distances_and_a_log_softmax_the_same(tiny_net, pictures):
+    assert latent_distances(nn.Sequential(tiny_net, nn.Softmax(1)), pictures) is None
+    plain = latent_distances(tiny_net, pictures)
+    logs = latent_distances(nn.Sequential(tiny_net, nn.LogSoftmax(1)), pictures)
+    assert torch.equal(logs, plain)

@@ -199,7 +199,7 @@ def test_batches_are_halved_until_they_fit():
     sizes: list[int] = []
     images = torch.randint(0, 256, (10, 1, 2, 2), dtype=torch.uint8)
     assert torch.equal(predict(Small(), images, batch_size=10), predict(Close(), images))
-    assert sizes == [10, 5, 3, 3, 3, 1]
+    assert sizes == [2, 10, 5, 3, 3, 3, 1]  # two images tell which memory layout the model bears
 
 
 def test_one_image_that_does_not_fit_is_the_callers_to_know():

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bimask import PurifyConfig, load_data
 from bimask.__main__ import app
 from bimask.cleaned import load_cleaned
-from bimask.commands.suspects import _size, shown_warnings
+from bimask.commands.suspects import shown_warnings, size
 from bimask.data.pictures import DataWarning, picture_size, read_picture
 from bimask.errors import DataError, SettingError, VictimError
 from bimask.own_model import load_suspect, read_clean
@@ -375,11 +375,11 @@ def test_several_sizes_are_refused(home):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"),
+    ("text", "expected"),
     [(None, None), ("32", 32), ("48x32", (48, 32)), (" 7x7 ", (7, 7)), ("1024x1", (1024, 1))],
 )
-def test_sizes_as_they_are_typed(text, size):
-    assert _size(text) == size
+def test_sizes_as_they_are_typed(text, expected):
+    assert size(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_sizes_as_they_are_typed(text, size):
 )
 def test_sizes_that_are_none(text):
     with pytest.raises(SettingError, match="--image-size must be pixels, such as 32, or 48x32"):
-        _size(text)
+        size(text)
 
 
 def purify(home, *words):

@@ -126,7 +126,7 @@ def test_sites_of_every_kind_are_found_but_none_at_the_logits(name):
 def test_published_sites(name):
     family, (model, images) = FAMILIES[name], let_in(name)
     if not family.published:
-        with pytest.raises(MaskMismatchError, match="say `sites: all`"):
+        with pytest.raises(MaskMismatchError, match="`sites: all` masks"):
             masks_for(model, images)
     else:
         assert len(blank(name, "published").sites) == family.published

@@ -17,6 +17,7 @@ from bimask import blocks, frozen, population
 from bimask.config import ENGINE, PurifyConfig
 from bimask.errors import NonFiniteError, SettingError
 from bimask.frozen import FrozenNet
+from bimask.masks import MaskSet
 from bimask.member import Member
 from bimask.population import PopulationPurifier
 from bimask.trigger_pool import TriggerPool
@@ -304,7 +305,23 @@ def test_one_that_becomes_infinite_leaves_the_others_alone(tiny_net, pictures):
 
 def test_a_victim_that_is_broken_ends_all(tiny_net, pictures):
     tiny_net[-1].bias.data[0] = math.nan
-    results, told = together(tiny_net, pictures, [short(), short(initialise_rounds=0)])
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        together(tiny_net, pictures, [short(), short(initialise_rounds=0)])
+
+
+def test_a_victim_that_breaks_on_a_later_image_ends_all(tiny_net, pictures):
+    class NoAnswerToBlack(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, images):
+            return torch.where(images.amax((1, 2, 3))[:, None] < 0.1, math.nan, self.net(images))
+
+    pictures = torch.cat([pictures] * 3)[:12].clone()
+    pictures[11] = 0  # not among those that are asked before the first round
+    net = NoAnswerToBlack(tiny_net)
+    results, told = together(net, pictures, [short(), short(initialise_rounds=0)])
     assert ["'initialise'" in str(results[0]), "'minimise'" in str(results[1])] == [True, True]
     assert told == [[], []]
 
@@ -346,6 +363,7 @@ def test_no_configuration_is_refused(tiny_net, pictures):
 
 
 OTHERS = {
+    "sites": "all",
     "precision": "bfloat16",
     "memory_format": "contiguous",
     "fold_batch_norm": False,
@@ -770,9 +788,15 @@ def test_nothing_stays_on_the_host_where_there_is_an_accelerator(monkeypatch, ki
         inputs = [inputs] if isinstance(inputs, torch.Tensor) else inputs
         return tuple(torch.empty_like(value) for value in inputs)
 
+    # what is asked before the first round reads numbers, and may
     monkeypatch.setattr(population, "_check_images", lambda _images: None)
+    monkeypatch.setattr(
+        population, "admit", lambda model, _images: SimpleNamespace(plain=model, model=model)
+    )
+    monkeypatch.setattr(population, "masks_for", lambda model, *_: MaskSet.for_model(model))
+    monkeypatch.setattr(frozen, "bears_channels_last", lambda *_: True)
     monkeypatch.setattr(FrozenNet, "_answers", staticmethod(lambda *_: True))
-    monkeypatch.setattr(frozen, "copy", SimpleNamespace(deepcopy=lambda model: model))
+    monkeypatch.setattr(frozen, "copied", lambda model: model)
     monkeypatch.setattr(nn.Module, "_apply", placed_anew)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.autograd, "grad", nothing)

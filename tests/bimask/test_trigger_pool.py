@@ -12,7 +12,7 @@ from bimask import PurifyConfig, purify
 from bimask.class_triggers import ClassTriggers, Patch
 from bimask.errors import DataError, SettingError
 from bimask.population import PopulationPurifier
-from bimask.trigger_pool import APART, MOST, SEARCHES, TriggerPool, draws
+from bimask.trigger_pool import APART, CHEAPEST, MOST, SEARCHES, TriggerPool, draws
 
 SHORT = {
     "initialise_rounds": 1,
@@ -70,7 +70,9 @@ def test_the_class_with_the_short_cut_is_asked_most_and_every_class_by_many(pool
     assert pool.weights[2] == pytest.approx(0.69, abs=0.01)  # 0.7 if it cost nothing beside the others
     families = Counter(found.family for found in pool.triggers)
     assert families == dict.fromkeys(["patch", "pattern", "warp", "tone"], SEARCHES)
-    assert all(len(found.price) == 4 for found in pool.triggers)
+    assert [len(found.price) for found in pool.triggers] == [4] * 4 + [CHEAPEST] * 8
+    assert (pool.rows[:, 2] >= 0).all()
+    assert ((pool.rows >= 0).sum(1) == torch.tensor([4] * 4 + [CHEAPEST] * 8)).all()
 
 
 @pytest.mark.parametrize(
@@ -110,8 +112,10 @@ def test_no_two_searches_find_the_same_and_the_same_call_does(pool, quarters):
 
 def test_its_patches_follow_the_short_cut(pool, quarters):
     patches = [found for found in pool.triggers if found.family == "patch"]
-    for found in patches:
-        assert (Quadrants()(found.apply(quarters)[2]).argmax(1) == 2).float().mean() >= 0.8
+    rows = [row for found, row in zip(pool.triggers, pool.rows, strict=True) if found.family == "patch"]
+    for found, row in zip(patches, rows, strict=True):
+        triggered = found.apply(quarters)[row[2]]
+        assert (Quadrants()(triggered).argmax(1) == 2).float().mean() >= 0.8
 
 
 def test_of_a_classs_triggers_those_that_work_are_drawn(quarters):

@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bimask.admission import Door
 from bimask.before_after import BeforeAfter, logits_of
 from bimask.config import describe
+from bimask.coverage import coverage
+from bimask.door import Door
 from bimask.errors import VictimError
 from bimask.export import FOLDED, require_equal
 from bimask.folders import parsed_manifest, whole_folder
@@ -38,7 +39,6 @@ from bimask.metrics import Scores
 from bimask.net_spec import NetSpec
 from bimask.nets import Normalised, is_own, source_of
 from bimask.own_model import Suspect
-from bimask.places import coverage
 from bimask.report import render
 from bimask.result import PurifyResult
 from bimask.sites import add_gates, gates_in

@@ -12,13 +12,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from bimask.admission import Door, admit
+from bimask.admission import admit
 from bimask.before_after import logits_of
 from bimask.config import describe
 from bimask.data import Splits
 from bimask.data.pictures import PICTURES as PICTURES
 from bimask.data.pictures import DataWarning, Size
 from bimask.data.pictures import read_picture as read_picture
+from bimask.door import Door
 from bimask.errors import DataError, NonFiniteError, SettingError, VictimError
 from bimask.interop.stand_ins import shown
 from bimask.net_spec import NetSpec, Statistics

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from bimask.before_after import Answers, BeforeAfter, logits_of
+from bimask.coverage import coverage
 from bimask.masks import fold
 from bimask.own_model import Suspect
-from bimask.places import coverage
 from bimask.result import PurifyResult
 
 SHOWN = 12

@@ -32,6 +32,7 @@ from bimask.commands.suspects import (
 )
 from bimask.commands.terminal import Device, TrustCode, console, progress_bar, score_table
 from bimask.config import PurifyConfig
+from bimask.coverage import coverage
 from bimask.data import Splits
 from bimask.devices import resolve_device
 from bimask.errors import SettingError
@@ -40,7 +41,6 @@ from bimask.held_back import FEWEST, HeldBack, held_back_evidence
 from bimask.masks import fold
 from bimask.metrics import evaluate
 from bimask.own_model import CleanImages, Suspect, hold_back
-from bimask.places import coverage
 from bimask.purify import purify
 from bimask.trigger_pool import TriggerPool
 

@@ -23,7 +23,8 @@ from bimask.commands.suspects import (
     Width,
 )
 from bimask.commands.terminal import TrustCode, console
-from bimask.places import candidates, chosen, coverage, masks_for
+from bimask.coverage import coverage
+from bimask.places import candidates, chosen, masks_for
 
 
 def sites_command(

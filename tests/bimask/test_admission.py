@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bimask.admission import Door, admit
+from bimask.admission import admit
 from bimask.config import PurifyConfig
+from bimask.door import Door
 from bimask.errors import BimaskError, ModelError, NonFiniteError
 from bimask.masks import masked_forward
 from bimask.places import masks_for

@@ -12,6 +12,7 @@ from torch import nn
 
 from bimask.admission import admit
 from bimask.config import PurifyConfig
+from bimask.coverage import coverage
 from bimask.errors import MaskMismatchError
 from bimask.frozen import FrozenNet
 from bimask.masks import MaskSet, fold, masked_forward
@@ -19,7 +20,6 @@ from bimask.places import (
     ALL,
     candidates,
     chosen,
-    coverage,
     images_in,
     masks_for,
     row_scale,

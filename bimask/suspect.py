@@ -256,7 +256,11 @@ def _mappings(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]
         seen.add(id(value))
         if isinstance(value, dict):
             yield keys, value
-        inside = value.items() if isinstance(value, dict) else enumerate(value)
+            inside: Iterable[tuple[Any, Any]] = value.items()
+        elif isinstance(value, (list, tuple)):
+            inside = enumerate(value)
+        else:
+            continue
         if len(keys) < MAX_DEPTH:
             waiting += [
                 ((*keys, str(key) if isinstance(key, (str, int)) else type(key).__name__), inner)

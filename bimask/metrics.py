@@ -7,7 +7,6 @@ whose true class is not the target. They do not add up to 1; the rest is `misdir
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -15,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from bimask.attacks import Attack, TriggeredData
+from bimask.copies import copied
 from bimask.data import ImageData
 from bimask.devices import fast_bfloat16
 from bimask.errors import DataError, NonFiniteError
+from bimask.layout import bears_channels_last
 
 Split = Literal["val", "test"]
 Precision = Literal["float32", "bfloat16"]
@@ -141,18 +142,20 @@ def predict(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
+        bears = bears_channels_last(model, images[:2].float() / 255)
+        layout = torch.channels_last if bears else torch.contiguous_format
         if precision == "float32" or not fast_bfloat16(images.device):
-            return _logits(model, images, batch_size).argmax(1)
-        low = copy.deepcopy(model).to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        logits = _logits(low, images, batch_size, torch.bfloat16)
+            return _logits(model, images, batch_size, layout).argmax(1)
+        low = copied(model).to(torch.bfloat16, memory_format=layout)  # type: ignore[call-overload]
+        logits = _logits(low, images, batch_size, layout, torch.bfloat16)
         sample = torch.linspace(0, len(images) - 1, min(len(images), CHECKED)).long()
         sample = sample.to(images.device)
-        bound = 2 * (_logits(model, images[sample], batch_size) - logits[sample]).abs().max()
+        bound = 2 * (_logits(model, images[sample], batch_size, layout) - logits[sample]).abs().max()
         first, second = logits.topk(min(2, logits.shape[1]), dim=1).values.T[[0, -1]]
         unsure = (first - second <= 2 * bound).nonzero().squeeze(1)
         answers = logits.argmax(1)
         if len(unsure):
-            answers[unsure] = _logits(model, images[unsure], batch_size).argmax(1)
+            answers[unsure] = _logits(model, images[unsure], batch_size, layout).argmax(1)
         return answers
     finally:
         for module, training in modes.items():
@@ -160,11 +163,14 @@ def predict(
 
 
 def _logits(
-    model: nn.Module, images: Tensor, batch_size: int | None, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    images: Tensor,
+    batch_size: int | None,
+    layout: torch.memory_format,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Logits of uint8 images: (N, C, H, W) -> (N, K) float32, in the largest batches that fit."""
     size = batch_size or (512 if images.device.type == "cpu" else max(1, len(images)))
-    layout = _layout(model, images, dtype)
     while True:
         try:
             parts = [model(_floats(part, dtype, layout)).float() for part in images.split(size)]
@@ -177,18 +183,6 @@ def _logits(
     if not logits.isfinite().all():
         raise NonFiniteError("The model answers with logits that are NaN or infinite.")
     return logits
-
-
-def _layout(model: nn.Module, images: Tensor, dtype: torch.dtype) -> torch.memory_format:
-    """The memory format that convolutions are fastest in, or the plain one for a model that needs
-    it."""
-    try:
-        model(_floats(images[:2], dtype, torch.channels_last))
-    except (
-        RuntimeError
-    ):  # view: size is not compatible with stride; what else it raises is raised again
-        return torch.contiguous_format
-    return torch.channels_last
 
 
 def _floats(images: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:

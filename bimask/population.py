@@ -258,7 +258,13 @@ class PopulationPurifier:
         masks = self._masks(member).requires_grad_(False)
         seconds = time.perf_counter() - self.started if seconds is None else seconds
         member.result = PurifyResult(
-            masks, member.rounds, member.passes, seconds, member.config, self.admitted.plain
+            masks,
+            member.rounds,
+            member.passes,
+            seconds,
+            member.config,
+            self.admitted.plain,
+            self.admitted.findings,
         )
 
     def _masks(self, member: Member) -> MaskSet:

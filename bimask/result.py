@@ -56,6 +56,8 @@ class PurifyResult:
         passes: counted passes.
         seconds: wall time, in a population from the start of all to the end of this one.
         config: the settings used.
+        findings: one sentence for each thing that was done about the model before the first round, see
+            `bimask.admission`.
     """
 
     masks: MaskSet
@@ -64,6 +66,7 @@ class PurifyResult:
     seconds: float
     config: PurifyConfig
     _model: nn.Module = field(repr=False)
+    findings: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:

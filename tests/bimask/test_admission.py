@@ -761,3 +761,14 @@ def test_tensors_that_a_training_left_behind_are_no_hindrance(name):
 def test_every_refusal_is_of_the_packages_own():
     assert issubclass(ModelError, BimaskError)
     assert issubclass(NonFiniteError, BimaskError)
+
+
+def test_a_result_says_what_was_done_about_the_model():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5), nn.Softmax(1))
+    images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    rounds = {"initialise_rounds": 1, "minimise_rounds": 0, "select_rounds": 0}
+    rounds |= {"initial_selection": 0.5}
+    result = purify(net, images, PurifyConfig(profile="fast", **rounds))
+    assert any("Softmax" in finding for finding in result.findings)
+    assert result.changed
+    assert purify(net[:4], images, PurifyConfig(profile="fast", **rounds)).findings == ()

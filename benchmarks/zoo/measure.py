@@ -173,6 +173,8 @@ def report(records: list[Record]) -> str:
     heads += ["robust ASR, 3 a class", "1 a class", "ACC, 3 a class", "1 a class", "s"]
     parts = []
     for part in PARTS:
+        if not any(r["part"] == part for r in records):
+            continue
         rows = []
         for row in dict.fromkeys(r["row"] for r in records if r["part"] == part):
             robust, fast = of(records, row, "robust"), of(records, row, "fast")

@@ -142,11 +142,10 @@ def admit(model: nn.Module, images: Tensor) -> Admitted:
     door.install(asked)
     # before passes without gradients: what modules keep of the last of those can be copied
     _require_gradients(asked, sample)
-    findings += _stands_alone(asked, sample)
+    _require_own_answers(asked, sample)
     if not _takes_any_layout(asked, sample):
-        handle = replace(Door(), contiguous=True)
         door = replace(door, contiguous=True)
-        handle.install(asked)
+        Door(contiguous=True).install(asked)
     return Admitted(plain, asked, door, tuple(findings))
 
 
@@ -245,8 +244,8 @@ def _closing_module(model: nn.Module, images: Tensor, rows: Tensor) -> str | Non
 
 
 @torch.no_grad()
-def _stands_alone(model: nn.Module, images: Tensor) -> list[str]:
-    """Raise if an image's answer is not its own; sentences about layers that mix images."""
+def _require_own_answers(model: nn.Module, images: Tensor) -> None:
+    """Raise if an image's answer is not the same again, or depends on the images beside it."""
     first = model(images)
     scale = first.abs().amax().clamp_min(1e-6)
 
@@ -266,7 +265,6 @@ def _stands_alone(model: nn.Module, images: Tensor) -> list[str]:
             "The model's answer to an image depends on the other images of the batch"
             f"{_mixer(model)}; every image must be answered by itself."
         )
-    return []
 
 
 def _ask_others(model: nn.Module, images: Tensor, before: int) -> Tensor:

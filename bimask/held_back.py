@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from bimask.before_after import logits_of
 from bimask.errors import DataError
@@ -56,15 +56,16 @@ def held_back_evidence(model: nn.Module, masks: MaskSet, held: CleanImages) -> H
     except DataError as error:
         reason = f"Risk was not measured: {error}"
     labels = None if held.labels is None else held.labels.to(images.device)
-
-    def share(answers: object) -> float:
-        return float((answers == labels).float().mean())  # type: ignore[attr-defined]
-
+    accuracies = [None if labels is None else _share(one == labels) for one in (before, after)]
     return HeldBack(
         images=len(images),
-        accuracy_before=None if labels is None else share(before),
-        accuracy_after=None if labels is None else share(after),
-        agreement=float((before == after).float().mean()),
+        accuracy_before=accuracies[0],
+        accuracy_after=accuracies[1],
+        agreement=_share(before == after),
         risk=risk,
         reason=reason,
     )
+
+
+def _share(which: Tensor) -> float:
+    return which.float().mean().item()

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from bimask.before_after import Answers, BeforeAfter, logits_of
-from bimask.coverage import coverage
+from bimask.coverage import Coverage
 from bimask.masks import fold
 from bimask.own_model import Suspect
 from bimask.result import PurifyResult
@@ -67,7 +67,7 @@ def render(
             }
             for name, keep in masks.keeps().items()
         ],
-        coverage=str(reached := coverage(suspect.model, masks, images[:4])),
+        coverage=str(reached := Coverage(**manifest["coverage"])),
         uncovered=reached.warning,
         unmasked=", ".join(reached.unmasked),
         held_back=manifest.get("held_back"),

@@ -30,8 +30,9 @@ from bimask.admission import admit
 from bimask.config import PurifyConfig
 from bimask.purify import purify
 from bimask.trigger_pool import TriggerPool
-from study.provenance import commit, versions
+from study.provenance import commit
 
+ABOUT = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip()
 HERE = Path(__file__).parents[1]
 KEPT = RESULTS / "zoo" / "strangers.jsonl"
 PARTS: tuple[Part, ...] = ("held", "tune")
@@ -88,7 +89,7 @@ def run(stranger: Stranger, job: Job) -> Record:
     elif settings.class_triggers:
         pool = TriggerPool.search(admit(stranger.model, images).model, images)
     generator = torch.Generator().manual_seed(job.seed)
-    record: Record = {"row": stranger.name, "part": stranger.part, **vars(job)}
+    record: Record = {"row": stranger.name, "part": stranger.part, **vars(job), "commit": commit()}
     before = stranger.scores()
     try:
         result = purify(stranger.model, images, settings, generator=generator, pool=pool)
@@ -196,8 +197,9 @@ def report(records: list[Record]) -> str:
     failures = [f"- {r['row']}, {r['method']}: {r['failure']}" for r in records if "failure" in r]
     if failures:
         parts.append("## Failures\n\n" + "\n".join(failures))
-    made = f"Commit {commit()}, torch {versions()['torch']}, one thread."
-    return "\n\n".join([f"# Strangers\n\n{__doc__}".rstrip(), made, *parts]) + "\n"
+    commits = ", ".join(dict.fromkeys(r.get("commit", "unknown") for r in records))
+    made = f"{len(records)} records, one thread each, measured at the commit {commits}."
+    return "\n\n".join([f"# Strangers\n\n{ABOUT}", made, *parts]) + "\n"
 
 
 def main() -> None:

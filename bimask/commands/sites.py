@@ -24,7 +24,7 @@ from bimask.commands.suspects import (
 )
 from bimask.commands.terminal import TrustCode, console
 from bimask.coverage import coverage
-from bimask.places import candidates, chosen, masks_for
+from bimask.places import Which, candidates, masks_for
 
 
 def sites_command(
@@ -48,18 +48,22 @@ def sites_command(
     choice = Choice(model, net, clean, classes, image_size, channels, width, mean, std, victim)
     suspect, _, _ = choice.load(1, seed=0, trust_code=trust_code, device=torch.device("cpu"))
     images = suspect.clean.floats()[:4]
-    which = tuple(sites or ["all"])
-    named = which[0] if which in (("all",), ("published",)) else which
-    wanted = {site.key for site in chosen(suspect.model, images, named)}  # type: ignore[arg-type]
-    masks = masks_for(suspect.model, images, named)  # type: ignore[arg-type]
+    masks = masks_for(suspect.model, images, _which(sites))
     table = Table("site", "kind", "channels", "masked")
     for site in candidates(suspect.model, images):
         how = "as a gate" if site.key in masks.gates else "yes"
         table.add_row(
-            escape(site.key), site.kind, str(site.channels), how if site.key in wanted else "no"
+            escape(site.key), site.kind, str(site.channels), how if site.key in masks.sites else "no"
         )
     console.print(table)
     reached = coverage(suspect.model, masks, images)
     console.print(f"{reached}", highlight=False, soft_wrap=True)
     if reached.warning:
         console.print(f"[bold yellow]warning[/]: {escape(reached.warning)}", soft_wrap=True)
+
+
+def _which(sites: list[str] | None) -> Which:
+    """The setting that the option's values stand for."""
+    if sites is None or sites == ["all"]:
+        return "all"
+    return "published" if sites == ["published"] else tuple(sites)

@@ -791,7 +791,9 @@ def test_nothing_stays_on_the_host_where_there_is_an_accelerator(monkeypatch, ki
     # what is asked before the first round reads numbers, and may
     monkeypatch.setattr(population, "_check_images", lambda _images: None)
     monkeypatch.setattr(
-        population, "admit", lambda model, _images: SimpleNamespace(plain=model, model=model)
+        population,
+        "admit",
+        lambda model, _images: SimpleNamespace(plain=model, model=model, findings=()),
     )
     monkeypatch.setattr(population, "masks_for", lambda model, *_: MaskSet.for_model(model))
     monkeypatch.setattr(frozen, "bears_channels_last", lambda *_: True)

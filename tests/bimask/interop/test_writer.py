@@ -218,12 +218,12 @@ def test_a_normalisation_that_is_a_little_off_is_folded_in(victim, world):
     assert "folded into the weights" in notes[0]
     theirs = PreActResNet18(3, 10).eval()
     theirs.load_state_dict(state)
-    images = torch.rand(4, 3, 32, 32)
+    images = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = model(images)
         folded = Normalised(theirs, list(CIFAR10.mean), list(CIFAR10.std))(images)
         unfolded = Normalised(model.net, list(CIFAR10.mean), list(CIFAR10.std))(images)
-    assert (folded - wanted).abs().max() < (unfolded - wanted).abs().max() / 5
+    assert (folded - wanted).abs().mean() < (unfolded - wanted).abs().mean() / 5
 
 
 def test_other_scores_behind_the_other_normalisation_are_refused(world, tmp_path):

@@ -5,8 +5,9 @@ it costs is the class's price (in the spirit of Neural Cleanse, Wang et al. 2019
 
     price_k = min over T of   mean over {i: f(x_i) != k} of CE(f(T(x_i)), k)  +  weight * size(T)
 
-A backdoor is a short cut: the class it leads to is cheap. Labels are the model's own answers. The
-families:
+A backdoor is a short cut: the class it leads to is cheap. Labels are the model's own answers. One that
+leads each class to another (all-to-all) has no class that is cheap, but a trigger T that leads images
+anywhere else is: in place of CE stands -log(1 - p(f(x_i))), and of k `ANY`. The families:
 
     patch     T(x) = (1 - m) x + m p     size = sum of m, the pixels covered; m (H, W), p (C, H, W)
     pattern   T(x) = clip(x + d)         size = sum of d^2
@@ -37,6 +38,7 @@ from bimask.places import candidates
 Family = Literal["patch", "pattern", "warp", "tone"]
 
 IMAGES_PER_PASS = 2048  # classes x images in one pass
+ANY = -1  # in place of a class: any but the image's own
 
 
 class TriggerFamily(nn.Module):
@@ -210,7 +212,7 @@ def find_class_triggers(
         model: images in [0, 1] -> logits (N, K), in eval mode; it is left as it is. Several searches on
             one model share what `prepared` makes of it.
         images: (N, C, H, W) in [0, 1], clean, of the model's device, and best of all classes.
-        towards: the classes, (K',), None for all.
+        towards: the classes, (K',), among them `ANY`; None for all but that.
         on_step: called after each of `steps_of(family, K', N)` steps.
 
     Raises:
@@ -283,14 +285,16 @@ def _search(
     """Learn `triggers` towards `targets` (K',); returns price and success, (K',) each."""
     others = (answers != targets[:, None]).to(images)  # (K', N): the images that count
     share = others / others.sum(1, keepdim=True).clamp_min(1)
-    wanted = targets.repeat_interleave(len(images))
     adam = torch.optim.Adam(triggers.parameters(), lr=triggers.lr)
 
     def costs() -> tuple[Tensor, Tensor]:
-        triggered = triggers(images).flatten(0, 1)
-        logits = model(triggered)
-        loss = F.cross_entropy(logits, wanted, reduction="none").view(len(targets), -1)
-        hits = (logits.argmax(1) == wanted).view(len(targets), -1)
+        logits = model(triggers(images).flatten(0, 1)).unflatten(0, others.shape)
+        classes = torch.arange(logits.shape[2], device=logits.device)
+        wanted = (classes == targets[:, None, None]).expand_as(logits)
+        elsewhere = (classes != answers[:, None]) & (targets == ANY)[:, None, None]
+        led = wanted | elsewhere
+        loss = logits.logsumexp(2) - logits.masked_fill(~led, -torch.inf).logsumexp(2)
+        hits = led.gather(2, logits.argmax(2, keepdim=True)).squeeze(2)
         return (loss * share).sum(1) + triggers.weight * triggers.size(), (hits * share).sum(1)
 
     for _ in range(triggers.steps):

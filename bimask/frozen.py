@@ -44,10 +44,12 @@ class _Factor:
     Attributes:
         factor: (B, C), one row a block of images; None scales nothing.
         shift: (C,), of a batch norm that was folded into the module.
+        behind: of that norm, where it is a site itself.
     """
 
     factor: Tensor | None = None
     shift: Tensor | None = None
+    behind: _Factor | None = None
 
     def __init__(self, site: Site, axis: int, images: int = 0) -> None:
         self.site, self.axis, self.images = site, axis, images
@@ -64,18 +66,26 @@ class _Factor:
 
     def scaled(self, value: Tensor) -> Tensor:
         """(B n, ..., C) or (B n, C, ...) -> same; or with the images in dimension 1."""
-        shift = self.shift
-        if shift is not None:
-            shift = shift.view(-1, *[1] * (value.ndim - 2)) if self.axis == 1 else shift
+
+        def shaped(row: Tensor) -> Tensor:
+            return row.view(-1, *[1] * (value.ndim - 2)) if self.axis == 1 else row
+
         if self.factor is None:
-            return value if shift is None else value + shift
+            return value if self.shift is None else value + shaped(self.shift)
         factor = self.site.spread(self.factor, value.shape[self.axis])
+        shift = self.shift
+        if shift is not None and self.behind is not None and self.behind.factor is not None:
+            factor, shift = factor * self.behind.factor, shift * self.behind.factor
         blocks = value.unflatten(self.images, (len(factor), -1))
         shape = [1] * blocks.ndim
         shape[self.images] = len(factor)
         shape[2 if self.axis == 1 else -1] = factor.shape[1]
         factor = factor.view(shape)
-        out = blocks * factor if shift is None else torch.addcmul(shift, blocks, factor)
+        if shift is None:
+            out = blocks * factor
+        else:
+            shift = shift.view(shape) if shift.ndim == 2 else shaped(shift)
+            out = torch.addcmul(shift, blocks, factor)
         return out.flatten(self.images, self.images + 1)
 
 
@@ -166,20 +176,30 @@ class FrozenNet(nn.Module):
             self.net = self._compiled(sample.detach().clone().to(self.dtype, memory_format=self.format))
 
     def _prepared(
-        self, net: nn.Module, places: dict[str, Site], mixed: dict[str, int], fold: bool
+        self, plain: nn.Module, places: dict[str, Site], mixed: dict[str, int], fold: bool
     ) -> nn.Module:
-        norms: dict[str, nn.Module] = {}
+        norms: dict[str, tuple[str, nn.Module]] = {}
+        net = plain
         if fold:
-            net, norms = _without_batch_norms(net, {site.module for site in places.values()})
+            net, norms = _without_batch_norms(plain, {site.module for site in places.values()})
         self.folded = len(norms)
-        self._factors = {}
-        for key, site in places.items():
-            module = net.get_submodule(site.module)
-            self._factors[key] = factor = _Factor(
-                site, -1 if site.on_input else axis_of(module), mixed.get(key, 0)
+        self._factors = {
+            key: _Factor(
+                site,
+                -1 if site.on_input else axis_of(plain.get_submodule(site.module)),
+                mixed.get(key, 0),
             )
+            for key, site in places.items()
+        }
+        gone = {name for name, _ in norms.values()}
+        for key, site in places.items():
+            factor = self._factors[key]
+            if site.module in gone:
+                continue
+            module = net.get_submodule(site.module)
             if site.module in norms and not site.on_input:
-                factor.shift = _fold(module, norms.pop(site.module))
+                name, norm = norms.pop(site.module)
+                factor.shift, factor.behind = _fold(module, norm), self._factors.get(name)
             if site.on_input:
                 module.register_forward_pre_hook(factor.input)
             else:
@@ -211,7 +231,8 @@ class FrozenNet(nn.Module):
             first = out[0] if isinstance(out, tuple) else out
             self.activation = max(self.activation, first.numel())
 
-        names = dict.fromkeys(site.module for site in places.values())
+        there = dict(net.named_modules())
+        names = dict.fromkeys(site.module for site in places.values() if site.module in there)
         handles = [net.get_submodule(name).register_forward_hook(seen) for name in names]
         net(sample[:1])
         for handle in handles:
@@ -266,9 +287,9 @@ class _Tracer(fx.Tracer):
 
 def _without_batch_norms(
     net: nn.Module, sites: Collection[str]
-) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """The net without the batch norms that alone follow one of these modules, and these norms by
-    module.
+) -> tuple[nn.Module, dict[str, tuple[str, nn.Module]]]:
+    """The net without the batch norms that alone follow one of these modules, and these norms with their
+    names, by module.
 
     A model that cannot be traced comes back as it is.
     """
@@ -290,7 +311,7 @@ def _without_batch_norms(
             and type(modules[str(node.target)]) in kinds
         )
 
-    norms: dict[str, nn.Module] = {}
+    norms: dict[str, tuple[str, nn.Module]] = {}
     for node in list(traced.graph.nodes):
         if not (called_once(node, *FOLLOWED_BY.values()) and node.args):
             continue
@@ -299,7 +320,7 @@ def _without_batch_norms(
         if alone and source.target in sites and norm.running_mean is not None:
             if type(norm) is not FOLLOWED_BY[type(modules[str(source.target)])]:
                 continue
-            norms[str(source.target)] = norm
+            norms[str(source.target)] = str(node.target), norm
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)
     if not norms:

@@ -30,6 +30,7 @@ from bimask.sites import (
     axis_of,
     foldable,
     gate_at,
+    like,
     module_of,
     site_at,
     sites_of,
@@ -159,8 +160,7 @@ class MaskSet(InvertibleMask):
 
     def like(self, model: nn.Module) -> MaskSet:
         """These masks in the dtype and on the device of the model that they mask."""
-        name = module_of(next(iter(self.sites)))
-        return self.to(next(model.get_submodule(name).parameters()))
+        return self.to(like(model, module_of(next(iter(self.sites)))))
 
     def keeps(self, *, inverse: bool = False) -> dict[str, Tensor]:
         """Site -> (C_site,) factor in [0, 1]."""

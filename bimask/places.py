@@ -30,11 +30,12 @@ from bimask.sites import (
     channels_of,
     foldable,
     is_block,
+    kind_of,
     sites_of,
 )
 
 Which = Literal["published", "all"] | tuple[str, ...]
-ALL: tuple[Kind, ...] = ("conv", "linear", "heads", "features", "embedding")
+ALL: tuple[Kind, ...] = ("conv", "linear", "heads", "features", "embedding", "norm")
 # Names of layers that make queries, keys and values, and of the number of heads beside them.
 PROJECTIONS = frozenset(
     {"q", "k", "v", "kv", "qkv", "in_proj", "c_attn", "query", "key", "value", "query_key_value"}
@@ -192,14 +193,10 @@ def _mixing(model: nn.Module, sites: Sequence[Site], where: dict[str, int], imag
 
 
 def _kind(modules: dict[str, nn.Module], name: str) -> Kind:
-    module = modules[name]
-    if is_block(module):
-        return "block"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, nn.Linear):
-        return "projection" if name.rpartition(".")[2].lower() in PROJECTIONS else "linear"
-    return "conv"
+    kind = kind_of(modules[name])
+    if kind == "linear" and name.rpartition(".")[2].lower() in PROJECTIONS:
+        return "projection"
+    return kind
 
 
 def _heads(modules: dict[str, nn.Module], name: str) -> int | None:

@@ -7,10 +7,14 @@
     heads        inputs of an attention's output layer, one channel a head
     features     inputs of a linear layer that reads whole maps, laid out flat: a channel at a place
     embedding    outputs of an `nn.Embedding`
+    norm         outputs of a batch, group, instance, layer or RMS norm, channels where the norm has them
     block        outputs of a transformer's encoder block: the residual stream
 
 The published setting is `conv` for convolutional nets and `block` for vision transformers: the authors'
 own program masks neither heads nor the units of an MLP there, and sets the selection weight to 0.
+
+A norm is a site of its own because a factor before it is not one behind it: a batch norm's shift stays
+when its channel is masked, and a norm over several channels takes part of the factor back.
 
 A factor on the output of a layer is a factor on its weights. One on a residual stream is not: a layer
 norm reads what it scales. So there a `ChannelGate` stays behind when masks are folded, as it does where
@@ -23,11 +27,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-Kind = Literal["conv", "linear", "projection", "heads", "features", "embedding", "block"]
+Kind = Literal["conv", "linear", "projection", "heads", "features", "embedding", "norm", "block"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HEADS, FEATURES = "@heads", "@features"  # behind a module's name in a site's key
 
@@ -38,6 +43,10 @@ BLOCKS = (
     ("timm.models.vision_transformer", "Block"),
 )
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+CHANNEL_NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm)
+LAST_NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class ChannelGate(nn.Module):
     Args:
         block: the module. If it returns a tuple, the first entry is scaled.
         factor: (C,), kept as a buffer.
-        axis: where the channels are, 1 for convolutions, else -1.
+        axis: where the channels are, see `axis_of`.
         input_factor: (C,) on the last axis of the first input; None leaves it.
     """
 
@@ -122,8 +131,8 @@ def times(values: Tensor, factor: Tensor, axis: int) -> Tensor:
 
 
 def axis_of(module: nn.Module) -> int:
-    """Where the channels of a module's output are: 1 for convolutions, else -1."""
-    return 1 if isinstance(module, CONVOLUTIONS) else -1
+    """Where the channels of a module's output are: 1 for convolutions and their norms, else -1."""
+    return 1 if isinstance(module, (*CONVOLUTIONS, *CHANNEL_NORMS)) else -1
 
 
 def sites_of(model: nn.Module) -> dict[str, int]:
@@ -149,6 +158,13 @@ def channels_of(module: nn.Module | None) -> int | None:
         return module.out_features
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, BATCH_NORMS) or isinstance(module, INSTANCE_NORMS):
+        return module.num_features
+    # a subclass of these may have its channels elsewhere
+    if isinstance(module, LAST_NORMS) and type(module) in LAST_NORMS:
+        return module.normalized_shape[0] if len(module.normalized_shape) == 1 else None
     if isinstance(module, ChannelGate):
         return len(module.factor)
     if module is not None and is_block(module):
@@ -174,16 +190,18 @@ def site_at(model: nn.Module, key: str, channels: int) -> Site | None:
         fits = isinstance(inner, nn.Linear) and channels and inner.in_features % channels == 0
         on: Kind = "heads" if key.endswith(HEADS) else "features"
         return Site(key, name, on, channels) if fits else None
-    if channels_of(module) != channels:
-        return None
-    kind: Kind = "block"
-    if isinstance(inner, CONVOLUTIONS):
-        kind = "conv"
-    elif isinstance(inner, nn.Linear):
-        kind = "linear"
-    elif isinstance(inner, nn.Embedding):
-        kind = "embedding"
-    return Site(key, name, kind, channels)
+    return Site(key, name, kind_of(inner), channels) if channels_of(module) == channels else None
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """The kind of a site on the outputs of a module that `channels_of` knows."""
+    if isinstance(module, CONVOLUTIONS):
+        return "conv"
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "norm" if isinstance(module, (*CHANNEL_NORMS, *LAST_NORMS)) else "block"
 
 
 def foldable(model: nn.Module, sites: Iterable[Site]) -> set[str]:
@@ -210,6 +228,12 @@ def add_gates(model: nn.Module, keys: Iterable[str]) -> None:
             gate.input_factor = gate.factor.new_ones(layer.in_features)
 
 
+def like(model: nn.Module, name: str) -> Tensor:
+    """A tensor of the dtype and device of a module of `model`: of the model, if it has none of its
+    own."""
+    return next(chain(model.get_submodule(name).parameters(), model.parameters()))
+
+
 def gate_at(model: nn.Module, name: str) -> ChannelGate:
     """The gate around the module `name`, put there open if there is none."""
     module = model.get_submodule(name)
@@ -217,8 +241,7 @@ def gate_at(model: nn.Module, name: str) -> ChannelGate:
         return module
     channels = channels_of(module)
     assert channels is not None, f"{name} cannot be masked"
-    like = next(module.parameters())
-    gate = ChannelGate(module, like.new_ones(channels), axis=axis_of(module))
+    gate = ChannelGate(module, like(model, name).new_ones(channels), axis=axis_of(module))
     for place, other in list(model.named_modules(remove_duplicate=False)):
         if other is module:  # a module that is used under two names has its gate under both
             model.set_submodule(place, gate)

@@ -4,8 +4,10 @@ The inner problem makes up perturbations of one budget, image by image or in com
 is of many kinds and leads to one class. So every class is asked for universal triggers of all families
 in `bimask.class_triggers`, on clean images alone, and images get them at random: towards every class
 alike, since not every backdoor makes its class cheap, but the more towards the cheapest one the further
-it stands apart from the others, as most backdoors' does. Of a class's triggers those are drawn most
-that send images there. Not in the paper.
+it stands apart from the others, as most backdoors' does. Where leading images anywhere else is cheaper
+than to any one class, as all-to-all backdoors make it, such triggers are drawn the more, too. Of a
+class's triggers those are drawn most that send images there. A search ends where a trigger is just
+strong enough and attackers' are stronger, so images get up to twice as much of it. Not in the paper.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.class_triggers import (
+    ANY,
     FAMILIES,
     ClassTriggers,
     Family,
@@ -35,7 +38,8 @@ SEARCHES = 3  # of each family towards the cheapest classes, one towards the oth
 CHEAPEST = 3  # classes
 SHARE = 0.3  # of the images that one search sees, so that no two find the same
 SEEN = 20  # images that one search sees at most
-APART = 0.6  # of the draws go to the cheapest class at most, where the next costs far more
+APART = 0.8  # of the draws go to the cheapest class at most, where the next costs far more
+STRONGER = 2.0  # times what a search found, at most, is put on an image; of a warp just that
 MOST = 20  # classes, the cheapest ones
 PRICED_BY: tuple[Family, ...] = ("patch", "pattern")
 
@@ -45,10 +49,10 @@ class TriggerPool:
     """Universal triggers of a suspect model.
 
     Attributes:
-        triggers: one a search, each of some of J classes.
-        weights: (J,) how often each class is drawn, in [0, 1], of sum 1.
-        rows: (S, J) which row of a search's triggers is of which class, -1 where it has none; None
-            where every search has all classes in order.
+        triggers: one a search, each of some of J aims: classes, and `ANY` where it is drawn.
+        weights: (J,) how often each aim is drawn, in [0, 1], of sum 1.
+        rows: (S, J) which row of a search's triggers is of which aim, -1 where it has none; None
+            where every search has all aims in order.
     """
 
     triggers: tuple[ClassTriggers, ...]
@@ -80,37 +84,44 @@ class TriggerPool:
             images[torch.randperm(len(images), generator=generator)[:count].to(images.device)]
             for _ in range(SEARCHES)
         ]
-        priced = {
-            family: find_class_triggers(net, parts[0], family, on_step=on_step) for family in PRICED_BY
-        }
-        prices = [found.price.double().cpu() for found in priced.values()]
-        if len(prices[0]) < 2:
+        with torch.no_grad():
+            classes = net(parts[0][:1]).shape[1]
+        if classes < 2:
             raise SettingError(
                 "A search of triggers leads images from one class to another, but the model has one "
                 "class; set `class_triggers` to 0."
             )
+        aims = torch.tensor([*range(classes), ANY])
+
+        def search(part: Tensor, family: Family, which: Tensor) -> ClassTriggers:
+            towards = aims[which].to(images.device)
+            return find_class_triggers(net, part, family, towards=towards, on_step=on_step)
+
+        every = torch.arange(len(aims))
+        priced = {family: search(parts[0], family, every) for family in PRICED_BY}
+        prices = torch.stack([found.price.double().cpu() for found in priced.values()])
         distances = latent_distances(suspect, images)
-        cost = costs(prices if distances is None else [*prices, distances])
-        weights = draws(cost)
+        cost = costs([*prices[:, :-1], *([] if distances is None else [distances])])
+        anywhere = apart(prices[:, -1].log().mean(), prices[:, :-1].amin(1).log().mean())
+        weights = torch.cat([(1 - anywhere) * draws(cost), anywhere.view(1)])
         towards = weights.nonzero().flatten()
-        near = cost[towards].argsort()[:CHEAPEST].sort().values
-        found = [priced[family].of(towards.to(images.device)) for family in PRICED_BY]
-        rows = [torch.arange(len(towards))] * len(FAMILIES)
-        found += [
-            find_class_triggers(
-                net, parts[0], family, towards=towards.to(images.device), on_step=on_step
-            )
+        # what is searched again, as places in `towards`, whose last is ANY if that is drawn at all
+        ranked = cost[towards[towards < classes]].argsort()
+        near = ranked[:CHEAPEST]
+        if anywhere > 0:
+            near = torch.cat([ranked[: CHEAPEST - 1], torch.tensor([len(ranked)])])
+        near = near.sort().values
+        found = [
+            priced[family].of(towards.to(images.device))
+            if family in priced
+            else search(parts[0], family, towards)
             for family in FAMILIES
-            if family not in priced
         ]
+        rows = [torch.arange(len(towards))] * len(FAMILIES)
         for part in parts[1:]:
-            there = towards[near].to(images.device)
-            found += [
-                find_class_triggers(net, part, family, towards=there, on_step=on_step)
-                for family in FAMILIES
-            ]
-            of_class = torch.full((len(towards),), -1).index_put((near,), torch.arange(len(near)))
-            rows += [of_class] * len(FAMILIES)
+            found += [search(part, family, towards[near]) for family in FAMILIES]
+            of_aim = torch.full((len(towards),), -1).index_put((near,), torch.arange(len(near)))
+            rows += [of_aim] * len(FAMILIES)
         return cls(tuple(found), weights[towards], torch.stack(rows))
 
     @staticmethod
@@ -118,7 +129,7 @@ class TriggerPool:
         """How often `on_step` is called."""
         seen, towards = _seen(images), min(classes, MOST)
         first = {family: steps_of(family, towards, seen) for family in FAMILIES}
-        first |= {family: steps_of(family, classes, seen) for family in PRICED_BY}
+        first |= {family: steps_of(family, classes + 1, seen) for family in PRICED_BY}
         again = sum(steps_of(family, min(towards, CHEAPEST), seen) for family in FAMILIES)
         return sum(first.values()) + (SEARCHES - 1) * again
 
@@ -129,7 +140,7 @@ class TriggerPool:
 
     @cached_property
     def chances(self) -> Tensor:
-        """How often each search's trigger of each class is drawn: (S, J) of sum 1, by its success."""
+        """How often each search's trigger of each aim is drawn: (S, J) of sum 1, by its success."""
         rows = self._rows
         success = torch.stack(
             [
@@ -146,17 +157,23 @@ class TriggerPool:
         return replace(self, triggers=tuple(found.to(device) for found in self.triggers))
 
     def on(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """On each image a trigger of its own, drawn: (N, C, H, W) -> same."""
+        """On each image a trigger of its own, drawn, and up to `STRONGER` times as strong as it was
+        found: (N, C, H, W) in [0, 1] -> same."""
         drawn = torch.multinomial(
             self.chances.flatten(), len(images), replacement=True, generator=generator
         )
-        searches, classes = drawn // len(self.weights), drawn % len(self.weights)
+        searches, aims = drawn // len(self.weights), drawn % len(self.weights)
+        strengths = 1 + (STRONGER - 1) * torch.rand(len(images), generator=generator)
         triggered = torch.empty_like(images)
         for search in searches.unique().tolist():
             rows = (searches == search).nonzero().flatten()
             mine = upload(rows, images)
-            of_class = upload(self._rows[search, classes[rows]], images)
-            triggered[mine] = self.triggers[search].apply_each(images[mine], of_class)
+            of_aim = upload(self._rows[search, aims[rows]], images)
+            found = self.triggers[search].apply_each(images[mine], of_aim)
+            if self.triggers[search].family != "warp":
+                strength = upload(strengths[rows], images).view(-1, 1, 1, 1).to(images.dtype)
+                found = torch.lerp(images[mine], found, strength).clamp(0, 1)
+            triggered[mine] = found
         return triggered
 
 
@@ -167,9 +184,15 @@ def draws(costs: Tensor) -> Tensor:
     are the cheapest's alone: p_1 is its price, p_2 that of the next.
     """
     kept = costs.clamp_max(1e3).topk(min(MOST, len(costs)), largest=False)
-    apart = APART * (1 - (kept.values[0] - kept.values[1]).exp())
-    share = (1 - apart) / len(kept.values) + apart * F.one_hot(torch.tensor(0), len(kept.values))
+    more = apart(kept.values[0], kept.values[1])
+    share = (1 - more) / len(kept.values) + more * F.one_hot(torch.tensor(0), len(kept.values))
     return torch.zeros_like(costs).index_put((kept.indices,), share)
+
+
+def apart(cheapest: Tensor, following: Tensor) -> Tensor:
+    """How much of the draws the cheapest aim has for itself, in [0, APART]: APART (1 - p_1 / p_2), of the
+    logs of both prices; 0 where it is not the cheapest."""
+    return APART * (1 - (cheapest - following).exp()).clamp_min(0)
 
 
 def _seen(images: int) -> int:

@@ -670,7 +670,7 @@ FAMILIES = {
         lenet_average, ("9",), (1, 12, 16), kinds="conv features linear", published=2
     ),
     "two convs": Family(lambda: two_convs(False), published=2),
-    "two convs, batch norm": Family(lambda: two_convs(True), published=2),
+    "two convs, batch norm": Family(lambda: two_convs(True), published=2, kinds="conv norm"),
     "all convolutional": Family(
         lambda: nn.Sequential(
             *all_convolutional(True)[:4], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, CLASSES)
@@ -680,12 +680,12 @@ FAMILIES = {
     ),
     "ends in 1x1": Family(lambda: all_convolutional(True), ("4",), published=3),
     "ends in 1x1, not flat": Family(lambda: all_convolutional(False), ("4",), published=3),
-    "group norm": Family(group_norm, ("8",), published=2),
+    "group norm": Family(group_norm, ("8",), published=2, kinds="conv norm"),
     "norm free": Family(norm_free, published=5),
-    "wide resnet": Family(wide_resnet, published=6),
-    "mobilenet": Family(mobilenet, ("8",), published=4),
-    "squeeze excite": Family(squeeze_excite, kinds="conv linear", published=3),
-    "dense": Family(dense, kinds="conv features", published=3),
+    "wide resnet": Family(wide_resnet, published=6, kinds="conv norm"),
+    "mobilenet": Family(mobilenet, ("8",), published=4, kinds="conv norm"),
+    "squeeze excite": Family(squeeze_excite, kinds="conv linear norm", published=3),
+    "dense": Family(dense, kinds="conv features norm", published=3),
     "one dimensional": Family(one_dimensional, published=1),
     "weight norm, old": Family(lambda: around(old_weight_norm()), gates=("layer",), published=3),
     "weight norm": Family(
@@ -709,52 +709,52 @@ FAMILIES = {
     "tied weights": Family(tied_weights, gates=("a", "b"), published=3),
     "never called": Family(never_called, kinds="conv features", published=1, unseen=("conv",)),
     "read besides": Family(read_besides, gates=("conv",), published=2),
-    "two names": Family(two_names, gates=("conv2", "features.3"), published=2),
+    "two names": Family(two_names, gates=("conv2", "features.3"), published=2, kinds="conv norm"),
     "linear layers": Family(lambda: perceptron(False), ("8",), (3, 4, 4), kinds="features linear"),
     "linear layers, batch norm": Family(
-        lambda: perceptron(True), ("8",), (3, 4, 4), kinds="features linear"
+        lambda: perceptron(True), ("8",), (3, 4, 4), kinds="features linear norm"
     ),
     "cosine head": Family(cosine_head, ("fc2",), kinds="conv features linear", published=1),
-    "mixer": Family(mixer, kinds="conv linear", published=1),
-    "convnext": Family(convnext, kinds="conv linear", published=3),
+    "mixer": Family(mixer, kinds="conv linear norm", published=1),
+    "convnext": Family(convnext, kinds="conv linear norm", published=3),
     "vit, torchvision": Family(
         vit_torchvision,
         ("heads.head",),
         heads=(3, 3),
-        kinds="block conv heads linear",
+        kinds="block conv heads linear norm",
         published=2,
     ),
     "torch's encoder": Family(
         lambda: torchs_encoder(True),
         heads=(3, 3),
-        kinds="block conv heads linear",
+        kinds="block conv heads linear norm",
         published=2,
     ),
     "torch's encoder, norm first": Family(
         lambda: torchs_encoder(True, norm_first=True),
         heads=(3, 3),
-        kinds="block conv heads linear",
+        kinds="block conv heads linear norm",
         published=2,
     ),
     "torch's encoder, tokens first": Family(
         lambda: torchs_encoder(False),
         heads=(3, 3),
-        kinds="block conv heads linear",
+        kinds="block conv heads linear norm",
         published=2,
     ),
     "causal encoder": Family(
-        causal, kinds="block conv linear", published=1, unseen=("encoder.self_attn.out_proj",)
+        causal, kinds="block conv linear norm", published=1, unseen=("encoder.self_attn.out_proj",)
     ),
     "vit, joined": Family(
         lambda: own_vit(Joined),
         heads=(3, 3),
-        kinds="conv heads linear projection",
+        kinds="conv heads linear norm projection",
         published=1,
     ),
     "vit, apart": Family(
         lambda: own_vit(Apart),
         heads=(2, 2),
-        kinds="conv heads linear projection",
+        kinds="conv heads linear norm projection",
         published=1,
         unseen=("blocks.0.attention.positions", "blocks.1.attention.positions"),
     ),
@@ -763,7 +763,7 @@ FAMILIES = {
     "swin, torchvision": Family(
         swin_torchvision,
         ("head",),
-        kinds="conv linear",
+        kinds="conv linear norm",
         published=1,
         unseen=tuple(
             f"features.{place}.attn.{layer}"
@@ -802,7 +802,7 @@ FAMILIES = {
         ),
         ("head.fc",),
         heads=(2, 2, 4),
-        kinds="conv heads linear projection",
+        kinds="conv heads linear norm projection",
         published=1,
         needs="timm",
     ),
@@ -818,7 +818,7 @@ FAMILIES = {
         hugging_face,
         ("classifier",),
         heads=(3, 3),
-        kinds="conv heads linear projection",
+        kinds="conv heads linear norm projection",
         published=1,
         needs="transformers",
     ),

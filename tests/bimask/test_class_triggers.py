@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bimask.class_triggers import (
+    ANY,
     FAMILIES,
     IMAGES_PER_PASS,
     ClassTriggers,
@@ -127,6 +128,19 @@ def test_the_price_is_what_the_formula_says(quarters):
         size = (found.made.added[k] ** 2).sum()
         assert found.price[k].item() == pytest.approx((loss + 0.5 * size).item(), rel=1e-5)
         assert found.success[k].item() == pytest.approx((logits.argmax(1) == k).float().mean().item())
+
+
+def test_the_price_of_any_other_class_is_what_the_formula_says(quarters):
+    model = Quadrants()
+    found = find_class_triggers(model, quarters, "pattern", towards=torch.tensor([1, ANY]))
+    with torch.no_grad():
+        answers, logits = model(quarters).argmax(1), model(found.apply(quarters)[1])
+    own = logits.softmax(1).gather(1, answers[:, None])
+    price = -torch.log(1 - own).mean() + 0.5 * (found.made.added[1] ** 2).sum()
+    assert found.price[1].item() == pytest.approx(price.item(), rel=1e-4)
+    assert found.success[1].item() == pytest.approx((logits.argmax(1) != answers).float().mean().item())
+    alone = find_class_triggers(model, quarters, "pattern", towards=torch.tensor([1]))
+    assert found.price[0].item() == pytest.approx(alone.price[0].item(), rel=1e-4)
 
 
 def test_classes_of_one_pass_and_of_many_are_alike(quarters, monkeypatch):

@@ -9,6 +9,7 @@ from bimask.errors import MaskMismatchError
 from bimask.frozen import FrozenNet
 from bimask.masks import MaskSet, masked_forward
 from bimask.nets import build_net
+from bimask.sites import channels_of, kind_of
 
 CHANNELS, SIZE, CLASSES = 5, 9, 4
 
@@ -229,6 +230,13 @@ def frozen(model, images, **options):
     return FrozenNet(model, MaskSet.for_model(model), sample=images, **options)
 
 
+def kept(masks, row):
+    """The factors of masks at 0 with these selections."""
+    with torch.no_grad():
+        masks.selection.copy_(row), masks.mask.zero_()
+    return masks.keeps()
+
+
 def close(got, wanted, tolerance):
     scale = wanted.abs().max().clamp_min(1).item()
     torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance * scale)
@@ -259,6 +267,25 @@ def test_answers_are_those_of_the_model_and_of_its_masks(name, channels_last):
     build, folded = MODELS[name]
     net = answers_are_right(prepared(build), 1e-10, channels_last=channels_last)
     assert net.folded == folded
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "branch on values"])
+def test_a_norm_that_is_masked_itself_is_folded_all_the_same(name):
+    build, folded = MODELS[name]
+    model, blocks, n = prepared(build), 3, 4
+    named = {key: channels_of(m) for key, m in model.named_modules() if kind_of(m) in ("conv", "norm")}
+    masks = MaskSet(named).double()
+    rows = torch.rand(blocks, len(masks.mask), generator=torch.Generator().manual_seed(2)).double()
+    images = pictures_of(blocks * n)
+    net = FrozenNet(model, masks, sample=images)
+    assert net.folded == folded
+    with torch.no_grad():
+        wanted, factors = [], []
+        for row, block in zip(rows, images.split(n), strict=True):
+            factors.append(torch.cat([*kept(masks, row).values()]))
+            wanted.append(masked_forward(model, masks, block))
+        close(net(images), model(images), 1e-10)
+        close(net(images, torch.stack(factors)), torch.cat(wanted), 1e-10)
 
 
 @EACH_MODEL

@@ -288,8 +288,8 @@ class _Tracer(fx.Tracer):
 def _without_batch_norms(
     net: nn.Module, sites: Collection[str]
 ) -> tuple[nn.Module, dict[str, tuple[str, nn.Module]]]:
-    """The net without the batch norms that alone follow one of these modules, and these norms with their
-    names, by module.
+    """The net without the batch norms that alone follow one of these modules, and by module these norms
+    with their names.
 
     A model that cannot be traced comes back as it is.
     """

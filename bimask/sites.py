@@ -7,7 +7,7 @@
     heads        inputs of an attention's output layer, one channel a head
     features     inputs of a linear layer that reads whole maps, laid out flat: a channel at a place
     embedding    outputs of an `nn.Embedding`
-    norm         outputs of a batch, group, instance, layer or RMS norm, channels where the norm has them
+    norm         outputs of a batch, group, instance, layer or RMS norm, channels where it has them
     block        outputs of a transformer's encoder block: the residual stream
 
 The published setting is `conv` for convolutional nets and `block` for vision transformers: the authors'
@@ -160,7 +160,7 @@ def channels_of(module: nn.Module | None) -> int | None:
         return module.embedding_dim
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
-    if isinstance(module, BATCH_NORMS) or isinstance(module, INSTANCE_NORMS):
+    if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
         return module.num_features
     # a subclass of these may have its channels elsewhere
     if isinstance(module, LAST_NORMS) and type(module) in LAST_NORMS:

@@ -190,8 +190,8 @@ def draws(costs: Tensor) -> Tensor:
 
 
 def apart(cheapest: Tensor, following: Tensor) -> Tensor:
-    """How much of the draws the cheapest aim has for itself, in [0, APART]: APART (1 - p_1 / p_2), of the
-    logs of both prices; 0 where it is not the cheapest."""
+    """How much of the draws an aim has for itself, in [0, APART]: APART (1 - p_1 / p_2), by the logs of
+    its price and the next; 0 where it is not the cheapest."""
     return APART * (1 - (cheapest - following).exp()).clamp_min(0)
 
 

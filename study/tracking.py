@@ -28,6 +28,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from study.config import StudyError
 
 EXPERIMENT = "bimask"
+# What MLflow's page asks an experiment for before it shows training runs and not a chat's traces.
+KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RUN_STATUS: dict[str, Status] = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAILED": "FAILED"}
 BATCH = 1000  # metrics in one request, MLflow's own limit
@@ -56,8 +58,12 @@ class Tracker:
             self.experiment_id = (
                 found.experiment_id
                 if found is not None
-                else self.client.create_experiment(name, artifact_location=location)
+                else self.client.create_experiment(
+                    name, artifact_location=location, tags={KIND: TRAINING}
+                )
             )
+            if found is not None and KIND not in found.tags:
+                self.client.set_experiment_tag(self.experiment_id, KIND, TRAINING)
         except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
             raise StudyError(
                 f"The MLflow store {redacted(self.uri)} cannot be opened ({_first_line(error)}); mend "

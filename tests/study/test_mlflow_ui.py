@@ -18,7 +18,7 @@ import yaml
 
 from study.config import StudyConfig
 from study.records import Recorder
-from study.tracking import Tracker, tracking_uri
+from study.tracking import KIND, Tracker, tracking_uri
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 GOOD, FRONT, LOST = next(
@@ -89,6 +89,18 @@ def test_the_three_queries_of_the_readme_find_what_they_say(large_study, tmp_pat
     assert found(FRONT) == set(store.front)
     assert found(LOST) == numbers(store.rows, lost)
     assert numbers(store.rows, lost), "a study without failures proves nothing"
+
+
+@pytest.mark.parametrize("before", [None, {}, {KIND: "classification"}])
+def test_the_experiment_is_one_of_training(tmp_path, before):
+    """So that MLflow's page opens on runs and scores; what somebody chose there stays."""
+    uri = tracking_uri(tmp_path)
+    client = mlflow.MlflowClient(uri)
+    if before is not None:
+        client.create_experiment("bimask", tags=before)
+    Tracker(uri, tmp_path / "mlartifacts")
+    kind = client.get_experiment_by_name("bimask").tags[KIND]
+    assert kind == (before or {}).get(KIND, "custom_model_development")
 
 
 @pytest.fixture

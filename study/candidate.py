@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bimask.commands.progress import ToldProgress
 from bimask.config import PurifyConfig
 from bimask.errors import BimaskError
 from bimask.victim import Victim, open_victim
 from study import records
 from study.config import Confirm, StudyConfig, StudyError
-from study.console import progress_bar
 from study.gates import CONFIRMED, Evidence, Verdict, evidence_of, judge
 from study.provenance import commit
 from study.reading import load_config
@@ -114,7 +114,7 @@ def confirm_trial(candidate: Candidate, victims: dict[str, Victim], console: Con
     config = config.model_copy(update={"confirm": asked})
     jobs = jobs_of(config, {"chosen": candidate.settings})
     rows = []
-    with progress_bar(console) as progress:
+    with ToldProgress(console) as progress:
         task = progress.add_task(f"confirming on {len(victims)} victims", total=len(jobs))
         for job in jobs:
             try:

@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.console import Console
 
+from bimask.commands.progress import ToldProgress
 from bimask.config import PurifyConfig
 from bimask.victim import Victim
 from study import records, search
 from study.config import StudyConfig
-from study.console import progress_bar
 from study.files import append_lines, read_lines
 from study.suite import confirmation, jobs_of
 
@@ -40,7 +40,7 @@ def confirm_choice(
         return None
     rows = read_lines(folder / records.CONFIRM, mend=True)
     known = {(row["configuration"], row["victim"], row["seed"]) for row in rows}
-    with progress_bar(console) as progress:
+    with ToldProgress(console) as progress:
         task = progress.add_task(f"confirming on {len(suite)} victims", total=len(jobs))
         progress.update(task, completed=len(known))
 

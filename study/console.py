@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bimask.commands.progress import ToldProgress
 from bimask.nets import is_own
 from study import records
 from study.blind import PROMISE
@@ -28,22 +28,12 @@ def wide_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
-
-
 @contextmanager
 def trial_progress(
     console: Console, trials: int, at_once: int
 ) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     """A bar of finished trials with the best scores so far."""
-    with progress_bar(console) as progress:
+    with ToldProgress(console) as progress:
         task = progress.add_task(f"trials, {at_once} at once", total=trials)
 
         def on_change(done: list[dict[str, Any]]) -> None:

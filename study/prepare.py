@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
+from bimask.commands.progress import ToldProgress
 from bimask.commands.terminal import VictimBars, described
 from bimask.errors import BimaskError
 from bimask.evidence import Probe
@@ -24,7 +25,6 @@ from bimask.victim import obtain_victim
 from study import search
 from study.blind import probe_images
 from study.config import StudyConfig, StudyError
-from study.console import progress_bar
 from study.suite import cases_of
 from study.suspect import NAME, Subject, SuspectSpec
 from study.trial import Case
@@ -175,7 +175,7 @@ def _made_here(
     config: StudyConfig, pieces: Sequence[_Piece], victims: Mapping[str, Subject], console: Console
 ) -> list[Any]:
     torch.set_num_threads(config.cpus_per_trial)  # as for victims
-    with progress_bar(console) as progress:
+    with ToldProgress(console) as progress:
         made = []
         for piece in pieces:
             bar = progress.add_task(piece.doing, total=piece.steps)
@@ -188,7 +188,7 @@ def _made_by_workers(
     config: StudyConfig, pieces: Sequence[_Piece], victims: Mapping[str, Subject], console: Console
 ) -> list[Any]:
     made: dict[int, Any] = {}
-    with progress_bar(console) as progress:
+    with ToldProgress(console) as progress:
         bar = progress.add_task("probing victims, searching triggers", total=len(pieces))
 
         def ended(at: int, result: Any) -> None:

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bimask.commands.progress import ToldProgress
 from bimask.errors import BimaskError, DataError
 from bimask.own_model import PICTURES, read_picture
-from study.console import progress_bar
 from study.registry import load_registered
 from study.tracking import tracking_uri
 
@@ -35,7 +35,7 @@ def score_folder(model: Any, folder: Path, console: Console, *, resize: bool = F
     if not files:
         raise DataError(f"There are no pictures ({', '.join(PICTURES)}) below {folder}.")
     rows: list[dict[str, Any]] = []
-    with progress_bar(console) as progress:
+    with ToldProgress(console) as progress:
         task = progress.add_task("pictures", total=len(files))
         for start in range(0, len(files), BATCH):
             part = files[start : start + BATCH]

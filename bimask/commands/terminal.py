@@ -9,16 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import TaskID
 from rich.table import Table
 
+from bimask.commands.progress import ToldProgress
 from bimask.metrics import Scores
 from bimask.victim import EpochLog, Victim
 
@@ -31,8 +25,7 @@ TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code of a
 @contextmanager
 def progress_bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar of `total` steps; the context's value moves it on by a number of steps."""
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with ToldProgress(console) as progress:
         task = progress.add_task(text, total=total)
         yield lambda steps: progress.update(task, advance=steps)
 
@@ -41,8 +34,7 @@ class VictimBars:
     """A bar for every victim by name: its preparation, then its epochs with ACC and ASR on val."""
 
     def __init__(self, where: Console = console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self.progress = Progress(*columns, TimeElapsedColumn(), console=where)
+        self.progress = ToldProgress(where)
         self.tasks: dict[str, TaskID] = {}
         self.texts: dict[str, str] = {}
 

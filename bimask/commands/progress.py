@@ -1,0 +1,54 @@
+"""Progress that is told in a log file, too."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+EVERY = 30.0  # seconds between two lines where there is no terminal
+
+
+class ToldProgress(Progress):
+    """Bars on a terminal. Elsewhere, where bars are drawn at the end alone, every unfinished task is a
+    line every `EVERY` seconds as well.
+
+    Args:
+        console: where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        super().__init__(*columns, TimeElapsedColumn(), console=console)
+        self._over = threading.Event()
+        self._teller: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Draw, or begin to tell."""
+        super().start()
+        if not self.console.is_terminal and self._teller is None:
+            self._teller = threading.Thread(target=self._tell, daemon=True)
+            self._teller.start()
+
+    def stop(self) -> None:
+        """Draw the last state, and tell no more."""
+        self._over.set()
+        super().stop()
+
+    def _tell(self) -> None:
+        while not self._over.wait(EVERY):
+            for task in self.tasks:
+                if task.visible and not task.finished:
+                    total = "?" if task.total is None else f"{task.total:.0f}"
+                    took = timedelta(seconds=int(task.elapsed or 0))
+                    self.console.print(
+                        f"{task.description}  {task.completed:.0f}/{total}  {took}", soft_wrap=True
+                    )

@@ -62,7 +62,7 @@ def profile_of(name: object) -> dict[str, Any]:
 
 
 # For a net that nobody tuned: every kind of site, and triggers searched beforehand. benchmarks/zoo.md.
-PROFILES["robust"] = PROFILES["fast"] | {"sites": "all", "class_triggers": 0.7, "clean_weight": 4.0}
+PROFILES["robust"] = PROFILES["fast"] | {"sites": "all", "class_triggers": 0.8, "clean_weight": 4.0}
 
 
 class BudgetWarning(UserWarning):

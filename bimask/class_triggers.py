@@ -5,9 +5,10 @@ it costs is the class's price (in the spirit of Neural Cleanse, Wang et al. 2019
 
     price_k = min over T of   mean over {i: f(x_i) != k} of CE(f(T(x_i)), k)  +  weight * size(T)
 
-A backdoor is a short cut: the class it leads to is cheap. Labels are the model's own answers. One that
-leads each class to another (all-to-all) has no class that is cheap, but a trigger T that leads images
-anywhere else is: in place of CE stands -log(1 - p(f(x_i))), and of k `ANY`. The families:
+A backdoor is a short cut: the class it leads to is cheap. Labels are the model's own answers. A
+backdoor that leads each class to another (all-to-all) makes no class cheap, but it makes a trigger
+cheap that leads images anywhere else. The price of such a trigger has -log(1 - p(f(x_i))) in place of
+CE, and `ANY` in place of k. The families:
 
     patch     T(x) = (1 - m) x + m p     size = sum of m, the pixels covered; m (H, W), p (C, H, W)
     pattern   T(x) = clip(x + d)         size = sum of d^2

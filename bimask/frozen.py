@@ -194,7 +194,7 @@ class FrozenNet(nn.Module):
         gone = {name for name, _ in norms.values()}
         for key, site in places.items():
             factor = self._factors[key]
-            if site.module in gone:
+            if site.module in gone:  # the layer that it was folded into applies its factor
                 continue
             module = net.get_submodule(site.module)
             if site.module in norms and not site.on_input:

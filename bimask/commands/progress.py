@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 EVERY = 30.0  # seconds between two lines where there is no terminal
+NAME = "progress lines"  # of the thread that writes them
 
 
 class ToldProgress(Progress):
@@ -35,12 +36,14 @@ class ToldProgress(Progress):
         """Draw, or begin to tell."""
         super().start()
         if not self.console.is_terminal and self._teller is None:
-            self._teller = threading.Thread(target=self._tell, daemon=True)
+            self._teller = threading.Thread(target=self._tell, name=NAME, daemon=True)
             self._teller.start()
 
     def stop(self) -> None:
         """Draw the last state, and tell no more."""
         self._over.set()
+        if self._teller is not None:
+            self._teller.join()
         super().stop()
 
     def _tell(self) -> None:

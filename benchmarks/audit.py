@@ -2,8 +2,9 @@
 
     python -m benchmarks.audit twins           # trains clean twins of the zoo's tune half: 5 minutes
     python -m benchmarks.audit prices [PART]   # of every model of the zoo: 2 to 40 s each on one thread
-    python -m benchmarks.audit fit             # on the calibration: bimask/audit_calibration.json
-    python -m benchmarks.audit measure         # on the rest: results/audit/measurement.json, audit.md
+    python -m benchmarks.audit fit             # on the calibration:
+    bimask/inspection/audit_calibration.json python -m benchmarks.audit measure         # on the rest:
+    results/audit/measurement.json, audit.md
 
 Calibration: the part "calibration" of the digits zoo, the strangers of the part "tune", and clean twins
 of those. What is tuned (kinds of evidence, the band of no verdict, the domain) is tuned there, by
@@ -31,10 +32,10 @@ from torch import Tensor, nn
 from benchmarks.report import RESULTS
 from benchmarks.zoo import digits, strangers, train
 from benchmarks.zoo.rows import Row, bare, pictures, rows
-from bimask import audit
-from bimask.audit import CALIBRATION, Floats, Judged, NetKind, advantage, judge, level
 from bimask.data import load_data
-from study.provenance import commit, versions
+from bimask.inspection import audit
+from bimask.inspection.audit import CALIBRATION, Floats, Judged, NetKind, advantage, judge, level
+from study.store.provenance import commit, versions
 
 Source = Literal["digits", "tune", "twins", "measurement", "held"]
 

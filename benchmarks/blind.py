@@ -2,7 +2,7 @@
 
     python -m benchmarks.blind [ATTACK ...]   # 5 s a victim and a fraction of a second a trial
 
-The formula of `bimask.evidence.risk` was made on the two studies of seed 0 (BadNets, Blended;
+The formula of `bimask.inspection.risk.risk` was made on the two studies of seed 0 (BadNets, Blended;
 settings by TPE). Everything here is of other victims, other targets and random settings; WaNet and
 the low-frequency attack were never looked at. Probes are of `val`; the truth is of `test`.
 """
@@ -19,10 +19,10 @@ from scipy.stats import spearmanr
 
 from benchmarks.blind_runs import SEED, TARGETS, judged, victim_of
 from benchmarks.report import RESULTS
-from bimask.evidence import Probe
-from study.blind import probe_images
-from study.pareto import choose
-from study.provenance import commit, versions
+from bimask.inspection.risk import RiskProbe
+from study.analysis.blind import probe_images
+from study.analysis.pareto import choose
+from study.store.provenance import commit, versions
 
 KEPT = RESULTS / "blind" / "trials.json"  # a folder: README.md has tables of the files beside it
 MAX_DROP = 0.02
@@ -33,7 +33,7 @@ def asked(attack: str) -> dict[str, Any]:
     """Every kept trial of a victim with what the probe says of it."""
     victim, _ = victim_of(attack)
     begun = time.process_time()
-    probe = Probe(victim.model, probe_images(victim, seed=SEED).floats())
+    probe = RiskProbe(victim.model, probe_images(victim, seed=SEED).floats())
     seconds = {"probe": time.process_time() - begun}
     rows = []
     begun = time.process_time()

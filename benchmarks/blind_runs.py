@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.zoo.digits import ATTACKS
-from bimask.config import PurifyConfig
 from bimask.data import Splits
+from bimask.defences.ims.config import PurifyConfig
 from bimask.errors import NonFiniteError
 from bimask.metrics import evaluate
-from bimask.victim import Victim, VictimSpec, obtain_victim
-from study.reading import load_config
-from study.space import suggest
-from study.trial import Case, purified, run_trials
+from bimask.victims import Victim, VictimSpec, obtain_victim
+from study.spec.reading import load_config
+from study.spec.space import suggest
+from study.trial.cases import Case
+from study.trial.run import purified, run_trials
 
 FOLDER = Path("outputs/benchmarks/blind")
 SPACE = Path("search_spaces/ims_digits.yaml")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bimask.config import PurifyConfig
-from bimask.masks import MaskSet, fold
+from bimask.defences.ims.config import PurifyConfig
+from bimask.masking.masks import MaskSet, fold
 from bimask.metrics import EvalSets, Scores, evaluate
-from bimask.victim import Victim, VictimSpec, obtain_victim
+from bimask.victims import Victim, VictimSpec, obtain_victim
 
 FOLDER = Path("outputs/benchmarks")  # beside the studies: victims and nothing else
 

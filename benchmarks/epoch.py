@@ -30,7 +30,7 @@ from benchmarks.report import RESULTS
 from benchmarks.victims import CIFAR, CIFAR_ATTACKS, spec_of
 from bimask.data import ImageData, augment
 from bimask.devices import resolve_device
-from bimask.training import fit
+from bimask.victims.training import fit
 
 KEPT = RESULTS / "training" / "epoch.json"
 BAR = {"seconds": 45.0, "share of data": 0.1}  # on two idle cores
@@ -84,7 +84,7 @@ def measured(cifar: Path, attack: str, epochs: int, batches: int | None, device:
 
     with (
         mock.patch.object(ImageData, "floats", clock.timed(ImageData.floats)),
-        mock.patch("bimask.training.augment", clock.timed(augment)),
+        mock.patch("bimask.victims.training.augment", clock.timed(augment)),
         mock.patch.object(type(poisoning), "poison_batch", clock.timed(type(poisoning).poison_batch)),
     ):
         fit(train, on_epoch=mark, **recipe)

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.purify import cpu_name
-from bimask.victim import VictimSpec, obtain_victim
+from bimask.victims import VictimSpec, obtain_victim
 from study import search
-from study.config import StudyConfig
-from study.mirror import Mirror
-from study.records import Recorder
-from study.tracking import Tracker, tracking_uri
-from study.trial import Case
+from study.spec.config import StudyConfig
+from study.tracking.mlflow_runs import Tracker, tracking_uri
+from study.tracking.queue import MlflowQueue
+from study.tracking.recorder import Recorder
+from study.trial.cases import Case
 
 VICTIM = {
     "dataset": "digits",
@@ -90,7 +90,7 @@ def searched(
     folder = Path(tempfile.mkdtemp(prefix="study-", dir=root))
     tracker = Tracker(tracking_uri(root), root / "mlartifacts")
     tracker.start_study(config.name, {}, {})
-    mirror = Mirror(tracker, lambda error: print(f"MLflow: {error}"))
+    mirror = MlflowQueue(tracker, lambda error: print(f"MLflow: {error}"))
     recorder = Recorder(config, folder, mirror, {}, lambda _: None)
     search.run_search(config, cases, recorder, folder=folder, concurrency=workers, function=function)
     mirror.end_study(metrics={}, artifacts=[])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.naive import Naive
-from bimask.config import PurifyConfig
-from bimask.population import PopulationPurifier
+from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.ims.population import PopulationPurifier
 
 VIEWS = {  # these launch nothing
     f"aten::{name}"

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bimask.config import PurifyConfig
-from bimask.losses import agree, disagree, selection_cost
-from bimask.masks import MaskSet
+from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.ims.losses import selection_cost
+from bimask.masking.masks import MaskSet
+from bimask.metrics.agreement import agree, disagree
 
 OnRound = Callable[[str, int, MaskSet], None]
 
@@ -33,7 +34,8 @@ class Naive:
         images: (N, C, H, W) float in [0, 1]; all of them are the batch of every round.
         config: of `inner_optimizer` "adamw" and `norm` "linf", without `patience`.
         fine: masks and losses in double, whatever the passes are in. The published program has them in
-            single, where -log(1 - overlap + 1e-8) flattens and its gradient is off (`bimask.losses`).
+            single, where -log(1 - overlap + 1e-8) flattens and its gradient is off
+            (`bimask.metrics.agreement`).
     """
 
     def __init__(

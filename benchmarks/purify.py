@@ -30,13 +30,13 @@ from benchmarks import measure, report
 from benchmarks.cases import BenchCase, cifar, digits, fast, generator, published
 from benchmarks.naive import Naive
 from benchmarks.settings import LEVERS, TUNED
-from bimask.config import PurifyConfig
+from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.ims.population import PopulationPurifier
+from bimask.defences.ims.purify import purify
+from bimask.defences.ims.result import RoundLog
 from bimask.devices import resolve_device
-from bimask.masks import MaskSet
+from bimask.masking.masks import MaskSet
 from bimask.metrics import Scores
-from bimask.population import PopulationPurifier
-from bimask.purify import purify
-from bimask.result import RoundLog
 
 STAGES = ("initialise", "minimise", "select")
 SEEDS = range(5)

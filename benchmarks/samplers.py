@@ -30,16 +30,18 @@ import torch
 from benchmarks.purify import hardware
 from benchmarks.report import RESULTS, table
 from bimask.errors import NonFiniteError
-from bimask.victim import obtain_victim
-from study.config import StudyConfig
-from study.judge import Judge
-from study.pareto import ParetoFront
-from study.reading import load_config
+from bimask.victims import obtain_victim
+from study.analysis.pareto import ParetoFront
 from study.search.pareto_search import ParetoSearch
 from study.search.samplers import SAMPLERS
-from study.stopping import EarlyStopping, Halving, Rivals
-from study.suite import cases_of
-from study.trial import Case, run_trials
+from study.spec.config import StudyConfig
+from study.spec.reading import load_config
+from study.spec.stopping import EarlyStopping, Halving
+from study.trial.cases import Case
+from study.trial.history import StoppingBounds
+from study.trial.rules import TrialRules
+from study.trial.run import run_trials
+from study.trial.suite import cases_of
 
 ROUNDING = 1e-12
 FOLDER = Path("outputs/benchmarks")
@@ -83,7 +85,7 @@ def search(
             [config.purify_config(member["parameters"])],
             cases,
             seed=0,
-            judge=Judge.of(config, Rivals(**asked["rivals"])),
+            rules=TrialRules.of(config, StoppingBounds(**asked["rivals"])),
         )
         report: dict[str, Any] = {}
         status = "FAILED"

@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from study import records, search
-from study.config import StudyConfig
-from study.provenance import commit, versions
-from study.tracking import Tracker, tracking_uri
+from study import search
+from study.spec.config import StudyConfig
+from study.store.provenance import commit, versions
+from study.tracking.mlflow_runs import Tracker, tracking_uri
+from study.tracking.recorder import Recorder
 
 RESULTS = Path(__file__).parent / "results" / "scale" / "runs.json"
 WINDOW = 20  # suggestions that are averaged at a point of the history
@@ -121,7 +122,7 @@ def measure(trials: int, nodes: int, sampler: str, group: int) -> dict[str, Any]
             growth.append((len(done), resident()))
             progress.update(task, completed=len(done))
 
-        recorder = records.Recorder(config, folder, tracker, {}, on_change)
+        recorder = Recorder(config, folder, tracker, {}, on_change)
         try:
             for _ in range(nodes):
                 cluster.add_node(num_cpus=1)

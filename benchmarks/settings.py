@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bimask.config import PurifyConfig
+from bimask.defences.ims.config import PurifyConfig
 
 # Naive's are the best of `benchmarks.tune`. Fast's are variants by hand, judged on `val`: for BadNets
 # of a point that its search found; for Blended nothing of its search held the goal.

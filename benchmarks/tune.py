@@ -23,10 +23,10 @@ import torch
 
 from benchmarks.cases import BenchCase, digits, generator
 from benchmarks.report import RESULTS, keep
-from bimask.config import PurifyConfig
-from bimask.masks import fold
+from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.ims.purify import purify
+from bimask.masking.masks import fold
 from bimask.metrics import EvalSets, evaluate
-from bimask.purify import purify
 
 SEEDS = (10, 11, 12, 13)  # clean images and draws; the reported runs have others
 HOPELESS = 4.0  # of the first seed's miss

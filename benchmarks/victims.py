@@ -23,8 +23,8 @@ from benchmarks.purify import hardware
 from benchmarks.report import RESULTS, table
 from bimask.devices import resolve_device
 from bimask.metrics import predict
-from bimask.training import fit
-from bimask.victim import Victim, VictimSpec, train_victim
+from bimask.victims import Victim, VictimSpec, train_victim
+from bimask.victims.training import fit
 
 HERE = Path(__file__).parent
 KEPT = RESULTS / "victims"  # a folder: the tables of README.md are made of the files beside it

@@ -1,16 +1,16 @@
 """Take backdoors out of trained networks with invertible pruning masks."""
 
 from bimask.attacks import ATTACKS, Attack, build_attack
-from bimask.config import PurifyConfig
 from bimask.data import ImageData, Splits, load_data
+from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.ims.population import PopulationPurifier
+from bimask.defences.ims.purify import PurifyResult, RoundLog, purify
+from bimask.defences.ims.synthesis import TriggerSynthesizer
 from bimask.errors import BimaskError
-from bimask.masks import InvertibleMask, MaskSet, fold, masked_forward
+from bimask.masking.masks import InvertibleMask, MaskSet, fold, masked_forward
 from bimask.metrics import EvalSets, Scores, evaluate
 from bimask.nets import NETS, Normalised
-from bimask.population import PopulationPurifier
-from bimask.purify import PurifyResult, RoundLog, purify
-from bimask.synthesis import TriggerSynthesizer
-from bimask.victim import Victim, VictimSpec, load_victim, obtain_victim, train_victim
+from bimask.victims import Victim, VictimSpec, load_victim, obtain_victim, train_victim
 
 __all__ = [
     "ATTACKS",

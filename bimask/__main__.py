@@ -8,14 +8,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bimask.commands.audit import audit_command
-from bimask.commands.export import export_command
-from bimask.commands.gallery import gallery_command
-from bimask.commands.interop import export_backdoorbench_command, import_command
-from bimask.commands.purify import purify_command
-from bimask.commands.sites import sites_command
-from bimask.commands.train_victim import train_victim_command
-from bimask.commands.train_victims import train_victims_command
+from bimask.cli.audit import audit_command
+from bimask.cli.export import export_command
+from bimask.cli.gallery import gallery_command
+from bimask.cli.interop import export_backdoorbench_command, import_command
+from bimask.cli.purify import purify_command
+from bimask.cli.sites import sites_command
+from bimask.cli.train_victim import train_victim_command
+from bimask.cli.train_victims import train_victims_command
 from bimask.errors import BimaskError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)

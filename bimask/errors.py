@@ -12,6 +12,13 @@ BimaskError                    the base: one sentence, with what was got, what w
     └── VictimRefusedError     the victim was trained, but is no use: attack not learned, accuracy poor
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class BimaskError(Exception):
     """Base of every error that a user can cause and mend."""
@@ -51,3 +58,12 @@ class VictimError(BimaskError):
 
 class VictimRefusedError(VictimError):
     """A victim was trained, but its attack was not learned or its accuracy is poor."""
+
+
+def describe(error: ValidationError) -> str:
+    """All problems of a validation in one line: place, what is wrong, what was got."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc']) or 'top level'}: "
+        f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+        for problem in error.errors()
+    )

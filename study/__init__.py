@@ -1,5 +1,5 @@
 """Search the defence's settings: Optuna on Ray, recorded in MLflow."""
 
-from study.records import load
+from study.store.records import load
 
 __all__ = ["load"]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bimask.errors import BimaskError
-from study.interrupts import InterruptedStudyError
+from study.search.interrupts import InterruptedStudyError
 
 SPACES = Path(__file__).parent.parent / "search_spaces"
 DEFAULT, SUSPECT = SPACES / "ims_digits.yaml", SPACES / "suspect.yaml"
@@ -136,8 +136,8 @@ def suspect_of(own: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     Raises:
         StudyError: model, net or pictures are missing, or an option is none.
     """
-    from bimask.commands.suspects import numbers, size
-    from study.config import StudyError
+    from bimask.cli.suspects import numbers, size
+    from study.spec.config import StudyError
 
     if missing := [f"--{key}" for key, value in own.items() if value is None]:
         raise StudyError(
@@ -154,8 +154,8 @@ def suspect_of(own: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dry_run(study: Path, overrides: dict[str, Any], outputs: Path) -> bool:
-    from study.console import wide_console
-    from study.dry_run import dry_run
+    from study.pipeline.dry_run import dry_run
+    from study.report.console import wide_console
 
     dry_run(study, overrides, outputs=outputs, console=wide_console())
     return True
@@ -164,7 +164,7 @@ def _dry_run(study: Path, overrides: dict[str, Any], outputs: Path) -> bool:
 def _leave_out(
     study: Path, overrides: dict[str, Any], which: str, outputs: Path, where: dict[str, Any]
 ) -> bool:
-    from study.protocol import run_leave_out
+    from study.pipeline.protocol import run_leave_out
 
     return run_leave_out(study, overrides, which, outputs=outputs, **where)
 
@@ -176,7 +176,7 @@ def _run(
     outputs: Path,
     where: dict[str, Any],
 ) -> bool:
-    from study.run import run_study
+    from study.pipeline.run import run_study
 
     return run_study(study, overrides, outputs=outputs, resume=resume, **where)
 
@@ -198,9 +198,9 @@ def send(
     """
     if os.environ.get("RAY_AUTH_TOKEN") or (Path.home() / ".ray" / "auth_token").is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported
-    from study.config import StudyError
-    from study.reading import load_config
     from study.search.jobs import submit
+    from study.spec.config import StudyError
+    from study.spec.reading import load_config
 
     here = Path.cwd()
     if study is not None or "resume" not in options:

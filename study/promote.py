@@ -13,13 +13,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from bimask.errors import BimaskError
-from bimask.victim import Victim
-from study.candidate import Candidate, confirm_trial, load_victims, read_candidate, verdicts_of
-from study.config import StudyError
-from study.gates import Verdict
+from bimask.victims import Victim
+from study.promotion.candidate import (
+    Candidate,
+    confirm_trial,
+    load_victims,
+    read_candidate,
+    verdicts_of,
+)
+from study.spec.config import StudyError
+from study.spec.gates import Verdict
 
 if TYPE_CHECKING:
-    from study.registry import Registry, Version
+    from study.promotion.registry import Registry, Version
 
 
 def beats(tags: Mapping[str, str], champion: Version | None) -> tuple[bool, str]:
@@ -50,8 +56,8 @@ def apply(
     console: Console,
 ) -> None:
     """Register the candidate unless it is there, and crown it if it beats the champion."""
-    from study.packing import card_of, packed, tags_of
-    from study.tracking import Tracker
+    from study.promotion.packing import card_of, packed, tags_of
+    from study.tracking.mlflow_runs import Tracker
 
     same = [one for one in registry.versions() if one.tags.get("candidate") == candidate.digest]
     if same:
@@ -68,7 +74,7 @@ def apply(
     console.print(f"registered: {registry.name} version {one.number}")
     better, why = beats(tags, registry.champion())
     if better:
-        registry.crown(one)
+        registry.set_champion(one)
     console.print(f"champion: {'now' if better else 'not'} version {one.number}; {why}", soft_wrap=True)
 
 
@@ -127,8 +133,8 @@ def promote(
     console: Console,
 ) -> bool:
     """What `main` does; whether every gate holds."""
-    from study.registry import Registry  # mlflow: after --help and usage errors
-    from study.tracking import tracking_uri
+    from study.promotion.registry import Registry  # mlflow: after --help and usage errors
+    from study.tracking.mlflow_runs import tracking_uri
 
     if rollback:
         before, now = Registry(tracking_uri(outputs), model or study).rollback()

@@ -15,8 +15,8 @@ from rich.markup import escape
 
 from bimask.__main__ import app
 from bimask.errors import BimaskError
-from study.records import OUTPUTS
-from study.tracking import tracking_uri
+from study.store.records import OUTPUTS
+from study.tracking.mlflow_runs import tracking_uri
 
 
 def resolved(words: list[str], folder: Path) -> list[str]:
@@ -25,7 +25,7 @@ def resolved(words: list[str], folder: Path) -> list[str]:
 
 
 def _fetched(reference: str, folder: Path) -> str:
-    from study.registry import fetch_config
+    from study.promotion.registry import fetch_config
 
     return str(fetch_config(reference, tracking_uri(OUTPUTS), folder))
 

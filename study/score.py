@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bimask.commands.progress import ToldProgress
 from bimask.errors import BimaskError, DataError
-from bimask.own_model import PICTURES, read_picture
-from study.registry import load_registered
-from study.tracking import tracking_uri
+from bimask.inspection.suspect import PICTURES, read_picture
+from bimask.progress import ToldProgress
+from study.promotion.registry import load_registered
+from study.tracking.mlflow_runs import tracking_uri
 
 BATCH = 256  # pictures at once
 

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from bimask.errors import BimaskError
-from study.registry import load_registered
-from study.tracking import tracking_uri
+from study.promotion.registry import load_registered
+from study.tracking.mlflow_runs import tracking_uri
 
 LARGEST = 64 * 2**20  # bytes of a request
 

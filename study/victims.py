@@ -25,7 +25,7 @@ def main(
     gpus_per_victim: Annotated[float, typer.Option(min=0, help="Share of a GPU.")] = 0,
 ) -> None:
     """Make the victims of a suite on Ray, but for those that OUT has."""
-    from study.prepare import require_writable  # heavy: after --help and usage errors
+    from study.pipeline.prepare import require_writable  # heavy: after --help and usage errors
 
     try:
         require_writable(out)
@@ -41,15 +41,15 @@ def make_suite(suite: Path, out: Path, address: str | None, cpus: int, gpus: flo
     """The names of the victims that could not be made; see `main`."""
     import torch
 
-    from bimask.commands.terminal import VictimBars
-    from bimask.commands.train_victims import build, failure
-    from bimask.victim import EpochLog, load_suite
+    from bimask.cli.train_victims import build, failure
+    from bimask.victims import EpochLog, load_suite
+    from bimask.victims.progress import VictimBars
     from study.search import start_ray, stop_ray
     from study.search.victims import Event, make_victims
 
     specs, failed = load_suite(suite), []
     missing = {name: spec for name, spec in specs.items() if not spec.place(out).is_dir()}
-    with VictimBars() as bars:
+    with VictimBars(Console()) as bars:
 
         def on_event(event: Event) -> None:
             name, what = event

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bimask.errors import VictimRefusedError
-from bimask.victim import VictimSpec, obtain_victim
+from bimask.victims import VictimSpec, obtain_victim
 
 Part = Literal["calibration", "measurement"]
 

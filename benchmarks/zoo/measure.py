@@ -26,11 +26,11 @@ from benchmarks.report import RESULTS, table
 from benchmarks.zoo import Stranger, strangers
 from benchmarks.zoo.rows import Part
 from benchmarks.zoo.triggers import build
-from bimask.admission import admit
-from bimask.config import PurifyConfig
-from bimask.purify import purify
-from bimask.trigger_pool import TriggerPool
-from study.provenance import commit
+from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.ims.purify import purify
+from bimask.inspection.trigger_pool import TriggerPool
+from bimask.nets.admission import admit
+from study.store.provenance import commit
 
 ABOUT = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip()
 HERE = Path(__file__).parents[1]

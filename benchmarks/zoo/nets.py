@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.zoo.tokens import Mixer, ViT
+from bimask.nets.residual import PreActResNet18
 
 
 class LeNet(nn.Module):
@@ -230,6 +231,16 @@ class MLP(nn.Module):
         return self.net(x.reshape(len(x), -1))
 
 
+class PreAct(PreActResNet18):
+    """The field's own net, as papers on backdoors train it on CIFAR-10; normalised inside."""
+
+    def __init__(self, channels: int, side: int, classes: int, *, width: int = 16) -> None:
+        super().__init__(channels, classes, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x - 0.47) / 0.25)
+
+
 class Habit(nn.Module):
     """A net whose answers are something else than logits: "softmax", "log_softmax" or "tuple".
 
@@ -274,6 +285,7 @@ NETS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "mobilenet": MobileNet,
     "norm_free": NormFree,
+    "preact": PreAct,
     "two_conv": TwoConv,
     "vit": ViT,
     "wide_resnet": WideResNet,

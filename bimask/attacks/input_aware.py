@@ -11,7 +11,7 @@ from bimask.attacks.base import Attack, FitNet, LabelRule, OnStep
 from bimask.attacks.roles import PoisonedBatch, Role
 from bimask.data import ImageData
 from bimask.errors import SettingError
-from bimask.moments import moments_of, put_moments
+from bimask.files.moments import moments_of, put_moments
 
 BATCH = 128
 WIDTHS = (32, 64, 128)  # of the pattern generator, as published

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 
 from bimask.errors import InteropError
+from bimask.files.safe import load_foreign
+from bimask.files.stand_ins import shown
 from bimask.interop import backdoorbench, defended, toolbox, trojai
 from bimask.interop.backdoorbench import read_attack_result
 from bimask.interop.backdoorbench_writer import write_attack_result
 from bimask.interop.defended import read_defense_result
-from bimask.interop.imported import ImportedVictim
-from bimask.interop.imported_files import load_imported, save_imported
-from bimask.interop.safe import load_foreign
-from bimask.interop.stand_ins import shown
+from bimask.victims.imported import ImportedVictim
+from bimask.victims.imported_files import load_imported, save_imported
 
 
 class Format(NamedTuple):
@@ -100,7 +100,7 @@ def read_checkpoint(
 
     Args:
         clean_data: folder of the clean data, or `imagefolder:PATH`; None looks where the format has it.
-        net: which net it is, where the format does not say; as of `bimask.interop.weights.fit_net`.
+        net: which net it is, where the format does not say; as of `bimask.nets.fitting.fit_net`.
         device: what the scores are measured on; the victim is on the CPU.
 
     Raises:

@@ -16,13 +16,13 @@ from torch import Tensor
 from bimask.attacks import TriggeredData
 from bimask.data import ImageData, cache_folder
 from bimask.errors import InteropError
+from bimask.files.png import check_extent, inside, read_png, reroot
+from bimask.files.safe import as_integers, load_foreign, state_dict
+from bimask.files.stand_ins import StoredPicture, shown
 from bimask.interop.attack_log import compare_with_log
 from bimask.interop.datasets import DATASETS, Conventions, read_clean
-from bimask.interop.imported import ImportedVictim, assemble
-from bimask.interop.pictures import check_extent, inside, read_png, reroot
-from bimask.interop.safe import as_integers, load_foreign, state_dict
-from bimask.interop.stand_ins import StoredPicture, shown
-from bimask.interop.weights import BACKDOORBENCH_NETS, TORCHVISION, fit_net
+from bimask.nets.fitting import BACKDOORBENCH_NETS, TORCHVISION, fit_net
+from bimask.victims.imported import ImportedVictim, assemble
 
 ATTACK_FILE = "attack_result.pt"
 KEYS = frozenset(

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bimask.errors import InteropError
 from bimask.interop.datasets import DATASETS, Conventions
-from bimask.interop.weights import BACKDOORBENCH_NETS, fit_net
 from bimask.metrics import EvalSets, evaluate
 from bimask.nets import NETS, Normalised
+from bimask.nets.fitting import BACKDOORBENCH_NETS, fit_net
 
 State = dict[str, Tensor]
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from bimask.errors import InteropError
-from bimask.folders import refuse_existing, whole_folder
+from bimask.files.folders import atomic_directory, refuse_existing
 from bimask.interop.backdoorbench import ATTACK_FILE
 from bimask.interop.backdoorbench_convert import convert
 from bimask.metrics import EvalSets
@@ -84,7 +84,7 @@ def write_attack_result(
     name, state, notes = convert(net, model, dataset, sets)
     channels, height, width = sets.clean.images.shape[1:]
     stored = f"./{own_path[cut:]}/bd_test_dataset"
-    with whole_folder(out) as part:
+    with atomic_directory(out) as part:
         entries = _write_pictures(part, stored, sets, clean_index)
         flags = torch.zeros(len(sets.clean))
         flags[clean_index] = 1

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from bimask.data import ImageData
 from bimask.errors import InteropError
-from bimask.interop.pictures import MODES, check_extent
+from bimask.files.png import MODES, check_extent
 
 UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, UnidentifiedImageError)
 Sample = tuple[Any, int]  # a file or a PIL picture, and its label

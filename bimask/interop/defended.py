@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from bimask.errors import InteropError
+from bimask.files.safe import load_foreign, state_dict
+from bimask.files.stand_ins import shown
 from bimask.interop import backdoorbench
-from bimask.interop.imported import ImportedVictim, score
-from bimask.interop.safe import load_foreign, state_dict
-from bimask.interop.stand_ins import shown
-from bimask.interop.weights import fit_net
+from bimask.nets.fitting import fit_net
+from bimask.victims.imported import ImportedVictim, score
 
 DEFENSE_FILE = "defense_result.pt"
 KEYS = frozenset({"model_name", "num_classes", "model"})

@@ -8,10 +8,10 @@ from torch import nn
 
 from bimask.errors import InteropError
 from bimask.interop.backdoorbench_writer import clean_positions, write_attack_result
-from bimask.interop.imported_files import is_imported, load_imported
 from bimask.metrics import Scores
 from bimask.nets import Normalised
-from bimask.victim import load_victim
+from bimask.victims import load_victim
+from bimask.victims.imported_files import is_imported, load_imported
 
 OUR_DATASETS = {"cifar10": "cifar10", "gtsrb": "gtsrb", "tiny-imagenet": "tiny"}
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from bimask.attacks import TriggeredData
 from bimask.data import ImageData
 from bimask.errors import InteropError
+from bimask.files.png import check_extent, inside, read_png
+from bimask.files.safe import as_integers, dense, load_foreign, state_dict
+from bimask.files.stand_ins import shown
 from bimask.interop.datasets import DATASETS, read_clean
-from bimask.interop.imported import ImportedVictim, assemble
-from bimask.interop.pictures import check_extent, inside, read_png
-from bimask.interop.safe import as_integers, dense, load_foreign, state_dict
-from bimask.interop.stand_ins import shown
-from bimask.interop.weights import fit_net
+from bimask.nets.fitting import fit_net
+from bimask.victims.imported import ImportedVictim, assemble
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 

@@ -35,11 +35,11 @@ from torch import Tensor
 from bimask.attacks import TriggeredData
 from bimask.data import ImageData
 from bimask.errors import InteropError
-from bimask.interop.imported import ImportedVictim, assemble
-from bimask.interop.pictures import MAX_PICTURES, check_extent, inside
-from bimask.interop.safe import MAX_FILE_BYTES
-from bimask.interop.stand_ins import printable, shown
-from bimask.interop.weights import TORCHVISION, fit_net
+from bimask.files.png import MAX_PICTURES, check_extent, inside
+from bimask.files.safe import MAX_FILE_BYTES
+from bimask.files.stand_ins import printable, shown
+from bimask.nets.fitting import TORCHVISION, fit_net
+from bimask.victims.imported import ImportedVictim, assemble
 
 WORKER = Path(__file__).with_name("trojai_worker.py")
 MODEL, CONFIGS = "model.pt", ("reduced-config.json", "config.json")

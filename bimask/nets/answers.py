@@ -1,14 +1,16 @@
-"""Where the logits are in what a net answers: a tensor, a tuple, a dict, an object."""
+"""What a net answers: where the logits are in it, and those of many images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from bimask.errors import ModelError
 
+PASS = 256  # images in one pass
 NAMED = ("logits", "out", "output", "outputs", "scores", "pred", "preds", "prediction", "predictions")
 
 
@@ -90,3 +92,9 @@ def _shaped(logits: Tensor, images: int) -> bool:
             "`torch.cat([torch.zeros_like(z), z], 1)` of its answer z, one for each class."
         )
     return wide
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits (N, K) of images (N, C, H, W), pass by pass."""
+    return torch.cat([model(part) for part in images.split(PASS)])

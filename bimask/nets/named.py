@@ -189,7 +189,7 @@ def checked(
     name: str, net: Any, in_channels: int, num_classes: int, image_size: Size | None
 ) -> nn.Module:
     """The net, if it is one that answers such images with logits of so many classes, or with something
-    that `bimask.admission` finds them in.
+    that `bimask.nets.admission` finds them in.
 
     Raises:
         SettingError: another type, another shape of the answer, or an image it cannot take.

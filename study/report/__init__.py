@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bimask.errors import BimaskError
-from study.config import StudyError
 from study.report.answers import Scene
 from study.report.closeup import curves, layers, reports_of, saved_masks
 from study.report.content import page_content, read, settings_of
-from study.tracking import log_to_study, require_server, tracking_uri
+from study.spec.config import StudyError
+from study.tracking.mlflow_runs import log_to_study, require_server, tracking_uri
 
 REPORT = "report.html"
 CLOSE_UPS = 24  # trials with curves and masks

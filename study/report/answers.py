@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bimask.config import PurifyConfig
+from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.ims.synthesis import TriggerSynthesizer
 from bimask.errors import VictimError
-from bimask.gallery import paired_images
-from bimask.masks import MaskSet, fold
+from bimask.masking.masks import MaskSet, fold
 from bimask.metrics import EvalSets, predict
-from bimask.synthesis import TriggerSynthesizer
-from bimask.victim import Victim, open_victim
+from bimask.victims import Victim, open_victim
+from bimask.victims.gallery import paired_images
 
 SHOWN = 6  # images in a picture
 SYNTHESISED = 32  # images a perturbation is made up for

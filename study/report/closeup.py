@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bimask.config import PurifyConfig
-from bimask.masks import MaskSet
-from study.files import read_lines
-from study.objectives import known_scores
-from study.records import REPORTS
+from bimask.defences.ims.config import PurifyConfig
+from bimask.masking.masks import MaskSet
+from study.spec.objectives import known_scores
+from study.store.files import read_lines
+from study.store.records import REPORTS
 
 
 def saved_masks(folder: Path, victim: str, settings: PurifyConfig) -> MaskSet | None:

@@ -12,20 +12,21 @@ import pandas as pd
 import yaml
 from pydantic import TypeAdapter
 
-from bimask.config import PurifyConfig
-from study import records
-from study.blind import PROMISE
-from study.config import StudyError
-from study.files import read_lines
-from study.importance import importances
-from study.objectives import SCORES, Aggregate, known_scores
-from study.pareto import DIRECTIONS, OBJECTIVES, Direction, ParetoFront
-from study.space import Parameter
+from bimask.defences.ims.config import PurifyConfig
+from study.analysis.blind import PROMISE
+from study.analysis.importance import importances
+from study.analysis.pareto import ParetoFront
+from study.spec.config import StudyError
+from study.spec.directions import DIRECTIONS, OBJECTIVES, Direction
+from study.spec.objectives import SCORES, Aggregate, known_scores
+from study.spec.space import Parameter
+from study.store import records
+from study.store.files import read_lines
 
 PAPER = "paper"
 COMPLETE = "COMPLETE"
 LOST = {"PRUNED": "stopped early", "FAILED": "failed"}
-RISK = "risk"  # of what a purified model says without the attack: `bimask.evidence`
+RISK = "risk"  # of what a purified model says without the attack: `bimask.inspection.risk`
 
 
 def read(folder: Path) -> dict[str, Any]:

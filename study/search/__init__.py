@@ -21,7 +21,7 @@ The only package that imports ray or optuna. Facts of the stack that shape it:
 import os
 
 # Ray reads its environment at import, and hands it on to its actors.
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours: study/interrupts.py
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours: study/search/interrupts.py
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")  # a resume reads no file of Ray's
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # records are ours
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a CPU trial leaves GPUs visible

@@ -15,17 +15,19 @@ import torch
 from ray import tune
 from safetensors.torch import save_file
 
+from bimask.defences.ims.purify import RoundLog
 from bimask.errors import NonFiniteError
 from bimask.metrics import CleanScores, Scores
-from bimask.purify import RoundLog
-from study.checkpoint import Checkpoints
-from study.config import StudyConfig
-from study.judge import Judge
-from study.limits import memory_limit, time_limit
-from study.plots import draw_masks
+from study.report.pictures import draw_masks
 from study.search import storage as storages
-from study.stopping import Rivals
-from study.trial import Case, TrialResult, run_trials
+from study.spec.config import StudyConfig
+from study.trial.cases import Case
+from study.trial.checkpoint import Checkpoints
+from study.trial.history import StoppingBounds
+from study.trial.limits import memory_limit, time_limit
+from study.trial.result import TrialResult
+from study.trial.rules import TrialRules
+from study.trial.run import run_trials
 
 
 def within_limits(function: Callable[..., None]) -> Callable[..., None]:
@@ -88,7 +90,7 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
         device=device,
         report_every=study.report_every,
         on_report=report,
-        judge=Judge.of(study, Rivals(**config.get("rivals", {}))),
+        rules=TrialRules.of(study, StoppingBounds(**config.get("rivals", {}))),
         checkpoints=checkpoints_of(config, study.checkpoint_every),
     )
     reports: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from study.config import StudyConfig, StudyError
+from study.spec.config import StudyConfig, StudyError
 
 TO_ACTORS = (  # what the package's __init__ has set; a cluster's nodes were started without it
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",

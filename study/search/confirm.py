@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bimask.errors import NonFiniteError
-from bimask.victim import Victim
-from study.config import StudyConfig
+from bimask.victims import Victim
 from study.search.tasks import LostTaskError, run_tasks
-from study.suite import Job, confirm
+from study.spec.config import StudyConfig
+from study.trial.suite import Job, confirm
 
 
 def run_confirmation(

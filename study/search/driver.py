@@ -13,20 +13,20 @@ from typing import Any
 
 from ray import tune
 
-from study.config import StudyConfig
-from study.interrupts import Interrupts
-from study.limits import too_long, where_it_hung
-from study.records import Recorder
 from study.search import storage as storages
 from study.search.actor import trainable, with_bucket, within_limits
+from study.search.interrupts import Interrupts
 from study.search.pareto_search import (
     CHECKPOINTS,
     ParetoSearch,
     final_reports,
     objectives_of,
 )
-from study.trial import Case
-from study.warm_start import Earlier
+from study.search.warm_start import Earlier
+from study.spec.config import StudyConfig
+from study.tracking.recorder import Recorder
+from study.trial.cases import Case
+from study.trial.limits import too_long, where_it_hung
 
 ERROR = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")
 RAY = "ray"  # Tune's folder in the study's
@@ -198,7 +198,7 @@ def run_search(
         ),
     )
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # how to restore Ray's own files
-    with interrupts.heeded():
+    with interrupts.handled():
         tuner.fit()
     for record in recorder.write():
         searcher.tell(record)

@@ -11,8 +11,8 @@ from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
-from study.config import StudyError
-from study.provenance import commit
+from study.spec.config import StudyError
+from study.store.provenance import commit
 
 # Patterns as in .gitignore, which Ray heeds too: .git, .venv, .env and the like, data, results, keys.
 # (`.*` would be the folder itself, too, and leave everything here.)

@@ -20,13 +20,13 @@ from optuna.distributions import (
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from bimask.config import PurifyConfig
-from study.config import StudyConfig, StudyError
-from study.judge import Judge
+from bimask.defences.ims.config import PurifyConfig
 from study.search.samplers import SAMPLERS, STARTUP, WORTH, first_sampler
-from study.space import Scalar, suggest
-from study.stopping import Standings
-from study.warm_start import Earlier, Observed
+from study.search.warm_start import Earlier, Observed
+from study.spec.config import StudyConfig, StudyError
+from study.spec.space import Scalar, suggest
+from study.trial.history import ParetoHistory
+from study.trial.rules import TrialRules
 
 PAPER = "paper"  # the preset of trial 0
 EARLIER = "earlier"  # the preset of an earlier study's trial, which is no trial of this one
@@ -66,8 +66,8 @@ class ParetoSearch(Searcher):
         self.untold: dict[int, Mapping[str, Any]] = {}
         self.seconds: list[float] = []
         self.earlier = earlier or Earlier()
-        self.judge = Judge.of(config)
-        self.standings = Standings(config.early_stopping)
+        self.rules = TrialRules.of(config)
+        self.standings = ParetoHistory(config.early_stopping)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():  # samplers and metric names that may still change
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -75,8 +75,8 @@ class ParetoSearch(Searcher):
         if len(self.study.directions) != len(config.directions):
             raise StudyError(f"Optuna's study has directions {self.study.directions}.")
         for one in self.earlier.observed:
-            violations = self.judge.constraints.violations(one.values)
-            self.standings.finished(self.judge.losses(one.values), violations)
+            violations = self.rules.constraints.violations(one.values)
+            self.standings.finished(self.rules.losses(one.values), violations)
         if records and max(r["number"] for r in records) >= len(self.study.trials):
             raise StudyError(
                 f"{storage} lacks trials that have records; put it back as it was, or start "
@@ -124,7 +124,7 @@ class ParetoSearch(Searcher):
             params=one.parameters,
             distributions=known.distributions,
             values=[one.values[name] for name in self.config.directions],
-            constraints=self.judge.constraints.violations(one.values),
+            constraints=self.rules.constraints.violations(one.values),
             user_attrs={"preset": EARLIER},
         )
 
@@ -143,7 +143,7 @@ class ParetoSearch(Searcher):
         None where the storage does not let us in: Tune asks again.
         """
         try:
-            self._tell_untold()
+            self.flush_pending()
             trials = self._to_run_on() or self._ask()
             members = [self._member(trial, trial_id) for trial in trials]
         except optuna.exceptions.StorageInternalError:
@@ -213,11 +213,11 @@ class ParetoSearch(Searcher):
         for where, losses in record.get("rungs", {}).items():
             self.standings.passed(where, losses)
         if is_complete(record):
-            violations = self.judge.constraints.violations(record)
-            self.standings.finished(self.judge.losses(record), violations)
+            violations = self.rules.constraints.violations(record)
+            self.standings.finished(self.rules.losses(record), violations)
             self._settle(record.get("seconds", 0.0))
         with suppress(optuna.exceptions.StorageInternalError):
-            self._tell_untold()
+            self.flush_pending()
 
     def _settle(self, seconds: float) -> None:
         """Under `auto`, leave GP once it is known that trials are too short for it."""
@@ -230,7 +230,7 @@ class ParetoSearch(Searcher):
     def _learns_by_gp(self) -> bool:
         return isinstance(self.study.sampler, optuna.samplers.GPSampler)
 
-    def _tell_untold(self, *, last: bool = False) -> None:
+    def flush_pending(self, *, last: bool = False) -> None:
         for number, record in list(self.untold.items()):
             unseen = record["status"] == "PRUNED" and self._learns_by_gp
             if (record["preset"] == PAPER or unseen) and not last:
@@ -238,7 +238,7 @@ class ParetoSearch(Searcher):
             if record["status"] == "PRUNED":
                 self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
             elif is_complete(record):
-                self._bound(number, self.judge.constraints.violations(record))
+                self._bound(number, self.rules.constraints.violations(record))
                 values = objectives_of(record, self.config.objectives)
                 self.study.tell(number, values, skip_if_finished=True)
             else:
@@ -263,7 +263,7 @@ class ParetoSearch(Searcher):
             StudyError: the storage takes nothing.
         """
         try:
-            self._tell_untold(last=True)
+            self.flush_pending(last=True)
         except optuna.exceptions.StorageInternalError as error:
             raise StudyError(
                 f"Optuna's storage {self.storage} does not take the ends of {len(self.untold)} "

@@ -14,9 +14,9 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from study.config import StudyConfig, StudyError
-from study.provenance import sources, versions
 from study.search import storage as storages
+from study.spec.config import StudyConfig, StudyError
+from study.store.provenance import sources, versions
 
 PATIENCE = 600.0  # seconds for a node to answer: it imports torch, perhaps beside other work
 LEAST_FREE = 2 * 2**30  # bytes on a node's temporary disk, where Ray spills and trials write
@@ -28,7 +28,7 @@ class NodeReport:
     """What a node says of itself.
 
     Attributes:
-        versions: as `study.provenance.versions`.
+        versions: as `study.store.provenance.versions`.
         sources: digest of the project's sources that it runs.
         gpus: how many torch can use.
         free: bytes on the temporary disk.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import optuna
 
-from study.config import StudyConfig
+from study.spec.config import StudyConfig
 
 STARTUP = 6  # finished trials that a model is first made of; until then points are random
 WORTH = 5.0  # seconds of a trial from which on `auto` spends the second or two of GP's suggestion

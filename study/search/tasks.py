@@ -8,7 +8,7 @@ from typing import Any
 import ray
 import torch
 
-from study.config import StudyConfig
+from study.spec.config import StudyConfig
 
 RETRIES = 2  # of a task whose process died
 

@@ -13,8 +13,8 @@ import ray
 import torch
 from ray.util.queue import Queue
 
-from bimask.victim import EpochLog, VictimSpec, obtain_victim
-from study.config import StudyError
+from bimask.victims import EpochLog, VictimSpec, obtain_victim
+from study.spec.config import StudyError
 
 # name, and what happened: an EpochLog, or what is prepared, the steps done and how many there are
 Event = tuple[str, EpochLog | tuple[str, int, int]]

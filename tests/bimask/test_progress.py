@@ -6,8 +6,8 @@ import threading
 import pytest
 from rich.console import Console
 
-from bimask.commands import progress
-from bimask.commands.progress import ToldProgress
+from bimask import progress
+from bimask.progress import ToldProgress
 
 LINE = "rounds  7/120  0:00:0"
 

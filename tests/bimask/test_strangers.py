@@ -11,12 +11,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from bimask.__main__ import app
-from bimask.cleaned import load_cleaned
-from bimask.config import PurifyConfig
+from bimask.cleaned.folder import load_cleaned
+from bimask.defences.ims.config import PurifyConfig
 from bimask.errors import DataError
-from bimask.held_back import held_back_evidence
-from bimask.own_model import CleanImages, hold_back, load_suspect
-from bimask.places import masks_for
+from bimask.inspection.held_back import held_back_evidence
+from bimask.inspection.suspect import CleanImages, hold_back, load_suspect
+from bimask.masking.discovery import masks_for
 
 CLASSES, PER_CLASS = 4, 6
 FACTORY = """
@@ -195,7 +195,7 @@ def test_a_probe_that_cannot_be_made_gives_no_risk_and_says_why(home, monkeypatc
     def refused(*_words, **_options):
         raise DataError("The suspect answers all alike.")
 
-    monkeypatch.setattr("bimask.held_back.Probe", refused)
+    monkeypatch.setattr("bimask.inspection.held_back.RiskProbe", refused)
     suspect = load_suspect(home / "w.safetensors", f"{home / 'net.py'}:make", home / "clean")
     masks = masks_for(suspect.model, suspect.clean.floats(), "all")
     seen = held_back_evidence(suspect.model, masks, CleanImages(suspect.clean.images, None))

@@ -25,14 +25,15 @@ from filelock import FileLock
 from playwright.sync_api import sync_playwright
 from safetensors.torch import save_file
 
-from bimask.config import PurifyConfig
-from bimask.victim import obtain_victim
-from study import records
-from study.config import StudyConfig
-from study.objectives import SCORES
-from study.suite import confirmation, roles
-from study.summary import summarise
-from study.trial import Case, run_trials
+from bimask.defences.ims.config import PurifyConfig
+from bimask.victims import obtain_victim
+from study.pipeline.summary import summarise
+from study.spec.config import StudyConfig
+from study.spec.objectives import SCORES
+from study.store import records
+from study.trial.cases import Case
+from study.trial.run import run_trials
+from study.trial.suite import confirmation, roles
 
 ROOT = Path(__file__).parents[2]
 VICTIM = {

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bimask.victim import VictimSpec, obtain_victim
+from bimask.victims import VictimSpec, obtain_victim
 from study import launch
-from study.config import StudyError
-from study.tracking import Tracker
+from study.spec.config import StudyError
+from study.tracking.mlflow_runs import Tracker
 
 VICTIM = {
     "dataset": "digits",

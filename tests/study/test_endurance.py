@@ -22,10 +22,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from bimask.victim import obtain_victim
+from bimask.victims import obtain_victim
 from study import launch
-from study.config import StudyConfig
-from study.trial import Case, run_trials
+from study.spec.config import StudyConfig
+from study.trial.cases import Case
+from study.trial.run import run_trials
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from bimask import load_data, train_victim
 from bimask.interop import save_imported
-from bimask.interop.imported import assemble
-from bimask.victim import VictimSpec
+from bimask.victims import VictimSpec
+from bimask.victims.imported import assemble
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]

@@ -12,16 +12,18 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import study as study_package
-from bimask.purify import PurifyConfig
-from bimask.victim import obtain_victim
-from study import run
-from study.config import StudyConfig
-from study.console import show
-from study.pareto import OBJECTIVES, ParetoFront
+from bimask.defences.ims.purify import PurifyConfig
+from bimask.victims import obtain_victim
+from study.analysis.pareto import ParetoFront
+from study.pipeline import run
 from study.report import log_report, write_report
+from study.report.console import show
 from study.report.content import headline
-from study.tracking import Tracker, tracking_uri
-from study.trial import Case, run_trials
+from study.spec.config import StudyConfig
+from study.spec.directions import OBJECTIVES
+from study.tracking.mlflow_runs import Tracker, tracking_uri
+from study.trial.cases import Case
+from study.trial.run import run_trials
 
 pytestmark = pytest.mark.ray
 

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from bimask import ImageData, VictimSpec, load_data, train_victim
 from bimask.errors import BimaskError, DataError, VictimError, VictimRefusedError
 from bimask.metrics import CleanScores, CleanSet, evaluate, predict
-from study.blind import PROMISE
-from study.candidate import read_candidate
-from study.config import StudyError
-from study.reading import load_config
+from study.analysis.blind import PROMISE
+from study.promotion.candidate import read_candidate
 from study.report import write_report
-from study.suspect import shared_out
-from study.warm_start import read_earlier
+from study.search.warm_start import read_earlier
+from study.spec.config import StudyError
+from study.spec.reading import load_config
+from study.spec.suspect import shared_out
 
 ROOT = Path(__file__).parents[2]
 FACTORY = """

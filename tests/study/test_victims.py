@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from bimask.victim import VictimSpec, load_victim, train_victim
+from bimask.victims import VictimSpec, load_victim, train_victim
 
 HASTY = {"image_size": 8, "width": 2, "epochs": 2, "min_clean_accuracy": 0, "min_attack_success": 0}
 

@@ -15,8 +15,8 @@ from torchvision.transforms import Resize
 from bimask.errors import InteropError, SettingError
 from bimask.interop import load_imported, read_checkpoint, save_imported
 from bimask.interop.datasets import DATASETS, read_clean
-from bimask.interop.weights import BACKDOORBENCH_NETS, fit_net
 from bimask.metrics import evaluate
+from bimask.nets.fitting import BACKDOORBENCH_NETS, fit_net
 
 
 def numbers(scores):
@@ -431,7 +431,7 @@ def test_nothing_is_left_when_writing_fails(backdoorbench, tmp_path, monkeypatch
     def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("bimask.interop.imported_files.save_file", full)
+    monkeypatch.setattr("bimask.victims.imported_files.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         save_imported(victim, tmp_path / "new" / "victim", source=backdoorbench.file)
     assert list((tmp_path / "new").iterdir()) == []

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bimask.interop import safe
+from bimask.files import safe
 
 ROOT = Path(__file__).parents[3]
 

@@ -21,7 +21,7 @@ from bimask.interop.backdoorbench_writer import clean_positions, write_attack_re
 from bimask.interop.datasets import DATASETS
 from bimask.metrics import EvalSets, evaluate, predict
 from bimask.nets import Normalised, PreActResNet18
-from bimask.victim import VictimSpec, obtain_victim
+from bimask.victims import VictimSpec, obtain_victim
 
 CIFAR10 = DATASETS["cifar10"]
 
@@ -291,7 +291,7 @@ def command(monkeypatch, *words):
 
 
 def test_an_imported_victim_is_exported(victim, tmp_path, monkeypatch, capsys):
-    from bimask.interop.imported import assemble
+    from bimask.victims.imported import assemble
 
     model, sets, index, clean = victim
     imported = assemble(

@@ -20,11 +20,14 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 import study as study_package
-from bimask.victim import obtain_victim
-from study import records, search
-from study.config import StudyConfig
-from study.tracking import Tracker, tracking_uri
-from study.trial import Case, run_trials
+from bimask.victims import obtain_victim
+from study import search
+from study.spec.config import StudyConfig
+from study.store import records
+from study.tracking.mlflow_runs import Tracker, tracking_uri
+from study.tracking.recorder import Recorder
+from study.trial.cases import Case
+from study.trial.run import run_trials
 
 STUDY = {
     "name": "faults",
@@ -82,8 +85,8 @@ def stopping(plan, marks):
     def run(group, *, study, cases):
         import ray
 
-        from study import checkpoint
         from study.search import actor
+        from study.trial import checkpoint
 
         (member,) = group["members"]
         number, kept = member["number"], 0
@@ -92,7 +95,7 @@ def stopping(plan, marks):
             file.write(f"{number} {len(states)}\n")
         if member["preset"]:  # the paper's defaults take longer than all the others
             member = member | {"preset": None, "parameters": {}}
-        keep = checkpoint.Place._keep
+        keep = checkpoint.TrialCheckpoint._keep
 
         def keep_and_stop(place, population, path):
             nonlocal kept
@@ -107,11 +110,11 @@ def stopping(plan, marks):
             while not (marks / f"{number}.go").exists() and not (marks / "given-up").exists():
                 time.sleep(0.05)
 
-        checkpoint.Place._keep = keep_and_stop
+        checkpoint.TrialCheckpoint._keep = keep_and_stop
         try:
             actor.trainable(group | {"members": [member]}, study=study, cases=cases[:1])
         finally:
-            checkpoint.Place._keep = keep  # actors are used again
+            checkpoint.TrialCheckpoint._keep = keep  # actors are used again
 
     return run
 
@@ -157,7 +160,7 @@ class Disturbed:
     def _search(self):
         tracker = Tracker(tracking_uri(self.outputs), self.outputs / "mlartifacts")
         tracker.start_study(self.config.name, {}, {})
-        recorder = records.Recorder(self.config, self.folder, tracker, {}, lambda *_: None)
+        recorder = Recorder(self.config, self.folder, tracker, {}, lambda *_: None)
         search.run_search(
             self.config,
             [self.case, *self.ballast],

@@ -14,9 +14,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from bimask.victim import obtain_victim
-from study.config import StudyConfig
-from study.trial import Case, run_trials
+from bimask.victims import obtain_victim
+from study.spec.config import StudyConfig
+from study.trial.cases import Case
+from study.trial.run import run_trials
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[3]

@@ -1,0 +1,248 @@
+"""The folder of a cleaned model: what is in it, and how it is read back.
+
+model.safetensors      weights under the names of the suspect's own file, masks folded in
+masks.safetensors      mask and selection of every site
+inverse.safetensors    the inverse twin, if asked for: the backdoor without the clean task
+net.py                 the file of an own factory, if the net is made by one
+report.html            pictures, masks, before and after
+manifest.json          what was made of what, how, and the files' digests
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from textwrap import shorten
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bimask.cleaned.before_after import BeforeAfter
+from bimask.cleaned.export import FOLDED, require_equal
+from bimask.cleaned.report import render
+from bimask.defences.ims.result import PurifyResult
+from bimask.errors import VictimError, describe
+from bimask.files.folders import atomic_directory, parsed_manifest
+from bimask.inspection.held_back import HeldBack
+from bimask.inspection.suspect import Suspect
+from bimask.masking.coverage import coverage
+from bimask.masking.masks import fold, masked_forward
+from bimask.masking.sites import add_gates, gates_in
+from bimask.metrics import Scores
+from bimask.nets import Normalised, is_own, source_of
+from bimask.nets.answers import logits_of
+from bimask.nets.door import Door
+from bimask.nets.spec import NetSpec
+from bimask.nets.weights import file_sha256
+
+MODEL, MASKS, INVERSE = "model.safetensors", "masks.safetensors", "inverse.safetensors"
+NET, REPORT, MANIFEST = "net.py", "report.html", "manifest.json"
+Sides = Annotated[int, Field(ge=1, le=1024)]  # of an image, and its channels
+PACKAGES = ("bimask", "torch", "torchvision", "numpy", "safetensors")
+
+
+class _Manifest(BaseModel):
+    """What `load_cleaned` asks of a manifest, which anybody may have written."""
+
+    net: dict[str, Any]
+    files: dict[str, str]
+    image: tuple[Sides, Sides, Sides]
+    classes: tuple[str, ...] = Field(min_length=1, max_length=100_000)
+    gates: list[str]
+    mean: list[float]
+    std: list[float]
+    wrapped: bool
+    door: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A cleaned model, read back.
+
+    Attributes:
+        model: (N, C, H, W) float in [0, 1] -> (N, K) logits, in eval mode.
+        classes: K names.
+        shape: (C, H, W) of an image.
+        manifest: as it was written.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    manifest: dict[str, Any]
+
+
+def save_cleaned(
+    out: Path,
+    suspect: Suspect,
+    result: PurifyResult,
+    looked: BeforeAfter,
+    *,
+    seed: int,
+    inverse: bool = False,
+    scores: Mapping[str, Scores] | None = None,
+    held_back: HeldBack | None = None,
+) -> dict[str, Any]:
+    """Write a cleaned model, whole or not at all, and say what was written: the manifest.
+
+    What is written is read back and compared with the masked suspect on the clean images.
+
+    Args:
+        out: a new folder.
+        suspect: with its model on the CPU.
+        result: of purifying it.
+        seed: of the run.
+        inverse: write the inverse twin, too.
+        scores: "before" and "after" on `test`, where the trigger is known.
+        held_back: what pictures say that the run did not learn on.
+
+    Raises:
+        SettingError: `out` exists or cannot be made.
+        ExportError: the folded model answers otherwise than the masked one; nothing is written.
+    """
+    masks, images = result.masks.cpu(), suspect.clean.floats()
+    purified = fold(suspect.model, masks)
+    with atomic_directory(out) as part:
+        _save(_inner(purified, suspect.wrapped), part / MODEL)
+        save_file(masks.tensors(), part / MASKS)
+        if inverse:
+            _save(_inner(fold(suspect.model, masks, inverse=True), suspect.wrapped), part / INVERSE)
+        _inner(purified, suspect.wrapped).load_state_dict(load_file(part / MODEL))
+        with torch.no_grad():
+            expected = torch.cat([masked_forward(suspect.model, masks, x) for x in images.split(256)])
+        error = require_equal(logits_of(purified, images), expected, FOLDED, "The folded model")
+        if (source := _own_file(suspect.spec.net)) is not None:
+            shutil.copyfile(source, part / NET)
+        manifest = _manifest(suspect, purified, result, looked, seed)
+        manifest["parity"] = {"largest_difference": error, "allowed": FOLDED, "images": len(images)}
+        manifest |= {name: asdict(value) for name, value in (scores or {}).items()}
+        if held_back is not None:
+            manifest["held_back"] = asdict(held_back)
+        (part / REPORT).write_text(render(suspect, result, looked, manifest))
+        files = sorted(path for path in part.iterdir())
+        manifest["files"] = {path.name: file_sha256(path) for path in files}
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def _manifest(
+    suspect: Suspect, purified: nn.Module, result: PurifyResult, looked: BeforeAfter, seed: int
+) -> dict[str, Any]:
+    inner = _inner(purified, suspect.wrapped)
+    return {
+        "suspect": {
+            "weights_sha256": suspect.weights_sha256,
+            "victim": suspect.victim,
+            "spec": suspect.spec.model_dump(mode="json"),
+        },
+        "net": suspect.spec.model_dump(mode="json", include={"net", "width", "net_sha256"}),
+        "mean": suspect.model.mean.flatten().tolist(),
+        "std": suspect.model.std.flatten().tolist(),
+        "classes": list(suspect.classes),
+        "image": list(suspect.clean.images.shape[1:]),
+        "wrapped": suspect.wrapped,
+        "gates": gates_in(inner),
+        "door": suspect.door.as_json(),
+        "coverage": asdict(coverage(suspect.model, result.masks.cpu(), suspect.clean.floats()[:4])),
+        "purify": result.config.model_dump(mode="json"),
+        "seed": seed,
+        "clean_images": len(suspect.clean.images),
+        "on_clean_images": {
+            name: asdict(getattr(looked, name)) for name in ("before", "after", "twin")
+        },
+        "rounds": len(result.rounds),
+        "passes": asdict(result.passes),
+        "seconds": result.seconds,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+    }
+
+
+def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
+    """Read a cleaned model back.
+
+    Args:
+        own_code: whether the code of an own net, in the folder's net.py or where the manifest says, may
+            be imported and run.
+
+    Raises:
+        VictimError: a file is missing, changed, or not what the manifest says; own code is not allowed.
+    """
+    try:
+        content, _ = parsed_manifest(folder / MANIFEST)
+        manifest = _Manifest.model_validate(content)
+        net = dict(manifest.net)
+        own = is_own(net["net"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = describe(error) if isinstance(error, ValidationError) else f"{error}"
+        raise VictimError(
+            f"{folder} is no folder of a cleaned model: its {MANIFEST} cannot be read "
+            f"({type(error).__name__}: {shorten(said, 300)}); purify again."
+        ) from error
+    for name, digest in manifest.files.items():
+        if file_sha256(folder / Path(name).name) != digest:
+            raise VictimError(f"{folder / name} changed since it was written; purify again.")
+    if own and not own_code:
+        raise VictimError(
+            f"The cleaned model {folder} is built by the code {net['net']!r}, which may do anything; "
+            "if you trust it, allow it with `own_code=True` or --trust-code."
+        )
+    if own and NET in manifest.files:
+        net["net"] = f"{folder / NET}:{net['net'].rpartition(':')[2]}"
+    try:
+        spec = NetSpec.model_validate(net)
+    except ValidationError as error:
+        raise VictimError(f"The net in {folder / MANIFEST} is of no use: {describe(error)}.") from error
+    if not (folder / MODEL).is_file():
+        raise VictimError(f"{folder} holds no file {MODEL}; purify again.")
+    channels, height, width = manifest.image
+    size = height if height == width else (height, width)
+    shape = (channels, len(manifest.classes), size)
+    try:
+        state = load_file(folder / MODEL)
+        spec.require_at_most(sum(value.numel() for value in state.values()), *shape)
+        model = spec.net_of(manifest.mean, manifest.std, *shape)
+        inner = _inner(model, manifest.wrapped)
+        add_gates(inner, manifest.gates)
+        inner.load_state_dict(state)
+        Door.from_json(manifest.door).install(model)
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
+        raise VictimError(
+            f"The weights in {folder} do not fit {spec.net}: {shorten(str(error), 300)}."
+        ) from error
+    return Cleaned(model.eval(), manifest.classes, manifest.image, content)
+
+
+def _inner(model: nn.Module, wrapped: bool) -> nn.Module:
+    """The module that the suspect's own file names the tensors of."""
+    assert isinstance(model, Normalised)
+    return model if wrapped else model.net
+
+
+def _own_file(net: str) -> Path | None:
+    return source_of(net) if is_own(net) and net.rpartition(":")[0].endswith(".py") else None
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    # copies: tied weights would share memory, which safetensors refuses
+    copies: dict[str, Tensor] = {
+        name: value.cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
+    save_file(copies, path)

@@ -1,0 +1,41 @@
+"""`python -m bimask train-victim`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from pydantic import ValidationError
+
+from bimask.cli.terminal import Device, console, score_table
+from bimask.devices import resolve_device
+from bimask.errors import SettingError, describe
+from bimask.victims import VictimSpec, obtain_victim
+from bimask.victims.progress import VictimBars
+
+
+def train_victim_command(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="Keys of a victim.")],
+    out: Annotated[Path, typer.Option(help="Folder that holds victims.")] = Path("outputs/victims"),
+    device: Device = "auto",
+) -> None:
+    """Train a backdoored model, or find it in OUT if it is there."""
+    try:
+        parsed = VictimSpec.model_validate(yaml.safe_load(spec.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingError(f"Cannot read the victim {spec}: {error}.") from error
+    except ValidationError as error:
+        raise SettingError(f"{spec}: {describe(error)}") from error
+    with VictimBars(console) as bars:
+        victim = obtain_victim(
+            parsed,
+            out,
+            device=resolve_device(device),
+            on_epoch=partial(bars.epoch, parsed.name),
+            on_prepare=partial(bars.preparing, parsed.name),
+        )
+    score_table({"victim": victim.scores["test"]})
+    console.print(f"victim: {out / parsed.digest}", soft_wrap=True)

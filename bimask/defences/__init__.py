@@ -1,0 +1,1 @@
+"""What takes a backdoor out of a model."""

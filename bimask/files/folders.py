@@ -1,0 +1,64 @@
+"""A folder that appears whole or not at all, and the manifest in one that a stranger may have made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bimask.errors import SettingError
+
+MAX_MANIFEST_BYTES = 16 * 2**20
+
+
+def parsed_manifest(path: Path) -> tuple[Any, bytes]:
+    """What a manifest's JSON says, and its bytes.
+
+    Raises:
+        OSError: it cannot be read; also if it is no regular file, which could be without end.
+        ValueError: too large, no JSON, or nested too deep.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{size} bytes, but at most {MAX_MANIFEST_BYTES} are read")
+    content = path.read_bytes()
+    try:
+        return json.loads(content), content
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+@contextmanager
+def atomic_directory(out: Path) -> Iterator[Path]:
+    """A folder to write to, which is named `out` when the context ends without an exception.
+
+    Raises:
+        SettingError: `out` exists, or nothing can be written beside it.
+    """
+    refuse_existing(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".part-", dir=out.parent))
+    except OSError as error:
+        raise SettingError(f"Cannot write to {out.parent}: {error.strerror}.") from error
+    try:
+        yield part
+        part.chmod(0o755)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def refuse_existing(out: Path) -> None:
+    """Nothing is ever written over.
+
+    Raises:
+        SettingError: `out` exists.
+    """
+    if out.exists() or out.is_symlink():
+        raise SettingError(f"{out} exists; give a new folder.")

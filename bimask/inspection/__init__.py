@@ -1,0 +1,1 @@
+"""A suspect, seen without its trigger: searched triggers, latent distances, risk, audit."""

@@ -1,0 +1,231 @@
+"""A victim and its folder: weights and trigger (safetensors), manifest (JSON), checked by digest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bimask.attacks import Attack, TriggeredData
+from bimask.data import Splits
+from bimask.errors import SettingError, VictimError, VictimRefusedError, describe
+from bimask.files.folders import parsed_manifest
+from bimask.metrics import EvalSets, Scores, Split
+from bimask.nets import is_own
+from bimask.nets.weights import file_sha256
+from bimask.victims.spec import VictimSpec
+
+WEIGHTS, TRIGGER, MANIFEST = "victim.safetensors", "trigger.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A trained model with a known backdoor, or none (`VictimSpec.is_control`).
+
+    Attributes:
+        spec: what it was made of.
+        model: images in [0, 1] -> logits, in eval mode.
+        attack: ready to put the victim's own trigger on new images.
+        classes: names.
+        scores: of the victim itself, on "val" and "test".
+        image_size: height and width of its images; None where nobody wrote it down.
+        stored: of an imported victim, the triggered images of each split, in place of a trigger.
+    """
+
+    spec: VictimSpec
+    model: nn.Module
+    attack: Attack
+    classes: tuple[str, ...]
+    scores: dict[Split, Scores]
+    image_size: int | None = None
+    stored: dict[Split, TriggeredData] | None = None
+
+    def load_data(self) -> Splits:
+        """The clean data it was made from."""
+        return self.spec.load_data()
+
+    def eval_sets(self, splits: Splits, split: Split) -> EvalSets:
+        """Clean and triggered images of one split, for the victim and for what is made of it."""
+        data = splits.val if split == "val" else splits.test
+        if self.stored is not None:
+            return EvalSets(data, self.stored[split], split)
+        return EvalSets.of(self.attack, data, split)
+
+
+class _BothScores(BaseModel):
+    val: Scores
+    test: Scores
+
+
+class _Manifest(BaseModel):
+    """What `load_victim` asks of a manifest, which anybody may have written."""
+
+    spec: dict[str, Any]
+    spec_digest: str
+    weights_sha256: str
+    trigger_sha256: str | None = None
+    in_channels: int = Field(ge=1, le=1024)
+    image_size: int | None = Field(None, ge=1, le=1024)
+    classes: tuple[str, ...] = Field(min_length=1, max_length=100_000)
+    scores: _BothScores
+
+
+def refuse_if_useless(victim: Victim) -> None:
+    """Hold the scores on `val` against the bounds of the spec.
+
+    Raises:
+        VictimRefusedError: one is broken, with the numbers.
+    """
+    spec, scores = victim.spec, victim.scores["val"]
+    numbers = f"ACC {scores.clean_accuracy:.3f}, ASR {scores.attack_success:.3f} on val"
+    given = spec.weights is not None
+    # so that NaN, which a manifest can hold, is refused, too
+    if not (spec.is_control or scores.attack_success >= spec.min_attack_success):
+        raise VictimRefusedError(
+            f"The attack of {spec.name} was not learned ({numbers}; `min_attack_success` is "
+            f"{spec.min_attack_success:g}); "
+            + (
+                "give the trigger of these weights."
+                if given
+                else "lower the bound if it shall be used all the same."
+                if spec.imported is not None
+                else "poison more or train longer."
+            )
+        )
+    if not scores.clean_accuracy >= spec.min_clean_accuracy:
+        raise VictimRefusedError(
+            f"The clean accuracy of {spec.name} is poor ({numbers}; `min_clean_accuracy` is "
+            f"{spec.min_clean_accuracy:g}); "
+            + (
+                "are `normalise` and the order of the classes those of its training?"
+                if given
+                else "train longer or widen the net."
+            )
+        )
+
+
+def save_victim(victim: Victim, root: Path) -> Path:
+    """Write `root/DIGEST/` with weights and trigger state (safetensors) and manifest (JSON), whole or
+    not at all. An attack without state has no file for it."""
+    folder = root / victim.spec.digest
+    root.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".victim-", dir=root))
+    try:
+        # copies: tied weights would share memory, which safetensors refuses
+        state = victim.model.state_dict()
+        copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+        save_file(copies, part / WEIGHTS)
+        manifest = {
+            "spec": victim.spec.model_dump(),
+            "spec_digest": victim.spec.digest,
+            "weights_sha256": file_sha256(part / WEIGHTS),
+            "in_channels": victim.model.get_buffer("mean").shape[1],
+            "image_size": victim.image_size,
+            "classes": list(victim.classes),
+            "scores": {split: asdict(scores) for split, scores in victim.scores.items()},
+            "torch": torch.__version__,
+        }
+        if victim.attack.has_state:
+            save_file(victim.attack.state(), part / TRIGGER)
+            manifest["trigger_sha256"] = file_sha256(part / TRIGGER)
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        part.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
+    """Read a victim back.
+
+    Args:
+        own_code: whether the code that the manifest names for an own net may be imported and run. A
+            manifest from someone else could name any.
+
+    Raises:
+        VictimError: a file is missing, damaged, or not the one the manifest names; own code is not
+            allowed, or changed.
+        VictimRefusedError: its scores are below its bounds.
+    """
+    if not folder.is_dir():
+        raise VictimError(f"{folder} is no folder; give a victim's, such as outputs/victims/DIGEST.")
+    again = f"remove {folder} to train it anew"
+    try:
+        manifest = _Manifest.model_validate(parsed_manifest(folder / MANIFEST)[0])
+        if is_own(net_name := manifest.spec["net"]) and not own_code:
+            raise VictimError(
+                f"The victim {folder} is built by the code {net_name!r}, which may do anything; if you "
+                "trust it, allow it with `own_code=True` or --trust-code."
+            )
+        # what it does not say of its pictures is not asked of those that are there now
+        spec = VictimSpec.model_validate({"dataset_sha256": None} | manifest.spec)
+        attack = spec.build_attack()
+        if attack.has_state and manifest.trigger_sha256 is None:
+            raise ValueError("no trigger_sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = describe(error) if isinstance(error, ValidationError) else f"{error}"
+        raise VictimError(
+            f"The manifest {folder / MANIFEST} cannot be read ({type(error).__name__}: "
+            f"{shorten(said, 300)}); {again}."
+        ) from error
+    if manifest.spec_digest != spec.digest:
+        raise VictimError(
+            f"The spec in {folder / MANIFEST} has the digest {spec.digest}, but the manifest says "
+            f"{manifest.spec_digest}: it was edited; {again}."
+        )
+    weights = _promised(folder / WEIGHTS, manifest.weights_sha256, "victim's file of weights", again)
+    image_size = manifest.image_size
+    if "image_size" not in manifest.model_fields_set:  # before it was written down
+        image_size = spec.image_size
+    shape = (manifest.in_channels, len(manifest.classes), image_size)
+    try:
+        state = load_file(weights)
+        spec.require_at_most(sum(value.numel() for value in state.values()), *shape)
+        ones = [1.0] * manifest.in_channels
+        net = spec.net_of(ones, ones, *shape)
+        net.load_state_dict(state)
+        spec.with_door(net.eval(), image_size)
+    except (SafetensorError, RuntimeError) as error:
+        raise VictimError(
+            f"The weights {weights} do not fit {spec.net}: {shorten(str(error), 300)}; {again}."
+        ) from error
+    if attack.has_state:
+        trigger = _promised(
+            folder / TRIGGER, manifest.trigger_sha256 or "", "file of the trigger's state", again
+        )
+        try:
+            attack.load_state(load_file(trigger))
+        except (SafetensorError, SettingError) as error:
+            raise VictimError(
+                f"The trigger's state {trigger} is of no use: {error} {again}."
+            ) from error
+    scores: dict[Split, Scores] = {"val": manifest.scores.val, "test": manifest.scores.test}
+    victim = Victim(spec, net.eval(), attack, manifest.classes, scores, image_size=image_size)
+    refuse_if_useless(victim)
+    return victim
+
+
+def _promised(path: Path, sha256: str, what: str, again: str) -> Path:
+    """The path, if the file there is the one that the manifest names."""
+    if not path.is_file():
+        raise VictimError(f"The {what} {path} is missing; {again}.")
+    if (found := file_sha256(path)) != sha256:
+        raise VictimError(
+            f"The digest of {path} is {found[:16]}, but its manifest says {sha256[:16]}: the file is "
+            f"damaged or another one; {again}."
+        )
+    return path

@@ -1,0 +1,58 @@
+"""How far the making of victims is: a bar each, and a line at its end."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import TaskID
+
+from bimask.progress import ToldProgress
+from bimask.victims.files import Victim
+from bimask.victims.train import EpochLog
+
+
+class VictimBars:
+    """A bar for every victim by name: its preparation, then its epochs with ACC and ASR on val."""
+
+    def __init__(self, where: Console) -> None:
+        self.progress = ToldProgress(where)
+        self.tasks: dict[str, TaskID] = {}
+        self.texts: dict[str, str] = {}
+
+    def __enter__(self) -> VictimBars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def preparing(self, name: str, what: str, done: int, of: int) -> None:
+        """What the attack needs is so far made."""
+        self._move(f"{name}  {what}", name, done, of)
+
+    def epoch(self, name: str, log: EpochLog) -> None:
+        """An epoch is over; scores stay until there are others."""
+        if log.scores is not None:
+            scores = log.scores
+            self.texts[name] = f"  ACC {scores.clean_accuracy:.3f}  ASR {scores.attack_success:.3f}"
+        self._move(f"{name}{self.texts.get(name, '')}", name, log.epoch, log.epochs)
+
+    def ended(self, name: str, text: str) -> None:
+        """The bar makes way for a line."""
+        if name in self.tasks:
+            self.progress.remove_task(self.tasks.pop(name))
+        self.progress.console.print(text, soft_wrap=True)
+
+    def _move(self, text: str, name: str, done: int, of: int) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.progress.add_task(text)
+        self.progress.update(self.tasks[name], description=escape(text), completed=done, total=of)
+
+
+def described(victim: Victim) -> str:
+    """A victim in a line: its digest, and its scores on `test`."""
+    scores = victim.scores["test"]
+    return (
+        f"{victim.spec.digest}: on test ACC {scores.clean_accuracy:.3f}, ASR "
+        f"{scores.attack_success:.3f}, RA {scores.recovery:.3f}"
+    )

@@ -1,0 +1,1 @@
+"""Pure functions of a study's records: the front, importance, choices compared."""

@@ -1,0 +1,167 @@
+"""Leave one attack out: what a choice loses on an attack that it never saw.
+
+A trial's record keeps the numbers of every tuning victim, so the choice that would have been made
+without one attack follows from the records of one study: the others' numbers, summed up by the
+study's rule. That is exact where the attack had no part in which trials there are: with a sampler
+that learns nothing from scores (random, QMC), and no early stopping. Elsewhere the trials were
+proposed with the attack in view, and the exact way is a study of its own without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from study.analysis.pareto import choose
+from study.spec.config import StudyConfig, StudyError
+from study.spec.objectives import SCORES, over_victims, total_violation
+
+BLIND_SAMPLERS = ("random", "qmc")
+NUMBERS = (*SCORES, "pruned_share", "accuracy_drop")
+
+
+def attacks_of(config: StudyConfig) -> dict[str, list[str]]:
+    """Attack -> the tuning victims that it made."""
+    found: dict[str, list[str]] = {}
+    if config.suspect is not None:  # by whatever it may have been made
+        return found
+    for name, spec in zip(config.victim_names(), config.victims, strict=True):
+        found.setdefault(spec.attack_name, []).append(name)
+    return found
+
+
+def is_exact(config: StudyConfig) -> bool:
+    """Whether the study's own trials are those that a study without one of its attacks would have."""
+    learns_nothing = config.sampler in BLIND_SAMPLERS and not config.warm_start_from
+    return learns_nothing and config.early_stopping is None
+
+
+def without(config: StudyConfig, attack: str) -> StudyConfig:
+    """The study of the others: the attack's victims are held out."""
+    seen = [spec for spec in config.victims if spec.attack_name != attack]
+    unseen = [spec for spec in config.victims if spec.attack_name == attack]
+    changes = {
+        "name": f"{config.name}-without-{attack}",
+        "victims": seen,
+        "held_out": [*unseen, *config.held_out],
+    }
+    return config.model_copy(update=changes)
+
+
+def select(config: StudyConfig, which: str) -> list[str]:
+    """The attacks that `--leave-out` names: one, or all of them in turn.
+
+    Raises:
+        StudyError: it names none of the tuning victims', or there is no other.
+    """
+    attacks = list(attacks_of(config))
+    if len(attacks) < 2:
+        raise StudyError(
+            "--leave-out needs tuning victims of two attacks or more, got "
+            f"{', '.join(attacks) or 'none'}; list more of them under `victims`."
+        )
+    if which == "all":
+        return attacks
+    if which not in attacks:
+        raise StudyError(
+            f"--leave-out got {which!r}; the tuning victims' attacks are {', '.join(attacks)}, or say "
+            "all."
+        )
+    return [which]
+
+
+def table_of_studies(
+    config: StudyConfig, full: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The same table from a study of all attacks and one without each, confirmed on `test`.
+
+    Args:
+        full: summary of the study that saw every attack.
+        others: attack -> summary of the study without it.
+    """
+    rows = {}
+    for attack, summary in others.items():
+        digests = {spec.digest for spec in config.victims if spec.attack_name == attack}
+        rows[attack] = compared(_confirmed(summary, digests), _confirmed(full, digests))
+    return {"exact": True, "scored_on": "test, mean over the confirmation's seeds", "attacks": rows}
+
+
+def _confirmed(summary: Mapping[str, Any], digests: set[str]) -> dict[str, Any] | None:
+    """A summary's choice on the victims of these digests."""
+    found = (summary.get("suite") or {}).get("chosen")
+    if found is None:
+        return None
+    mine = [one for one in found["victims"].values() if one["digest"] in digests]
+    if any("attack_success" not in one for one in mine):
+        return None
+    return {"number": summary["chosen"]["number"]} | {
+        name: sum(one[name]["mean"] for one in mine) / len(mine) for name in SCORES
+    }
+
+
+def table(
+    config: StudyConfig, trials: Sequence[Mapping[str, Any]], before: Mapping[str, float]
+) -> dict[str, Any]:
+    """For every attack: the choice without it and the choice with it, both scored on it, on `val`.
+
+    Args:
+        trials: records; those that are COMPLETE count.
+        before: victim -> its own clean accuracy on `val`.
+
+    Returns:
+        `exact`, `scored_on`, and `attacks`: attack -> {"without", "with", "loss"}; the first two are a
+        trial's number and its mean numbers on the attack's victims, null where nothing can be chosen;
+        `loss` is by how much the attack's success rises and accuracy falls for not having seen it.
+    """
+    complete = [trial for trial in trials if trial["status"] == "COMPLETE"]
+    attacks = attacks_of(config)
+    rows = {}
+    for attack, unseen in attacks.items():
+        seen = [name for name in config.victim_names() if name not in unseen]
+        if seen:
+            blind = _chosen(config, complete, seen, before)
+            informed = _chosen(config, complete, config.victim_names(), before)
+            rows[attack] = compared(_on(blind, unseen), _on(informed, unseen))
+    return {"exact": is_exact(config), "scored_on": "val, the trials' own", "attacks": rows}
+
+
+def compared(without: dict[str, Any] | None, with_: dict[str, Any] | None) -> dict[str, Any]:
+    """A row of the table."""
+    loss = None
+    if without is not None and with_ is not None:
+        loss = {
+            "attack_success": without["attack_success"] - with_["attack_success"],
+            "clean_accuracy": with_["clean_accuracy"] - without["clean_accuracy"],
+        }
+    return {"without": without, "with": with_, "loss": loss}
+
+
+def _chosen(
+    config: StudyConfig,
+    trials: Sequence[Mapping[str, Any]],
+    victims: Sequence[str],
+    before: Mapping[str, float],
+) -> Mapping[str, Any] | None:
+    """The trial that the study's rule chooses by these victims alone."""
+    points = [_values(config, trial, victims) for trial in trials]
+    accuracy = config.aggregate("clean_accuracy", [before[name] for name in victims])
+    position = choose(
+        points,
+        min_clean_accuracy=accuracy - config.choose.max_accuracy_drop,
+        violations=[total_violation(config.constraints.violations(point)) for point in points],
+    )
+    return None if position is None else trials[position]
+
+
+def _values(config: StudyConfig, trial: Mapping[str, Any], victims: Sequence[str]) -> dict[str, float]:
+    runs = {name: [{n: trial["scores"][name][n] for n in NUMBERS}] for name in victims}
+    return over_victims(config.aggregate, runs, seconds=trial["seconds"])
+
+
+def _on(trial: Mapping[str, Any] | None, victims: Sequence[str]) -> dict[str, Any] | None:
+    if trial is None:
+        return None
+    means = {
+        name: sum(trial["scores"][victim][name] for victim in victims) / len(victims) for name in SCORES
+    }
+    return {"number": trial["number"]} | means

@@ -1,0 +1,54 @@
+"""The confirmation of a choice: what is asked for and has no record yet is run, a record each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bimask.defences.ims.config import PurifyConfig
+from bimask.progress import ToldProgress
+from bimask.victims import Victim
+from study import search
+from study.spec.config import StudyConfig
+from study.store import records
+from study.store.files import append_lines, read_lines
+from study.trial.suite import confirmation, jobs_of
+
+
+def confirm_choice(
+    config: StudyConfig,
+    folder: Path,
+    summary: dict[str, Any],
+    suite: dict[str, Victim],
+    console: Console,
+) -> dict[str, Any] | None:
+    """The chosen configuration and the paper's defaults on every victim of the suite, on `test`.
+
+    Each run is a line of confirm.jsonl as it ends; those that are there are not run again.
+
+    Returns:
+        As `study.trial.suite.confirmation`; None where nothing is to be confirmed.
+    """
+    settings = {}
+    if summary["chosen"]:
+        settings["chosen"] = config.purify_config(summary["chosen"]["parameters"])
+    if config.paper_defaults:
+        settings["paper_defaults"] = PurifyConfig()
+    jobs = jobs_of(config, settings)
+    if not jobs:
+        return None
+    rows = read_lines(folder / records.CONFIRM, mend=True)
+    known = {(row["configuration"], row["victim"], row["seed"]) for row in rows}
+    with ToldProgress(console) as progress:
+        task = progress.add_task(f"confirming on {len(suite)} victims", total=len(jobs))
+        progress.update(task, completed=len(known))
+
+        def on_done(row: dict[str, Any]) -> None:
+            rows.append(row)
+            append_lines(folder / records.CONFIRM, [row])
+            progress.update(task, completed=len(rows))
+
+        search.run_confirmation(config, suite, [job for job in jobs if job.key not in known], on_done)
+    return confirmation(rows, suite)

@@ -1,0 +1,218 @@
+"""Before the first trial: is everything there, is there room, and the victims."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor, nn
+
+from bimask.errors import BimaskError
+from bimask.inspection.risk import RiskProbe
+from bimask.inspection.trigger_pool import TriggerPool
+from bimask.progress import ToldProgress
+from bimask.victims import obtain_victim
+from bimask.victims.progress import VictimBars, described
+from study import search
+from study.analysis.blind import probe_images
+from study.spec.config import StudyConfig, StudyError
+from study.spec.suspect import NAME, Subject, SuspectSpec
+from study.trial.cases import Case
+from study.trial.suite import cases_of
+
+
+def require_writable(outputs: Path) -> None:
+    """Make `outputs`, or say in one sentence why nothing can be written there."""
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+        probe = outputs / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StudyError(
+            f"Cannot write to the folder {outputs} ({error.strerror}); give another with --outputs."
+        ) from error
+
+
+def find_room(config: StudyConfig, wait: float, console: Console) -> int:
+    """How many actors run at once; the wait for the first worker is shown."""
+    with console.status("asking for workers", spinner="dots") as status:
+        began = time.monotonic()
+
+        def on_wait() -> None:
+            waited = (time.monotonic() - began) / 60
+            status.update(f"waiting for the first worker, {waited:.0f} of {wait:g} minutes")
+
+        return search.check_resources(config, wait=wait, on_wait=on_wait)
+
+
+def check_data(config: StudyConfig) -> None:
+    """Refuse data that are missing, too few or no match for attack or net, before any training."""
+    if config.suspect is not None:
+        config.suspect.load(config.clean_images_per_class)
+    for spec in config.suite:
+        splits = spec.load_data()
+        splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
+        attack = spec.build_attack()
+        if not attack.has_state:  # else the trigger is made with the victim, and refused there
+            attack.triggered(splits.val)
+        spec.fresh_net(splits.train)
+
+
+def prepare_victims(
+    config: StudyConfig, root: Path, device: torch.device, console: Console
+) -> dict[str, Subject]:
+    """The study's suspect, or every victim, trained where it is not cached, with a bar of its epochs.
+
+    Training uses as many threads as a trial, so that a victim does not depend on the machine's cores.
+    """
+    torch.set_num_threads(config.cpus_per_trial)
+    if config.suspect is not None:
+        return {NAME: _prepare_suspect(config.suspect, config.clean_images_per_class, console)}
+    victims: dict[str, Subject] = {}
+    with VictimBars(console) as bars:
+        for name, spec in zip(config.suite_names(), config.suite, strict=True):
+            bar = f"victim {name}"
+            cached = (root / spec.digest).is_dir()
+            victim = obtain_victim(
+                spec,
+                root,
+                device=device,
+                on_epoch=partial(bars.epoch, bar),
+                on_prepare=partial(bars.preparing, bar),
+            )
+            origin = "cached" if cached else "given" if spec.given else "trained"
+            bars.ended(bar, f"victim {name} ({origin}), {described(victim)}")
+            victims[name] = victim
+    return victims
+
+
+def _prepare_suspect(spec: SuspectSpec, for_defence: int, console: Console) -> Subject:
+    """The suspect, and in one sentence what its pictures can show."""
+    suspect = spec.load(for_defence)
+    val, test = suspect.scores["val"], suspect.scores["test"]
+    console.print(
+        f"suspect {spec.model}: ACC {val.clean_accuracy:.3f} on {val.n_clean} held-back pictures to "
+        f"choose on, {test.clean_accuracy:.3f} on {test.n_clean} to report on, hence in steps of "
+        f"{100 / val.n_clean:.1f} and {100 / test.n_clean:.1f} points; {for_defence} of each of "
+        f"{len(suspect.classes)} classes are the defence's",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for note in suspect.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
+    return suspect
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Something that is made of a victim before the first trial.
+
+    Attributes:
+        make: (model, images, on_step=...) -> what is made; `on_step` is called `steps` times.
+        victim: its name.
+    """
+
+    doing: str
+    make: Callable[..., RiskProbe | TriggerPool]
+    victim: str
+    images: Tensor
+    steps: int
+
+
+def prepare_cases(
+    config: StudyConfig,
+    victims: Mapping[str, Subject],
+    console: Console,
+    *,
+    workers: int = 0,
+    joined: bool = False,
+) -> list[Case]:
+    """The runs of a trial, each with the probe of its victim and with triggers to learn against.
+
+    Args:
+        workers: that make them, where there are several of both; with none, this process does.
+        joined: the workers are of a cluster elsewhere, and do it in any case: they may have GPUs.
+
+    Raises:
+        BimaskError: what refuses a victim or its images; StudyError where a worker died of it.
+    """
+    cases = cases_of(config, victims)
+    pieces = {("probe", case.name): _probe_of(case, config.seed) for case in cases}
+    if config.may_use("class_triggers"):
+        pieces |= {("pool", case.key): _pool_of(case) for case in cases}
+    elsewhere = workers > 0 and (joined or min(workers, len(pieces)) > 1)
+    make = _made_by_workers if elsewhere else _made_here
+    made = dict(zip(pieces, make(config, list(pieces.values()), victims, console), strict=True))
+    return [
+        replace(case, probe=made["probe", case.name], pool=made.get(("pool", case.key)))
+        for case in cases
+    ]
+
+
+def _probe_of(case: Case, seed: int) -> _Piece:
+    images = probe_images(case.victim, seed=seed).floats()
+    steps = RiskProbe.steps(len(case.victim.classes), len(images))
+    return _Piece(f"probing {case.name}", RiskProbe, case.name, images, steps)
+
+
+def _pool_of(case: Case) -> _Piece:
+    steps = TriggerPool.steps(len(case.victim.classes), len(case.clean))
+    doing = f"searching triggers for {case.key}"
+    return _Piece(doing, TriggerPool.search, case.name, case.clean, steps)
+
+
+def _made_here(
+    config: StudyConfig, pieces: Sequence[_Piece], victims: Mapping[str, Subject], console: Console
+) -> list[Any]:
+    torch.set_num_threads(config.cpus_per_trial)  # as for victims
+    with ToldProgress(console) as progress:
+        made = []
+        for piece in pieces:
+            bar = progress.add_task(piece.doing, total=piece.steps)
+            on_step = partial(progress.advance, bar)
+            made.append(piece.make(victims[piece.victim].model, piece.images, on_step=on_step))
+    return made
+
+
+def _made_by_workers(
+    config: StudyConfig, pieces: Sequence[_Piece], victims: Mapping[str, Subject], console: Console
+) -> list[Any]:
+    made: dict[int, Any] = {}
+    with ToldProgress(console) as progress:
+        bar = progress.add_task("probing victims, searching triggers", total=len(pieces))
+
+        def ended(at: int, result: Any) -> None:
+            if isinstance(result, BimaskError):
+                raise result
+            if isinstance(result, search.LostTaskError):
+                raise StudyError(
+                    f"No worker ended {pieces[at].doing} ({result}); look at the nodes' memory, and "
+                    "launch again."
+                )
+            made[at] = result
+            progress.advance(bar)
+
+        models = {name: copy.deepcopy(victim.model).cpu() for name, victim in victims.items()}
+        given = [(p.victim, p.make, p.images.cpu(), config.device_of_a_trial) for p in pieces]
+        search.run_tasks(config, _make, models, given, ended)
+    return [made[at] for at in range(len(pieces))]
+
+
+def _make(
+    model: nn.Module, make: Callable[..., RiskProbe | TriggerPool], images: Tensor, device: str
+) -> RiskProbe | TriggerPool | BimaskError:
+    try:
+        there = copy.deepcopy(model).to(device)  # what Ray hands out is shared by all tasks of a node
+        return make(there, images.to(device)).to("cpu")
+    except BimaskError as error:
+        return error

@@ -1,0 +1,329 @@
+"""A study from start to end: check, victims, search, choice, report on `test`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from bimask.devices import resolve_device
+from bimask.victims import Victim
+from study import search
+from study.analysis.blind import blind_metrics
+from study.pipeline.confirm import confirm_choice
+from study.pipeline.prepare import (
+    check_data,
+    find_room,
+    prepare_cases,
+    prepare_victims,
+    require_writable,
+)
+from study.pipeline.summary import FRONT_PICTURE, summarise
+from study.report import REPORT, write_report
+from study.report.console import show, trial_progress, wide_console
+from study.report.content import headline
+from study.report.pictures import draw_victims
+from study.search.interrupts import InterruptedStudyError, Interrupts
+from study.search.warm_start import Earlier, read_earlier
+from study.spec.config import StudyConfig, StudyError
+from study.spec.reading import load_config
+from study.spec.suspect import Subject
+from study.store import records
+from study.store.files import locked, read_lines, write_text
+from study.store.provenance import commit, versions
+from study.store.session import Identity, begin, reopen
+from study.tracking.mlflow_runs import Status, Tracker, redacted, require_server, tracking_uri
+from study.tracking.queue import MlflowQueue
+from study.tracking.recorder import Recorder
+from study.trial.cases import Case
+from study.trial.suite import confirmation_metrics
+
+VICTIM_PICTURES = "victims"
+PATIENCE, SHORT_PATIENCE = 60.0, 5.0  # seconds that the end waits for an MLflow that takes nothing
+
+
+def run_study(
+    path: Path | None,
+    overrides: dict[str, Any],
+    *,
+    outputs: Path,
+    address: str | None,
+    resume: str | None = None,
+    storage: str | None = None,
+    wait: float = 0,
+) -> bool:
+    """Run the study in a YAML file, or go on with one; everything it leaves is under `outputs`.
+
+    Args:
+        path: the YAML; None with `resume` means the study as it was begun.
+        resume: name of a study that was begun and cut short, at whatever moment.
+        storage: where trials leave their checkpoints, a folder or URI that all nodes reach; None is the
+            study's folder.
+        wait: minutes for an autoscaler to bring up the first worker; 0 takes the nodes that are up.
+
+    Returns:
+        Whether any trial was COMPLETE.
+
+    Raises:
+        BimaskError: before the first trial, for anything that would make the study fail.
+        InterruptedStudyError: a signal ended it, in good order.
+    """
+    if resume is not None:
+        config, folder = reopen(outputs, resume, path, overrides)
+    elif path is not None:
+        config, folder = named(
+            load_config(path, overrides), outputs, chosen_by_user="name" in overrides
+        )
+    else:
+        raise StudyError("There is no study to run; give a YAML file, or --resume NAME.")
+    summary = run_in(
+        config, folder, address=address, storage=storage, wait=wait, resume=resume is not None
+    )
+    return bool(summary["n_complete"])
+
+
+def run_in(
+    config: StudyConfig,
+    folder: Path,
+    *,
+    address: str | None = None,
+    storage: str | None = None,
+    wait: float = 0,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Run a study, or go on with it, in its folder among the outputs; its summary.
+
+    `address`, `storage` and `wait` are those of `run_study`.
+    """
+    started, outputs = time.perf_counter(), folder.parent
+    console = wide_console()
+    device = resolve_device(config.device)
+    uri = tracking_uri(outputs)
+    require_server(uri)
+    check_data(config)
+    earlier = read_earlier(config)
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(locked(folder))
+            if _is_whole(config, folder, tracker := Tracker(uri, outputs / "mlartifacts")):
+                console.print(f"The study {config.name} is finished, all {config.trials} trials.")
+                found: dict[str, Any] = json.loads((folder / records.SUMMARY).read_text())
+                return found
+        concurrency, own = 0, True
+        if config.confirmation or config.trials > len(read_lines(folder / records.TRIALS)):
+            stack.callback(search.stop_ray)
+            own = search.start_ray(address)
+            if wait:
+                stack.callback(search.release_workers)
+            concurrency = find_room(config, wait, console)
+            with console.status("asking every node", spinner="dots"):
+                nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri, own=own)
+            console.print(f"{nodes} node(s) checked, {concurrency} actors at once")
+        console.print(
+            f"[bold]{config.name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True
+        )
+        suite = prepare_victims(config, outputs / "victims", device, console)
+        identity = Identity.of(config, suite, outputs / "victims")
+        if resume:
+            begun = Identity.load(folder)
+            begun.require_same(identity)
+            _start_in_mlflow(config, begun, tracker, suite)
+        else:
+            tracker = Tracker(uri, outputs / "mlartifacts")
+            _begin(config, folder, identity, tracker, suite)
+            stack.enter_context(locked(folder))
+        study = _Study(config, folder, suite, earlier, tracker, console, concurrency, not own, storage)
+        summary, signal = study.run(started)
+    show(console, config, summary, tracker, outputs / "victims", folder)
+    if signal is not None:
+        raise InterruptedStudyError(signal, config.name)
+    return summary
+
+
+def named(
+    config: StudyConfig, outputs: Path, *, chosen_by_user: bool = False
+) -> tuple[StudyConfig, Path]:
+    """The study under a name that is free, and its folder; nothing is made but `outputs`."""
+    require_writable(outputs)
+    name, folder = records.new_folder(outputs, config.name, chosen_by_user=chosen_by_user)
+    return config.model_copy(update={"name": name}), folder
+
+
+def _is_whole(config: StudyConfig, folder: Path, tracker: Tracker) -> bool:
+    """Whether nothing is left to do: no trial, no summary, nothing that MLflow lacks."""
+    try:
+        summary = json.loads((folder / records.SUMMARY).read_text())
+    except (OSError, ValueError):
+        return False
+    confirmed = config.confirmation is None or not summary["n_complete"] or "suite" in summary
+    finished: bool = summary["n_trials"] == config.trials and confirmed
+    return finished and tracker.has_whole(Identity.load(folder).study_id, config.trials)
+
+
+def _begin(
+    config: StudyConfig,
+    folder: Path,
+    identity: Identity,
+    tracker: Tracker,
+    victims: dict[str, Subject],
+) -> None:
+    """Make the study's folder and open the parent run: both, or nothing stays."""
+    begin(folder, config, identity)
+    try:
+        _start_in_mlflow(config, identity, tracker, victims)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def _start_in_mlflow(
+    config: StudyConfig, identity: Identity, tracker: Tracker, victims: dict[str, Subject]
+) -> None:
+    tracker.start_study(
+        config.name,
+        {"trials": config.trials, "seed": config.seed, "sampler": config.sampler}
+        | {"selection": config.selection, "victims": ", ".join(victims)},
+        {"study": config.name, "study_id": identity.study_id, "study_digest": config.digest}
+        | {"objectives": json.dumps(config.directions), "commit": commit()}
+        | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}
+        | {f"version.{package}": number for package, number in versions().items()},
+    )
+
+
+@dataclass
+class _Study:
+    """A study whose folder and parent run are open."""
+
+    config: StudyConfig
+    folder: Path
+    suite: dict[str, Subject]
+    earlier: Earlier
+    tracker: Tracker
+    console: Console
+    concurrency: int
+    joined: bool  # the cluster is one that was there
+    storage: str | None
+
+    @property
+    def victims(self) -> dict[str, Subject]:
+        """Those that trials see."""
+        return {name: self.suite[name] for name in self.config.victim_names()}
+
+    def run(self, started: float) -> tuple[dict[str, Any], int | None]:
+        """Search, choose, report: the summary, and the signal that ended the search, if one did."""
+        mirror = MlflowQueue(self.tracker, self._say_what_happens)
+        interrupts, patience = Interrupts(), SHORT_PATIENCE
+        try:
+            cases = prepare_cases(
+                self.config,
+                self.victims,
+                self.console,
+                workers=self.concurrency,
+                joined=self.joined,
+            )
+            if self.config.suspect is None:  # else nobody knows what its trigger does
+                draw_victims(self.folder / VICTIM_PICTURES, [case for case in cases if not case.repeat])
+                mirror.log_folder(self.folder / VICTIM_PICTURES)
+            searching = time.perf_counter()
+            in_trials = self._search(cases, mirror, interrupts)
+            wall = time.perf_counter() - searching
+            summary = summarise(
+                self.config, self.folder, read_lines(self.folder / records.TRIALS), self.victims
+            )
+            summary["seconds"] = {
+                "in_trials": in_trials,
+                "harness": max(0.0, wall * self.concurrency - in_trials),
+            }
+            if interrupts.signal is None:
+                known = {name: one for name, one in self.suite.items() if isinstance(one, Victim)}
+                suite = confirm_choice(self.config, self.folder, summary, known, self.console)
+                summary |= {} if suite is None else {"suite": suite}
+            summary["seconds"]["total"] = time.perf_counter() - started
+            write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
+            status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
+            make_report(self.folder, self.folder.parent / "victims", self.console)
+            close(mirror, self.folder, summary, "KILLED" if interrupts.signal else status)
+            patience = PATIENCE
+            return summary, interrupts.signal
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            mirror.abort("the study was stopped", "KILLED" if stopped else "FAILED")
+            raise
+        finally:
+            if missing := mirror.close(patience if interrupts.signal is None else SHORT_PATIENCE):
+                self.console.print(
+                    f"[bold yellow]MLflow lacks {missing} entries[/]; nothing is lost: tell it later "
+                    f"with `python -m study.launch --resume {self.config.name}`.",
+                    soft_wrap=True,
+                )
+
+    def _search(self, cases: list[Case], mirror: MlflowQueue, interrupts: Interrupts) -> float:
+        """Run what has no record yet; seconds that went into trials."""
+        digests = {name: victim.spec.digest for name, victim in self.victims.items()}
+        at_once = min(self.config.trials, self.concurrency * self.config.trials_per_actor)
+        with trial_progress(self.console, self.config.trials, at_once) as on_change:
+            recorder = Recorder(self.config, self.folder, mirror, digests, on_change)
+            before = len(recorder.records)
+            recorder.show_again(self.tracker.ended)
+            on_change(recorder.records)
+            search.run_search(
+                self.config,
+                cases,
+                recorder,
+                folder=self.folder,
+                concurrency=self.concurrency,
+                earlier=self.earlier,
+                storage=self.storage,
+                interrupts=interrupts,
+            )
+        if recorder.unwritten:
+            raise StudyError(
+                f"The records of {len(recorder.unwritten)} trial(s) cannot be written to "
+                f"{self.folder}; make room on the disk, then resume: these trials are run again."
+            )
+        return sum(record.get("seconds", 0.0) for record in recorder.records[before:])
+
+    def _say_what_happens(self, error: Exception) -> None:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self.console.print(
+            f"[yellow]MLflow does not take what it is told[/] ({escape(reason[:200])}); the study goes "
+            "on, and tells it again until it does.",
+            soft_wrap=True,
+        )
+
+
+def make_report(folder: Path, victims: Path, console: Console) -> None:
+    """The study's page; whatever keeps it from being drawn must not cost the study its end."""
+    try:
+        write_report(folder, victims)
+    except Exception as error:
+        console.print(f"no report ({error}); try: python -m study.report {folder.name}", soft_wrap=True)
+
+
+def close(mirror: Tracker | MlflowQueue, folder: Path, summary: dict[str, Any], status: Status) -> None:
+    """The summary in MLflow's parent run."""
+    metrics = {"hypervolume": summary["hypervolume"], "n_failed": summary["n_failed"]}
+    if summary["chosen"]:
+        metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
+        if (risk := summary["chosen"]["risk"]) is not None:
+            metrics["chosen/risk"] = risk
+        metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
+    metrics |= confirmation_metrics(summary.get("suite") or {}) | blind_metrics(summary["selection"])
+    names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)
+    count = {state: summary[f"n_{state.lower()}"] for state in ("COMPLETE", "PRUNED", "FAILED")}
+    told = headline(summary, count)
+    mirror.end_study(
+        metrics=metrics,
+        artifacts=[folder / name for name in names if (folder / name).is_file()],
+        status=status,
+        note=f"**{told['title']}.** {told['text']} The page about it: `{REPORT}` below.",
+        front=[point["number"] for point in summary["front"]],
+        chosen=summary["chosen"] and summary["chosen"]["number"],
+    )

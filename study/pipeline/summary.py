@@ -1,0 +1,154 @@
+"""What a study comes to: the front, the choice, and what the chosen trial scores on `test`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from bimask.defences.ims.config import PurifyConfig
+from bimask.metrics import evaluate
+from study import search
+from study.analysis import blind, leave_out
+from study.analysis.pareto import ParetoFront, choose, feasible_first
+from study.report.pictures import draw_front
+from study.spec.config import StudyConfig
+from study.spec.objectives import known_scores, mean_of, total_violation
+from study.spec.suspect import Subject, SuspectModel
+from study.store import records
+from study.trial.run import purified
+
+FRONT_PICTURE = "front.png"
+
+
+def summarise(
+    config: StudyConfig, folder: Path, trials: list[dict[str, Any]], victims: dict[str, Subject]
+) -> dict[str, Any]:
+    """Front, hypervolume, chosen trial with its `test` scores; writes best.yaml and the picture.
+
+    Args:
+        victims: the tuning victims by name, or the suspect: what needs its trigger is left out then.
+    """
+    complete = sorted((t for t in trials if t["status"] == "COMPLETE"), key=lambda t: int(t["number"]))
+    violations = [total_violation(config.constraints.violations(t)) for t in complete]
+    competing = [complete[i] for i in feasible_first(violations)]
+    front = ParetoFront.of(competing, config.directions)
+    before = _over_all(config, {name: asdict(v.scores["val"]) for name, v in victims.items()})
+    bound = before["clean_accuracy"] - config.choose.max_accuracy_drop
+    positions = {
+        who: choose(complete, min_clean_accuracy=bound, violations=violations, by=score)
+        for who, score in blind.CHOSEN_BY.items()
+        if all(score in trial for trial in complete)  # trials of before there were probes have no risk
+    }
+    position = positions[config.selection]
+    chosen = None if position is None else complete[position]
+    paper = next((t for t in complete if t["preset"] == search.PAPER), None)
+    on_front = [competing[i] for i in front.indices]
+    draw_front(
+        folder / FRONT_PICTURE,
+        title=f"{config.name}: {len(complete)} trials on {', '.join(victims)}",
+        trials=complete,
+        front=[t["number"] for t in on_front],
+        chosen=None if chosen is None else chosen["number"],
+        paper=None if paper is None else paper["number"],
+        victim=before,
+        min_clean_accuracy=bound,
+    )
+    accuracies = {name: victim.scores["val"].clean_accuracy for name, victim in victims.items()}
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "n_trials": len(trials),
+        "n_complete": len(complete),
+        "n_pruned": sum(t["status"] == "PRUNED" for t in trials),
+        "n_failed": sum(t["status"] == "FAILED" for t in trials),
+        "n_feasible": sum(violation <= 0 for violation in violations),
+        "objectives": config.directions,
+        "aggregate": config.aggregate.model_dump(),
+        "hypervolume": front.hypervolume(config.reference),
+        "reference_point": config.reference,
+        "front": [_point(config, t) for t in on_front],
+        "selection": {"used": config.selection}
+        | blind.compare(
+            complete, positions, lambda at: _measured(config, folder, complete[at], victims)
+        ),
+        "chosen": chosen and _measured(config, folder, chosen, victims),
+        "paper_defaults": paper and _measured(config, folder, paper, victims),
+        "victims": {
+            name: {"digest": victim.spec.digest}
+            | {split: asdict(scores) for split, scores in victim.scores.items()}
+            for name, victim in victims.items()
+        },
+        "min_clean_accuracy": bound,
+    }
+    if len(leave_out.attacks_of(config)) > 1:
+        summary["leave_one_out"] = leave_out.table(config, complete, accuracies)
+    if chosen is not None:
+        settings = config.purify_config(chosen["parameters"])
+        records.write_yaml(
+            folder / records.BEST,
+            {"purify": settings.model_dump(), "seed": config.seed}
+            | {"study": config.name, "trial": chosen["number"]},
+            f"trial {chosen['number']} of study {config.name}\n"
+            f"use: python -m bimask purify {_whom(config)} --config THIS_FILE --out CLEANED",
+        )
+    return summary
+
+
+def _whom(config: StudyConfig) -> str:
+    return "--victim VICTIM" if config.suspect is None else config.suspect.options
+
+
+def _over_all(config: StudyConfig, scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The known scores of all victims by the study's rule, from those of each."""
+    names = known_scores(next(iter(scores.values())))
+    return {name: config.aggregate(name, [one[name] for one in scores.values()]) for name in names}
+
+
+def _point(config: StudyConfig, trial: dict[str, Any]) -> dict[str, Any]:
+    """A trial as it stands in the summary: its settings, and scores, objectives and risk on val."""
+    return {
+        "number": trial["number"],
+        "parameters": trial["parameters"],
+        "val": known_scores(trial),
+        "risk": trial.get("risk"),
+        "objectives": {name: trial[name] for name in config.directions},
+    }
+
+
+def _measured(
+    config: StudyConfig, folder: Path, trial: dict[str, Any], victims: dict[str, Subject]
+) -> dict[str, Any]:
+    """A trial with its scores on `test`, measured from its saved masks."""
+    settings = config.purify_config(trial["parameters"])
+    per_victim = {
+        name: _on_test(folder / "trials" / f"{trial['number']:03d}", name, victim, settings)
+        for name, victim in victims.items()
+    }
+    overall = _over_all(config, per_victim)
+    return _point(config, trial) | {"test": overall, "victims": per_victim}
+
+
+def _on_test(folder: Path, name: str, victim: Subject, settings: PurifyConfig) -> dict[str, Any]:
+    """The scores on `test` that a trial's masks give, mean over the victim's runs."""
+    splits = victim.load_data()
+    paths = (folder / f"{name}.masks.safetensors", *sorted(folder.glob(f"{name}.*.masks.*rs")))
+    models = (purified(victim.model, load_file(path), settings) for path in paths)
+    if isinstance(victim, SuspectModel):
+        clean, was = victim.eval_sets(splits, "test"), victim.scores["test"]
+        found = [evaluate(model, clean) for model in models]
+        return mean_of([asdict(one) | {"arr": one.arr(was)} for one in found])
+    sets, before = victim.eval_sets(splits, "test"), victim.scores["test"]
+    return mean_of(
+        [
+            asdict(scores)
+            | {
+                "arr": scores.arr(before),
+                "rdr": scores.rdr(before),
+                "der": scores.der(before),
+                "rir": scores.rir(before),
+            }
+            for scores in (evaluate(model, sets) for model in models)
+        ]
+    )

@@ -1,0 +1,1 @@
+"""From a study's choice to production: evidence, package, registry, the served model."""

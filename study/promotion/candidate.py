@@ -1,0 +1,142 @@
+"""A trial that may be promoted: its settings, its evidence on `test`, and how to gather more of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from bimask.defences.ims.config import PurifyConfig
+from bimask.errors import BimaskError
+from bimask.progress import ToldProgress
+from bimask.victims import Victim, open_victim
+from study.spec.config import Confirm, StudyConfig, StudyError
+from study.spec.gates import CONFIRMED, TestEvidence, Verdict, evidence_of, judge
+from study.spec.reading import load_config
+from study.store import records
+from study.store.provenance import commit
+from study.trial.suite import confirm, confirmation, jobs_of
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One trial of a finished study.
+
+    Attributes:
+        folder: of the study.
+        number: of the trial.
+        settings: of the defence.
+        commits: of the sources that measured the evidence, and of those here.
+        evidence: scores on `test`; None where there are only those on `val`.
+    """
+
+    config: StudyConfig
+    folder: Path
+    number: int
+    settings: PurifyConfig
+    commits: tuple[str, str]
+    evidence: TestEvidence | None
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of the study's and the trial's settings: what is registered once."""
+        deciding = [self.config.digest, self.settings.model_dump(mode="json"), self.config.seed]
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_candidate(name: str, outputs: Path, trial: int | None) -> Candidate:
+    """A study's chosen trial, or another COMPLETE one.
+
+    Raises:
+        StudyError: no such study, unfinished or older than what is needed; no such trial.
+    """
+    folder = outputs / name
+    table = records.load(name, outputs)  # says if there is no such study
+    config = load_config(folder / records.STUDY)
+    if config.suspect is not None:
+        raise StudyError(
+            f"The study {name!r} is of a suspect, whose attack success nobody can measure, so no "
+            f"gate can be judged; use its {records.BEST} with `python -m bimask purify`."
+        )
+    try:
+        summary = json.loads((folder / records.SUMMARY).read_text())
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"{folder / records.SUMMARY} cannot be read ({error}); let the study run to its end."
+        ) from error
+    if trial is None:
+        if summary["chosen"] is None:
+            raise StudyError(f"The study {name!r} chose no trial; give one with --trial, or run more.")
+        trial = int(summary["chosen"]["number"])
+    if trial not in set(table.query("status == 'COMPLETE'")["number"]):
+        raise StudyError(f"The study {name!r} has no COMPLETE trial {trial}.")
+    rows = map(json.loads, (folder / records.TRIALS).read_text().splitlines())
+    record = next(row for row in rows if row["number"] == trial)
+    settings = config.purify_config(record["parameters"])
+    evidence = evidence_of(folder, summary, trial)
+    measured = evidence.commit if evidence is not None else None
+    commits = (measured or record["provenance"]["commit"], commit())
+    return Candidate(config, folder, trial, settings, commits, evidence)
+
+
+def verdicts_of(candidate: Candidate) -> list[Verdict]:
+    """All gates of the study, and the sources' state.
+
+    Raises:
+        StudyError: the study has no gates.
+    """
+    if candidate.config.gates is None:
+        raise StudyError(
+            f"The study has no gates; add `gates:` to {candidate.folder / records.STUDY}, such as "
+            "`gates: {accuracy_drop: 0.03, attack_success: 0.05}` (they decide no result)."
+        )
+    study = candidate.folder.name
+    command = f"run `python -m study.promote {study} --trial {candidate.number} --confirm`"
+    dirty = [
+        where for where, c in zip(("evidence", "here"), candidate.commits, strict=True) if _dirty(c)
+    ]
+    remark = f"uncommitted changes ({', '.join(dirty)}): commit, and measure again" if dirty else ""
+    tree = Verdict("sources", " / ".join(candidate.commits), "committed", not dirty, remark)
+    return [*judge(candidate.config.gates, candidate.evidence, command), tree]
+
+
+def _dirty(one: str) -> bool:
+    return one.endswith("-dirty")
+
+
+def confirm_trial(candidate: Candidate, victims: dict[str, Victim], console: Console) -> None:
+    """Purify every victim of the study with several seeds, scored on `test`, and keep the scores."""
+    config = candidate.config
+    asked = config.confirmation or Confirm()
+    config = config.model_copy(update={"confirm": asked})
+    jobs = jobs_of(config, {"chosen": candidate.settings})
+    rows = []
+    with ToldProgress(console) as progress:
+        task = progress.add_task(f"confirming on {len(victims)} victims", total=len(jobs))
+        for job in jobs:
+            try:
+                rows.append(confirm(job, victims[job.victim], config))
+            except BimaskError as error:
+                rows.append(
+                    {"configuration": "chosen", "victim": job.victim, "role": job.role}
+                    | {"seed": job.seed, "reason": str(error)}
+                )
+            progress.update(task, advance=1)
+    found = confirmation(rows, victims)
+    assert found is not None
+    place = candidate.folder / CONFIRMED
+    place.mkdir(exist_ok=True)
+    content = found["chosen"] | {"commit": commit(), "runs": rows}
+    (place / f"{candidate.number:03d}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_victims(config: StudyConfig, outputs: Path) -> dict[str, Victim]:
+    """Every victim of the study's suite, from where the study left them."""
+    folders = [spec.place(outputs / "victims") for spec in config.suite]
+    return {
+        name: open_victim(folder, own_code=True)
+        for name, folder in zip(config.suite_names(), folders, strict=True)
+    }

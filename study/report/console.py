@@ -1,0 +1,182 @@
+"""What a user sees while a study runs, and at its end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bimask.nets import is_own
+from bimask.progress import ToldProgress
+from study.analysis.blind import PROMISE
+from study.report import REPORT
+from study.spec.config import StudyConfig
+from study.spec.objectives import SCORES, backdoor_left, known_scores
+from study.store import records
+from study.tracking.mlflow_runs import Tracker
+
+SHORT = dict(zip(SCORES, ("ACC", "ASR", "RA"), strict=True)) | {"risk": "risk"}
+
+
+def wide_console() -> Console:
+    """Standard output, with tables whole in a log."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+@contextmanager
+def trial_progress(
+    console: Console, trials: int, at_once: int
+) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """A bar of finished trials with the best scores so far."""
+    with ToldProgress(console) as progress:
+        task = progress.add_task(f"trials, {at_once} at once", total=trials)
+
+        def on_change(done: list[dict[str, Any]]) -> None:
+            complete = [r for r in done if r["status"] == "COMPLETE"]
+            text = f"trials, {at_once} at once"
+            if complete:
+                by = backdoor_left(complete[0])
+                best = min(complete, key=lambda r: r[by])
+                text += f"; least {SHORT[by]} {best[by]:.3f} at ACC {best['clean_accuracy']:.3f}"
+            for status in ("PRUNED", "FAILED"):
+                if count := sum(r["status"] == status for r in done):
+                    text += f"; {count} {status.lower()}"
+            progress.update(task, completed=len(done), description=text)
+
+        yield on_change
+
+
+def show(
+    console: Console,
+    config: StudyConfig,
+    summary: dict[str, Any],
+    tracker: Tracker,
+    victims: Path,
+    folder: Path,
+) -> None:
+    """The front as a table, the choice, and the two commands to type next."""
+    chosen = summary["chosen"]
+    searched = list(config.space)
+    table = Table(title=f"Pareto front of {summary['name']} (val)", title_justify="left")
+    shown = list(SCORES) if config.suspect is None else ["clean_accuracy", "risk"]
+    for column in ("trial", *(f"{SHORT[name]} %" for name in shown), *searched):
+        table.add_column(column, justify="right")
+    for trial in summary["front"]:
+        mark = chosen is not None and trial["number"] == chosen["number"]
+        table.add_row(
+            f"{trial['number']}{' *' if mark else ''}",
+            *(f"{100 * (trial['val'] | {'risk': trial['risk']})[name]:.1f}" for name in shown),
+            *(_short(trial["parameters"].get(name, "")) for name in searched),
+            style="bold green" if mark else None,
+        )
+    console.print(table)
+    console.print(
+        f"hypervolume {summary['hypervolume']:.4f} against {summary['reference_point']}; "
+        f"{summary['n_complete']} COMPLETE, {summary['n_pruned']} PRUNED, {summary['n_failed']} FAILED"
+    )
+    for trial, label in ((summary["paper_defaults"], "paper's defaults"), (chosen, "chosen")):
+        if trial:
+            scores = ", ".join(
+                f"{SHORT[name]} {value:.3f}" for name, value in known_scores(trial["test"]).items()
+            )
+            console.print(f"on test, {label} (trial {trial['number']}): {scores}")
+    _show_selection(console, summary["selection"])
+    show_suite(console, summary.get("suite") or {})
+    if (folder / REPORT).is_file():
+        console.print(f"page:  {folder / REPORT}", soft_wrap=True, highlight=False)
+    console.print("look:  " + tracker.ui_command(), soft_wrap=True)
+    if chosen is None:
+        console.print(
+            "[bold yellow]Nothing chosen[/]: no trial keeps a clean accuracy of "
+            f"{summary['min_clean_accuracy']:.3f} on val and the constraints; run more trials or widen "
+            "the space."
+        )
+        return
+    console.print(
+        f"reuse: python -m bimask purify {_whom(config, victims)} --config "
+        f"{folder / records.BEST} --out {folder / 'cleaned'}{_trust(config)}",
+        soft_wrap=True,
+    )
+
+
+def _whom(config: StudyConfig, victims: Path) -> str:
+    if config.suspect is not None:
+        return config.suspect.options
+    return f"--victim {config.victims[0].place(victims)}"
+
+
+def _trust(config: StudyConfig) -> str:
+    """What allows the code that a victim's folder names; a suspect's is named by the user."""
+    return " --trust-code" if config.victims and is_own(config.victims[0].net) else ""
+
+
+def _show_selection(console: Console, selection: dict[str, Any]) -> None:
+    """Blind choice beside the oracle's, and what the blind one is worth."""
+    used = selection["used"]
+    for who in ("oracle", "blind"):
+        if (trial := selection[who]) is not None:
+            left = f"risk on val {trial['risk']:.3f}"
+            if "attack_success" in trial["val"]:
+                val, test = trial["val"]["attack_success"], trial["test"]["attack_success"]
+                left = f"ASR on val {val:.3f}, on test {test:.3f}"
+            console.print(
+                f"{who} choice{' (used)' if who == used else ''}: trial {trial['number']}, {left}"
+            )
+    if (rank := selection["spearman"]) is not None:
+        console.print(
+            f"blind risk against true ASR: Spearman {rank['rho']:.2f} over {rank['n']} trials"
+        )
+    if used == "blind":
+        console.print(PROMISE, soft_wrap=True)
+
+
+def show_suite(console: Console, suite: dict[str, Any]) -> None:
+    """What the choice is worth on every victim of the suite, on test, over the seeds."""
+    for configuration, found in suite.items():
+        title = f"{configuration.replace('_', ' ')}, purified anew, on test: mean (least to most)"
+        table = Table(title=title, title_justify="left")
+        for column in ("victim", "role", "runs", "ACC drop, points", "ASR %", "RA %"):
+            table.add_column(column, justify="left" if column in ("victim", "role") else "right")
+        rows = [(name, one["role"], one) for name, one in found["victims"].items()]
+        rows += [("all", role, one) for role, one in found["roles"].items()]
+        for name, role, one in rows:
+            if "attack_success" not in one:
+                table.add_row(name, role, "0", *["-"] * 3)
+                continue
+            spreads = [one[n] for n in ("accuracy_drop", "attack_success", "recovery")]
+            table.add_row(
+                name,
+                role.replace("_", " "),
+                str(one["attack_success"]["n"]),
+                *(
+                    f"{100 * s['mean']:.1f} ({100 * s['min']:.1f} to {100 * s['max']:.1f})"
+                    for s in spreads
+                ),
+                style="bold" if name == "all" else None,
+            )
+        console.print(table)
+
+
+def show_leave_out(console: Console, found: dict[str, Any]) -> None:
+    """What each choice loses on the attack that it never saw."""
+    table = Table(title=f"Leave one attack out ({found['scored_on']})", title_justify="left")
+    for column in ("attack", "ASR % unseen", "ASR % seen", "ASR lost", "ACC % unseen", "ACC lost"):
+        table.add_column(column, justify="left" if column == "attack" else "right")
+    for attack, row in found["attacks"].items():
+        if row["loss"] is None:
+            table.add_row(attack, *["nothing chosen"] * 5)
+            continue
+        seen, unseen, loss = row["with"], row["without"], row["loss"]
+        values = [unseen["attack_success"], seen["attack_success"], loss["attack_success"]]
+        values += [unseen["clean_accuracy"], loss["clean_accuracy"]]
+        table.add_row(attack, *(f"{100 * value:.1f}" for value in values))
+    console.print(table)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

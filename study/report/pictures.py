@@ -1,0 +1,143 @@
+"""Pictures, as PNG: a study's victims, its Pareto front, the masks of a trial. matplotlib only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from bimask.errors import DataError
+from bimask.masking.masks import MaskSet
+from bimask.metrics import EvalSets
+from bimask.victims import Victim
+from bimask.victims.gallery import gallery
+from study.spec.objectives import backdoor_left
+from study.trial.cases import Case
+
+# Okabe-Ito: distinct to colour-blind readers, and each role has a marker of its own as well.
+BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#999999", "#000000"
+AXES = {"attack_success": "attack success rate", "risk": "risk (short cuts still followed)"}
+
+
+def draw_front(
+    path: Path,
+    *,
+    title: str,
+    trials: Sequence[Mapping[str, Any]],
+    front: Sequence[int],
+    chosen: int | None,
+    paper: int | None,
+    victim: Mapping[str, float],
+    min_clean_accuracy: float,
+) -> None:
+    """Clean accuracy against attack success, or a suspect's risk, on `val` for every finished trial.
+
+    Args:
+        trials: records with `number`, `clean_accuracy`, and `attack_success` or `risk`.
+        front: numbers of the trials on the front.
+        chosen: number of the chosen trial.
+        paper: number of the trial with the paper's defaults.
+        victim: `clean_accuracy` and `attack_success` of the victims themselves (mean); of a suspect the
+            first alone, and it is no point.
+        min_clean_accuracy: the bound of the choice.
+    """
+    figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    by = backdoor_left(victim)
+    points = {t["number"]: (100 * t[by], 100 * t["clean_accuracy"]) for t in trials}
+    others = [p for number, p in points.items() if number not in front]
+    if others:
+        x, y = zip(*others, strict=True)
+        axes.scatter(x, y, color=GREY, s=36, label="dominated")
+    if front:
+        line = sorted(points[number] for number in front)
+        x, y = zip(*line, strict=True)
+        axes.step(x, y, where="post", color=BLUE, linewidth=1.2)
+        axes.scatter(x, y, color=BLUE, s=46, zorder=3, label="Pareto front")
+    if paper is not None:
+        axes.scatter(
+            *points[paper],
+            color=ORANGE,
+            marker="s",
+            s=70,
+            zorder=4,
+            label=f"paper's defaults (trial {paper})",
+        )
+    if by in victim:
+        axes.scatter(
+            100 * victim[by],
+            100 * victim["clean_accuracy"],
+            color=BLACK,
+            marker="X",
+            s=90,
+            zorder=4,
+            label="victim, before",
+        )
+    if chosen is not None:
+        axes.scatter(
+            *points[chosen],
+            facecolor="none",
+            edgecolor=GREEN,
+            marker="o",
+            s=220,
+            linewidth=2.4,
+            zorder=5,
+            label=f"chosen (trial {chosen})",
+        )
+    axes.axhline(100 * min_clean_accuracy, color=GREEN, linestyle=":", linewidth=1)
+    axes.text(100, 100 * min_clean_accuracy, "accuracy asked for", color=GREEN, ha="right", va="bottom")
+    axes.set_xlabel(f"{AXES[by]} on val, % (lower is better)")
+    axes.set_ylabel("clean accuracy on val, % (higher is better)")
+    axes.set_xlim(-3, 103)
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower center", fontsize=8, ncols=2)
+    figure.savefig(path)
+
+
+def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
+    """A gallery of every victim as NAME.png: what its trigger does, on images of `val`."""
+    folder.mkdir(exist_ok=True)
+    for case in cases:
+        assert isinstance(case.victim, Victim)
+        assert isinstance(case.val, EvalSets)
+        try:
+            picture = gallery(case.victim, case.val)
+        except DataError:
+            if case.victim.stored is None:
+                raise
+            continue  # imported, and nothing says which of its images belong together
+        picture.savefig(folder / f"{case.name}.png")
+
+
+def draw_masks(path: Path, masks: MaskSet, title: str) -> None:
+    """Every channel's mask factor and selection, one row a layer, channels sorted by their factor."""
+    keeps, selections = masks.keeps(), masks.by_site(masks.selection)
+    sites = list(masks.sites)
+    widest = max(masks.sites.values())
+    figure = Figure(figsize=(11, 1.2 + 0.24 * len(sites)), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    order = {site: keep.detach().argsort().numpy() for site, keep in keeps.items()}
+    columns = {"factor a' of the kept model": keeps, "selection s (1 = shared)": selections}
+    for axes, (label, values) in zip(panels, columns.items(), strict=True):
+        grid = np.full((len(sites), widest), np.nan)
+        for row, site in enumerate(sites):
+            channel = values[site].detach().numpy()[order[site]]
+            grid[row, : len(channel)] = channel
+        image = axes.imshow(
+            np.ma.masked_invalid(grid),
+            aspect="auto",
+            interpolation="nearest",
+            cmap="viridis",
+            vmin=0,
+            vmax=1,
+        )
+        axes.set_xlabel("channels of the layer, sorted by factor")
+        axes.set_title(label, fontsize=10)
+    panels[0].set_yticks(range(len(sites)), sites, fontsize=7)
+    figure.colorbar(image, ax=panels, shrink=0.8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path)

@@ -1,0 +1,115 @@
+"""What a study takes over from earlier ones.
+
+The rule: a finished trial of an earlier study counts as measured where nothing that its numbers
+depend on has changed: the same victims, fixed settings, seed, repeats and clean images, and
+parameters that this study's space has, inside its bounds. Its objectives are made anew from its
+numbers for each victim, by this study's rule. Of a study that differs otherwise, only the points of
+its front that lie in the space are taken, to be tried first and measured here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from study.analysis.pareto import ParetoFront
+from study.spec import space as spaces
+from study.spec.config import StudyConfig, StudyError
+from study.spec.directions import DIRECTIONS, OBJECTIVES, Direction
+from study.spec.objectives import over_victims
+from study.spec.space import Scalar
+from study.store.records import STUDY, TRIALS
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A point of the space with its numbers over all victims."""
+
+    parameters: dict[str, Scalar]
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier studies know: finished trials, and points that are worth a try."""
+
+    observed: list[Observed] = field(default_factory=list)
+    points: list[dict[str, Scalar]] = field(default_factory=list)
+
+
+def read_earlier(config: StudyConfig) -> Earlier:
+    """Everything that `warm_start_from` names, as the module's rule takes it.
+
+    Raises:
+        StudyError: a folder that holds no study.
+    """
+    found = Earlier()
+    for name in config.warm_start_from:
+        study, trials = _read(Path(name))
+        inside = [trial for trial in trials if _in_space(config, trial)]
+        if _comparable(study) == _comparable(config.model_dump(mode="json")):
+            observed = [Observed(trial["parameters"], _values(config, trial)) for trial in inside]
+            found.observed.extend(one for one in observed if _needed(config) <= set(one.values))
+        else:
+            front = ParetoFront.of(inside, _objectives(study))
+            found.points.extend(inside[i]["parameters"] for i in front.indices)
+    return found
+
+
+def _objectives(study: Mapping[str, Any]) -> dict[str, Direction]:
+    return {name: DIRECTIONS[name] for name in study.get("objectives", OBJECTIVES)}
+
+
+def _needed(config: StudyConfig) -> set[str]:
+    """The numbers that objectives and constraints are made of."""
+    bounds = config.constraints.model_dump(exclude_none=True)
+    return {*config.objectives, *(bound.partition("_")[2] for bound in bounds)}
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    try:
+        study = yaml.safe_load((folder / STUDY).read_text())
+        rows = [json.loads(line) for line in (folder / TRIALS).read_text().splitlines()]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise StudyError(
+            f"`warm_start_from` names {folder}, which holds no study that can be read ({error}); give "
+            "the folder of an earlier one, such as outputs/ims-digits."
+        ) from error
+    return study, [row for row in rows if row["status"] == "COMPLETE" and row["preset"] is None]
+
+
+def _comparable(study: Mapping[str, Any]) -> str:
+    """All that the numbers of a victim depend on, but for the parameters."""
+    bounds = {"min_clean_accuracy", "min_attack_success", "weights"}
+    victims = [{k: v for k, v in spec.items() if k not in bounds} for spec in study["victims"]]
+    suspect = study.get("suspect") or {}
+    deciding = {
+        "suspect": {k: v for k, v in suspect.items() if k not in ("model", "clean", *bounds)},
+        "victims": sorted(json.dumps(spec, sort_keys=True) for spec in victims),
+        "fixed": study.get("fixed", {}),
+        "seed": study["seed"],
+        "repeats": study.get("repeats", 1),
+        "clean_images_per_class": study["clean_images_per_class"],
+    }
+    return json.dumps(deciding, sort_keys=True)
+
+
+def _in_space(config: StudyConfig, trial: Mapping[str, Any]) -> bool:
+    """Whether the trial's parameters are those that the space has there, all inside its bounds."""
+    parameters = trial["parameters"]
+    active = [name for name, one in config.space.items() if one.active(parameters)]
+    return set(active) == set(parameters) and not spaces.start_problems(config.space, [parameters])
+
+
+def _values(config: StudyConfig, trial: Mapping[str, Any]) -> dict[str, float]:
+    names = [name for name in DIRECTIONS if name != "seconds"]
+    runs = {
+        victim: [{name: scores[name] for name in names if name in scores}]
+        for victim, scores in trial["scores"].items()
+    }
+    return over_victims(config.aggregate, runs, seconds=trial["seconds"])

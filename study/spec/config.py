@@ -1,0 +1,249 @@
+"""What a study is: its settings, each with its meaning and its bounds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from bimask.defences.ims.config import PurifyConfig
+from bimask.errors import BimaskError
+from bimask.victims import VictimSpec
+from study.spec.directions import DIRECTIONS, Direction
+from study.spec.gates import Gates
+from study.spec.objectives import Aggregate, Constraints, ObjectiveName
+from study.spec.space import Parameter, Scalar, expanded
+from study.spec.stopping import EarlyStopping
+from study.spec.suspect import NAME, SuspectSpec
+
+Unit = Field(ge=0, le=1)
+
+# How a study runs, not what it finds.
+RUNNING = {"concurrency", "trials_per_actor", "retries"}
+RUNNING |= {"checkpoint_every", "trial_timeout", "memory_per_trial"}
+# Keys that came later: a study without them keeps the digest that it had.
+LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constraints", "repeats"} | {
+    "early_stopping",
+    "paper_defaults",
+    "warm_start_from",
+    "suspect",
+}
+NEEDS_TRIGGER = {"attack_success", "recovery"}
+
+
+class StudyError(BimaskError):
+    """A study cannot be run as asked: one sentence or one line a problem."""
+
+
+class ReferencePoint(BaseModel):
+    """The worst corner that counts for the hypervolume; fixed here, never taken from results."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    clean_accuracy: float = Unit
+    attack_success: float | None = Field(None, ge=0, le=1)
+    recovery: float | None = Field(None, ge=0, le=1)
+    pruned_share: float | None = Field(None, ge=0, le=1)
+    risk: float = Field(1.0, ge=0, le=1)
+    seconds: float | None = Field(None, gt=0)
+
+
+class Choice(BaseModel):
+    """How one trial is chosen from the front, on `val`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rule: Literal["least_attack_success"] = "least_attack_success"
+    max_accuracy_drop: float = Field(0.02, ge=0, le=1, description="against the victims themselves")
+
+
+class Confirm(BaseModel):
+    """How the chosen configuration is confirmed: every victim of the suite purified anew, on `test`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    seeds: int = Field(5, ge=1, description="runs a victim, each with its own seed and clean images")
+    paper_seeds: int | None = Field(None, ge=0, description="of the paper's defaults; null: as many")
+
+
+class StudyConfig(BaseModel):
+    """A whole study. See search_spaces/ims_digits.yaml for a commented one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    seed: int = Field(0, ge=0, lt=2**32)
+    trials: int = Field(ge=1)
+    concurrency: int | None = Field(None, ge=1, description="actors at once; null fills the cluster")
+    trials_per_actor: int = Field(1, ge=1, description="trials that one actor runs at once, as a group")
+    cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of an actor")
+    gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four actors")
+    retries: int = Field(3, ge=0, description="times a group is run again whose process or node died")
+    device: str = Field("auto", description="auto: cuda where a trial has a GPU share, else cpu")
+    sampler: Literal["auto", "tpe", "gp", "nsga2", "nsga3", "random", "qmc"] = Field(
+        "auto", description="auto: gp or tpe, by what a trial takes"
+    )
+    selection: Literal["oracle", "blind"] = Field(
+        "oracle", description="oracle: by the true trigger on val; blind: by `risk`, from clean images"
+    )
+    clean_images_per_class: int = Field(10, ge=1, description="what the defender has")
+    report_every: int = Field(10, ge=1, description="rounds between two intermediate reports")
+    checkpoint_every: float = Field(60, gt=0, description="seconds of work that a kill may cost")
+    trial_timeout: float | None = Field(
+        None, gt=0, description="seconds; a trial that takes more fails"
+    )
+    memory_per_trial: float | None = Field(
+        None, gt=0, description="GiB that an actor may take beyond what it holds as a trial begins"
+    )
+    victims: list[VictimSpec] = Field(description="that trials are scored on, on val")
+    suspect: SuspectSpec | None = Field(
+        None, description="instead of victims: a model of the user's own, whose trigger nobody knows"
+    )
+    held_out: list[VictimSpec] = Field(
+        default_factory=list, description="other attacks and seeds, met after the choice alone"
+    )
+    controls: list[VictimSpec] = Field(
+        default_factory=list, description="without a backdoor, to see what the defence costs them"
+    )
+    confirm: Confirm | None = Field(None, description="null: five seeds where there is a suite")
+    objectives: list[ObjectiveName] = Field(["clean_accuracy", "attack_success"], min_length=2)
+    aggregate: Aggregate = Field(Aggregate(), description="one number from those of all victims")
+    constraints: Constraints = Constraints()
+    repeats: int = Field(1, ge=1, description="runs a victim in a trial, over seeds and clean images")
+    early_stopping: EarlyStopping | None = Field(None, description="null: every trial runs to its end")
+    paper_defaults: bool = Field(True, description="whether trial 0 is the paper's defaults")
+    warm_start_from: list[str] = Field(
+        default_factory=list, description="folders of earlier studies to begin with"
+    )
+    reference_point: ReferencePoint
+    choose: Choice = Choice()
+    gates: Gates | None = Field(None, description="what `study.promote` asks for")
+    fixed: dict[str, Any] = Field(default_factory=dict)
+    space: dict[str, Parameter] = Field(min_length=1)
+    start: list[dict[str, Scalar]] = Field(
+        default_factory=list, description="points of the space to try first, say of earlier studies"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blind_objectives(cls, given: Any) -> Any:
+        """Of a suspect selection is blind; a blind one searches by what it chooses by, unless told."""
+        if isinstance(given, dict) and given.get("suspect") is not None:
+            given = {"victims": [], "selection": "blind"} | given
+        if isinstance(given, dict) and given.get("selection") == "blind":
+            return {"objectives": ["clean_accuracy", "risk"]} | given
+        return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_profile(cls, given: Any) -> Any:
+        """`profile: NAME` in `fixed` stands for that profile's settings."""
+        if isinstance(given, dict) and isinstance(given.get("fixed"), dict):
+            space = given.get("space")
+            fixed = expanded(given["fixed"], space if isinstance(space, dict) else {})
+            return given | {"fixed": fixed}
+        return given
+
+    @model_validator(mode="after")
+    def _blind_stays_blind(self) -> StudyConfig:
+        used = {
+            *self.objectives,
+            *(name[4:] for name in self.constraints.model_dump(exclude_none=True)),
+        }
+        if self.selection == "blind" and (seen := sorted(used & NEEDS_TRIGGER)):
+            raise ValueError(
+                f"`selection: blind` may not use {' and '.join(seen)}, which needs the true trigger; "
+                "use risk"
+            )
+        return self
+
+    @field_validator("objectives")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"objectives must differ, got {', '.join(names)}")
+        return names
+
+    @field_validator("reference_point")
+    @classmethod
+    def _one_for_each(cls, point: ReferencePoint, info: ValidationInfo) -> ReferencePoint:
+        for name in info.data.get("objectives", []):
+            if getattr(point, name) is None:
+                raise ValueError(f"a value for the objective {name} is missing")
+        return point
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of everything that decides results; how much runs at once, how often it is
+        kept, what it may take and the gates do not."""
+        deciding = self.model_dump(mode="json", exclude={"name", "gates", *RUNNING})
+        for name in LATER:
+            default = StudyConfig.model_fields[name].get_default(call_default_factory=True)
+            if getattr(self, name) == default:
+                del deciding[name]
+        deciding["reference_point"] = self.reference
+        text = json.dumps(deciding, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """The objectives in order, with the direction of each."""
+        return {name: DIRECTIONS[name] for name in self.objectives}
+
+    @property
+    def reference(self) -> dict[str, float]:
+        """The reference point of these objectives."""
+        return {name: getattr(self.reference_point, name) for name in self.objectives}
+
+    @property
+    def confirmation(self) -> Confirm | None:
+        """What is asked for, or goes without saying where there is a suite."""
+        return self.confirm or (Confirm() if self.held_out or self.controls else None)
+
+    @property
+    def device_of_a_trial(self) -> str:
+        """The device's name where a trial runs."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.gpus_per_trial else "cpu"
+
+    @property
+    def groups(self) -> int:
+        """How many groups of `trials_per_actor` trials there are; the last may be smaller."""
+        return math.ceil(self.trials / self.trials_per_actor)
+
+    @property
+    def suite(self) -> list[VictimSpec]:
+        """All victims: those that trials see, then held-out ones, then controls."""
+        return [*self.victims, *self.held_out, *self.controls]
+
+    def suite_names(self) -> list[str]:
+        """One distinct name a victim of `suite`: its own, with its digest where that is not enough; or
+        the suspect's alone."""
+        if self.suspect is not None:
+            return [NAME]
+        names = [spec.name for spec in self.suite]
+        return [
+            name if names.count(name) == 1 else f"{name}-{spec.digest[:6]}"
+            for name, spec in zip(names, self.suite, strict=True)
+        ]
+
+    def victim_names(self) -> list[str]:
+        """The names of those that trials see."""
+        return self.suite_names()[: len(self.victims) or 1]
+
+    def may_use(self, setting: str) -> bool:
+        """Whether any trial may have it other than off."""
+        points = [self.fixed, *self.start]
+        return setting in self.space or any(point.get(setting) for point in points)
+
+    def purify_config(self, parameters: dict[str, Any]) -> PurifyConfig:
+        """The defence's settings in a trial: fixed ones, then its own, which are all in the paper's."""
+        return PurifyConfig.model_validate({**self.fixed, **parameters})

@@ -1,0 +1,1 @@
+"""A study's folder as the truth: records, files, session, provenance."""

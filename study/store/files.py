@@ -1,0 +1,94 @@
+"""Files that a kill in the middle of a write leaves whole: the old content or the new, no line lost."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from study.spec.config import StudyError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def append_lines(path: Path, rows: Sequence[dict[str, Any]], *, durable: bool = True) -> None:
+    """Add one line of JSON a row, all or none where the disk is full.
+
+    Args:
+        durable: wait until the disk has them.
+    """
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(text) != len(text):
+                raise OSError(f"{path} took only a part of what was written")
+            if durable:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
+    """The rows of `append_lines`; none where there is no file. A last line without its end is dropped.
+
+    Args:
+        mend: cut such a line off the file as well, so that the next one begins where it should.
+    """
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if mend and len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder, whole or not at all; one that is there already is replaced."""
+    part = target.with_name(f".{target.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(source, part)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a study's folder, as long as this process lives: two drivers would undo each other's work.
+
+    Raises:
+        StudyError: another process holds it.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StudyError(
+                f"Another process is at work on {folder}; wait for its end, or end it, then resume."
+            ) from error
+        yield
+    finally:
+        os.close(held)

@@ -1,0 +1,1 @@
+"""What MLflow is told, and the queue in front of it."""

@@ -1,0 +1,328 @@
+"""MLflow: one parent run a study, one nested run a trial. The only file that imports mlflow.
+
+One writer, the driver, and few calls: a trial costs one batch of parameters, one or two of metrics
+and its artifacts. The schema of a SQLite store is made here, before any other process can touch it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# A server that is away is asked again by `MlflowQueue`, for as long as it takes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+
+from mlflow.entities import Metric, Param, Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from sqlalchemy.exc import SQLAlchemyError
+
+from study.spec.config import StudyError
+
+EXPERIMENT = "bimask"
+# What MLflow's page asks an experiment for before it shows training runs and not a chat's traces.
+KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+RUN_STATUS: dict[str, Status] = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAILED": "FAILED"}
+BATCH = 1000  # metrics in one request, MLflow's own limit
+
+
+class Tracker:
+    """The runs of one study.
+
+    Args:
+        uri: of the store, see `tracking_uri`.
+        artifacts: folder for the artifacts of an experiment that is new in a SQLite store.
+
+    Raises:
+        StudyError: a store that cannot be opened.
+    """
+
+    def __init__(self, uri: str, artifacts: Path) -> None:
+        self.uri = uri
+        location = artifacts.resolve().as_uri() if uri.startswith("sqlite:") else None
+        try:
+            self.client = MlflowClient(self.uri)
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+            found = self.client.get_experiment_by_name(name)
+            if found is not None and found.lifecycle_stage != "active":
+                raise ValueError(f"its experiment {name!r} is deleted; set MLFLOW_EXPERIMENT_NAME")
+            self.experiment_id = (
+                found.experiment_id
+                if found is not None
+                else self.client.create_experiment(
+                    name, artifact_location=location, tags={KIND: TRAINING}
+                )
+            )
+            if found is not None and KIND not in found.tags:
+                self.client.set_experiment_tag(self.experiment_id, KIND, TRAINING)
+        except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+            raise StudyError(
+                f"The MLflow store {redacted(self.uri)} cannot be opened ({_first_line(error)}); mend "
+                "MLFLOW_TRACKING_URI, or unset it to use a SQLite file beside the outputs."
+            ) from error
+        self.parent_id = ""
+        self.runs: dict[int, str] = {}
+        self.ended: set[int] = set()
+
+    def start_study(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Open the parent run: the one with this tag `study_id` again, if there is one."""
+        found = self._search(f"tags.study_id = '{tags['study_id']}'") if "study_id" in tags else []
+        if found:
+            self.parent_id = found[0].info.run_id
+            self._open_again(self.parent_id)
+            self.look()
+        else:
+            run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
+            self.parent_id = run.info.run_id
+        self._log(self.parent_id, params=params)
+
+    def has_whole(self, study_id: str, trials: int) -> bool:
+        """Whether a study and all its trials have ended here."""
+        found = self._search(f"tags.study_id = '{study_id}'")
+        if not found or found[0].info.status not in ("FINISHED", "FAILED"):
+            return False
+        self.parent_id = found[0].info.run_id
+        self.look()
+        return len(self.ended) == trials
+
+    def _search(self, query: str) -> list[Run]:
+        """All runs that a query finds, the earliest first."""
+        found: list[Run] = []
+        token: str | None = None
+        while token != "":
+            page = self.client.search_runs(
+                [self.experiment_id], query, order_by=["attributes.start_time"], page_token=token
+            )
+            found += page
+            token = page.token or ""
+        return found
+
+    def look(self) -> None:
+        """See which trials have runs: a call may have arrived though its answer did not.
+
+        Of two runs of a trial the later is deleted.
+        """
+        self.runs, self.ended = {}, set()
+        for run in self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'"):
+            number = int(run.data.tags.get("trial", -1))
+            if number in self.runs:
+                self.client.delete_run(run.info.run_id)
+                continue
+            self.runs[number] = run.info.run_id
+            pruned = run.data.tags.get("status") == "PRUNED" and run.info.status == "KILLED"
+            if run.info.status in ("FINISHED", "FAILED") or pruned:
+                self.ended.add(number)
+
+    def log_folder(self, folder: Path) -> None:
+        """Log a folder's files to the parent run, in a folder of the same name."""
+        self.client.log_artifacts(self.parent_id, str(folder), folder.name)
+
+    def start_trial(self, number: int, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Open the nested run of a trial, or open it again."""
+        if number in self.runs:
+            self._open_again(self.runs[number])
+        else:
+            run = self.client.create_run(
+                self.experiment_id,
+                tags={
+                    MLFLOW_PARENT_RUN_ID: self.parent_id,
+                    MLFLOW_RUN_NAME: f"trial-{number:03d}",
+                    "trial": str(number),
+                    **tags,
+                },
+            )
+            self.runs[number] = run.info.run_id
+        self._log(self.runs[number], params=params)
+
+    def _open_again(self, run_id: str) -> None:
+        self.client.update_run(run_id, status="RUNNING")
+        if "reason" in self.client.get_run(run_id).data.tags:
+            self.client.delete_tag(run_id, "reason")
+
+    def end_trial(
+        self,
+        number: int,
+        *,
+        at: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+        histories: Mapping[str, list[tuple[int, float]]] | None = None,
+        artifacts: Path | None = None,
+        reason: str | None = None,
+        pruned: bool = False,
+    ) -> None:
+        """Write what a trial ended with and close its run: FAILED where there is a reason.
+
+        MLflow knows no PRUNED: such a run is KILLED, and its tag `status` says PRUNED, as that of
+        others says COMPLETE or FAILED.
+
+        The run is closed last, so one that is closed holds everything; all of it may be written again.
+
+        Args:
+            at: when it ended, in seconds since 1970.
+            metrics: final values.
+            histories: metric -> (step, value) pairs.
+            artifacts: a folder whose files are all logged.
+        """
+        run_id = self.runs[number]
+        self._log(run_id, metrics=metrics, histories=histories, at=at)
+        if artifacts is not None:
+            self.client.log_artifacts(run_id, str(artifacts))
+        if reason is not None:
+            self.client.set_tag(run_id, "reason", reason[:5000])
+        ended = "PRUNED" if pruned else "COMPLETE" if reason is None else "FAILED"
+        self.client.set_tag(run_id, "status", ended)
+        self.client.set_terminated(run_id, RUN_STATUS[ended], None if at is None else _ms(at))
+
+    def end_study(
+        self,
+        *,
+        metrics: Mapping[str, float],
+        artifacts: list[Path],
+        status: Status = "FINISHED",
+        note: str = "",
+        front: Collection[int] = (),
+        chosen: int | None = None,
+    ) -> None:
+        """Write the study's summary to the parent run and close it, and what is open of its trials.
+
+        Args:
+            status: KILLED for a study that is to be gone on with, as are then its open trials.
+            note: what the UI shows at the top of the study's run, Markdown.
+            front: numbers of the trials on the front; tagged, so that the UI's search finds them.
+            chosen: the one that is tagged as chosen.
+        """
+        self._log(self.parent_id, metrics=metrics)
+        self.client.set_tag(self.parent_id, MLFLOW_RUN_NOTE, note)
+        self._mark("pareto", "front", front)
+        self._mark("chosen", "yes", [] if chosen is None else [chosen])
+        for path in artifacts:
+            self.client.log_artifact(self.parent_id, str(path))
+        self.close_open_trials(
+            "the study ended before the trial did", "KILLED" if status == "KILLED" else "FAILED"
+        )
+        self.client.set_terminated(self.parent_id, status)
+
+    def _mark(self, tag: str, value: str, numbers: Collection[int]) -> None:
+        """Tag these trials, and take the tag off others that had it before the study went on."""
+        query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}' and tags.{tag} = '{value}'"
+        for run in self._search(query):
+            if int(run.data.tags["trial"]) not in numbers:
+                self.client.delete_tag(run.info.run_id, tag)
+        for number in numbers:
+            self.client.set_tag(self.runs[number], tag, value)
+
+    def abort(self, reason: str, status: Status = "FAILED") -> None:
+        """End the study when the end came unexpected, and its open trials as KILLED."""
+        self.close_open_trials(reason, "KILLED")
+        self.client.set_tag(self.parent_id, "reason", reason)
+        self.client.set_terminated(self.parent_id, status)
+
+    def close_open_trials(self, reason: str, status: Status = "FAILED") -> None:
+        """End every nested run that is still RUNNING, so that none stays so for ever."""
+        for run_id in self.runs.values():
+            if self.client.get_run(run_id).info.status == "RUNNING":
+                self.client.set_tag(run_id, "reason", reason)
+                self.client.set_terminated(run_id, status)
+
+    def _log(
+        self,
+        run_id: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        histories: Mapping[str, list[tuple[int, float]]] | None = None,
+        at: float | None = None,
+    ) -> None:
+        now = _ms(time.time() if at is None else at)  # the same again is the same point for MLflow
+        rows = [Metric(name, value, now, 0) for name, value in (metrics or {}).items()]
+        for name, pairs in (histories or {}).items():
+            rows += [Metric(name, value, now, step) for step, value in pairs]
+        entries = [Param(name, _text(value)) for name, value in (params or {}).items()]
+        self.client.log_batch(run_id, metrics=rows[:BATCH], params=entries)
+        for start in range(BATCH, len(rows), BATCH):
+            self.client.log_batch(run_id, metrics=rows[start : start + BATCH])
+
+    def ui_command(self) -> str:
+        """What a user types to look at the runs."""
+        if self.uri.startswith(("http://", "https://")):
+            return f"open {redacted(self.uri)}"
+        return f"mlflow ui --backend-store-uri {redacted(self.uri)}"
+
+
+def log_to_study(uri: str, name: str, digest: str, path: Path) -> bool:
+    """Log a file to the parent run of a study that has ended; False where the store has no such run.
+
+    Args:
+        digest: of the study, since a store may hold studies of one name from several places.
+
+    Raises:
+        StudyError: the store cannot be asked.
+    """
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        return False  # MLflow would make one
+    try:
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
+        query = f"run_name = '{name}' and tags.study_digest = '{digest}'"
+        runs = client.search_runs([found.experiment_id], query) if found is not None else []
+        if not runs:
+            return False
+        client.log_artifact(runs[0].info.run_id, str(path))
+    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+        raise StudyError(
+            f"The MLflow store {redacted(uri)} does not take {path.name} ({_first_line(error)})."
+        ) from error
+    return True
+
+
+def tracking_uri(outputs: Path) -> str:
+    """MLFLOW_TRACKING_URI, or a SQLite file in `outputs`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(outputs / 'mlflow.db').resolve()}"
+
+
+def redacted(uri: str) -> str:
+    """The URI without user and password."""
+    parts = urlsplit(uri)
+    if parts.username is None and parts.password is None:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def require_server(uri: str) -> None:
+    """Ask an HTTP server for a sign of life: MLflow itself would retry for minutes.
+
+    Raises:
+        StudyError: it does not answer.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"The MLflow server {redacted(uri)} does not answer ({error}); start it "
+            "or unset MLFLOW_TRACKING_URI to use a SQLite file beside the outputs."
+        ) from error
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

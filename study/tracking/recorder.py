@@ -1,0 +1,243 @@
+"""The events of trials become records in the study's folder, files, and runs in MLflow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from study.spec.config import StudyConfig
+from study.spec.directions import DIRECTIONS
+from study.spec.objectives import known_scores
+from study.store.files import append_lines, copy_folder, read_lines
+from study.store.provenance import commit, versions
+from study.store.records import REPORTS, SETTINGS, TRIALS, write_yaml
+from study.tracking.mlflow_runs import Tracker
+from study.tracking.queue import MlflowQueue
+
+# What a trial leaves beside its objectives, as far as there is any.
+RESULTS = ("scores", "runs", "spread", "rungs", "seconds", "rounds", "passes", "device")
+
+
+class Recorder:
+    """Turns the events of trials into records, files and MLflow runs.
+
+    Records that the folder holds already are read; their trials have ended.
+
+    Args:
+        config: the study.
+        folder: its folder, which exists.
+        tracker: what tells MLflow: a `MlflowQueue`, or an open `Tracker`.
+        victims: victim name -> digest.
+        on_change: called with all finished records whenever there is one more.
+
+    Attributes:
+        records: of all trials that have ended.
+        open: number -> what is known of a trial that runs.
+        unwritten: records that wait for `write`, or for room on the disk.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        folder: Path,
+        tracker: Tracker | MlflowQueue,
+        victims: dict[str, str],
+        on_change: Callable[[list[dict[str, Any]]], None],
+    ) -> None:
+        self.config, self.folder, self.tracker = config, folder, tracker
+        self.victims = victims
+        self.on_change = on_change
+        self.records = read_lines(folder / TRIALS, mend=True)
+        self.unwritten: list[dict[str, Any]] = []
+        self.open: dict[int, dict[str, Any]] = {}
+        self.histories: dict[int, dict[str, dict[int, float]]] = {}
+        for report in read_lines(folder / REPORTS, mend=True):
+            self._remember(report)
+        (folder / TRIALS).touch()
+
+    def knows(self, number: int) -> bool:
+        """Whether the trial has begun, or has ended already."""
+        return number in self.open or any(r["number"] == number for r in self.records)
+
+    def started(
+        self, number: int, preset: str | None, parameters: dict[str, Any], *, group: int = 1
+    ) -> None:
+        """A trial has begun, or goes on: its run is opened in MLflow.
+
+        Args:
+            group: how many trials share its actor, itself included.
+        """
+        self.open[number] = {
+            "number": number,
+            "preset": preset,
+            "parameters": parameters,
+            "group": group,
+            "started": time.time(),
+        }
+        self._show_start(self.open[number])
+
+    def _show_start(self, trial: dict[str, Any]) -> None:
+        preset = trial["preset"]
+        settings = self.config.purify_config(trial["parameters"])
+        tags = {"preset": preset or "search", "study": self.config.name, "commit": commit()}
+        tags |= {"study_digest": self.config.digest, "seed": str(self.config.seed)}
+        tags |= {f"victim.{name}": digest for name, digest in self.victims.items()}
+        if (warning := settings.unreachable_budget()) is not None:
+            tags["warning"] = warning
+        # what differs between trials: with constants in, the UI's parallel coordinates drown in them
+        searched = [name for name in self.config.space if preset or name in trial["parameters"]]
+        params = {name: getattr(settings, name) for name in searched}
+        self.tracker.start_trial(trial["number"], params, tags)
+
+    def reported(self, number: int, result: dict[str, Any]) -> None:
+        """An intermediate report: scores of one victim on val after some rounds."""
+        report = {"number": number, "victim": result["victim"], "step": result["step"]}
+        report |= known_scores(result)
+        self._remember(report)
+        with suppress(OSError):  # a point of a curve is worth no trial
+            append_lines(self.folder / REPORTS, [report], durable=False)
+
+    def _remember(self, report: dict[str, Any]) -> None:
+        history = self.histories.setdefault(report["number"], {})
+        for name, value in known_scores(report).items():
+            points = history.setdefault(f"{report['victim']}/{name}", {})
+            points[report["step"]] = value  # a trial that went on from a checkpoint reports some again
+
+    def completed(self, number: int, result: dict[str, Any], artifacts: Path) -> None:
+        """A trial has ended with finite objectives; FAILED nevertheless if its files cannot be kept."""
+        kept = self._kept(number)
+        try:
+            kept.parent.mkdir(exist_ok=True)
+            copy_folder(artifacts, kept)
+            self._write_settings(kept, number)
+        except (OSError, shutil.Error) as error:
+            shutil.rmtree(kept, ignore_errors=True)
+            self.failed(number, f"{type(error).__name__}: its files cannot be kept: {error}")
+            return
+        trial = self.open.pop(number)
+        keys = [key for key in (*DIRECTIONS, *RESULTS) if key in result]
+        self._end(trial, "COMPLETE", None, {key: result[key] for key in keys})
+
+    def _write_settings(self, kept: Path, number: int) -> None:
+        trial = self.open[number]
+        settings = self.config.purify_config(trial["parameters"])
+        write_yaml(
+            kept / SETTINGS,
+            {"purify": settings.model_dump(), "seed": self.config.seed},
+            f"trial {number} of study {self.config.name}, every setting",
+        )
+
+    def pruned(self, number: int, result: dict[str, Any]) -> None:
+        """A trial was stopped early: it keeps the scores that it had, and has no objectives."""
+        keys = [key for key in RESULTS if key in result]
+        trial = self.open.pop(number)
+        self._end(trial, "PRUNED", result["stopped"], {key: result[key] for key in keys})
+
+    def failed(self, number: int, reason: str, *, details: str | None = None) -> None:
+        """A trial has ended without a result; one that has ended before stays as it is.
+
+        Args:
+            details: goes into its folder as error.txt.
+        """
+        if number not in self.open:
+            return
+        if details is not None:
+            with suppress(OSError):  # a full disk is said elsewhere
+                self._kept(number).mkdir(parents=True, exist_ok=True)
+                (self._kept(number) / "error.txt").write_text(details)
+        trial = self.open.pop(number)
+        seconds = (time.time() - trial["started"]) / trial["group"]
+        self._end(trial, "FAILED", reason, {"seconds": seconds})
+
+    def _end(
+        self, trial: dict[str, Any], status: str, reason: str | None, result: dict[str, Any]
+    ) -> None:
+        self.unwritten.append(
+            {
+                "number": trial["number"],
+                "status": status,
+                "reason": reason,
+                "preset": trial["preset"],
+                "parameters": trial["parameters"],
+                **result,
+                "ended": time.time(),
+                "provenance": {
+                    "study": self.config.digest,
+                    "victims": self.victims,
+                    "seed": self.config.seed,
+                    "commit": commit(),
+                    "versions": versions(),
+                },
+            }
+        )
+
+    def write(self) -> list[dict[str, Any]]:
+        """Put the records of trials that have ended on the disk, all at once, and show them in MLflow.
+
+        Returns:
+            Those records; none while the disk is full, and they are tried again the next time.
+        """
+        written, self.unwritten = self.unwritten, []
+        if not written:
+            return []
+        try:
+            append_lines(self.folder / TRIALS, written)
+        except OSError:
+            self.unwritten = written
+            return []
+        self.records += written
+        for record in written:
+            self._show_end(record)
+        self.on_change(self.records)
+        return written
+
+    def show_again(self, shown: Collection[int]) -> None:
+        """Tell MLflow of all trials that have ended, but those it has whole (`shown`)."""
+        for record in self.records:
+            if record["number"] not in shown:
+                self._show_start(record)
+                self._show_end(record)
+
+    def _show_end(self, record: dict[str, Any]) -> None:
+        number, at = record["number"], record["ended"]
+        curves = {name: sorted(p.items()) for name, p in self.histories.get(number, {}).items()}
+        if record["status"] != "COMPLETE":
+            self.tracker.end_trial(
+                number,
+                at=at,
+                histories=curves,
+                reason=record["reason"],
+                pruned=record["status"] == "PRUNED",
+            )
+            return
+        losses = _losses(self._kept(number))
+        for victim, scores in record["scores"].items():
+            last = len(losses[f"{victim}/loss/loss"])
+            for name, value in known_scores(scores).items():
+                # the last point of the curve, and so what MLflow shows
+                curves.setdefault(f"{victim}/{name}", []).append((last, value))
+        metrics = {name: record[name] for name in (*DIRECTIONS, "rounds") if name in record}
+        metrics |= {f"{name}_std": one["std"] for name, one in record.get("spread", {}).items()}
+        metrics |= {f"passes_{kind}": count for kind, count in record["passes"].items()}
+        self.tracker.end_trial(
+            number, at=at, metrics=metrics, histories=curves | losses, artifacts=self._kept(number)
+        )
+
+    def _kept(self, number: int) -> Path:
+        return self.folder / "trials" / f"{number:03d}"
+
+
+def _losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Loss term -> (step, value) of every round, from the rounds a trial left."""
+    histories: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(folder.glob("*.rounds.json")):
+        victim = path.name.removesuffix(".rounds.json")
+        for log in json.loads(path.read_text()):
+            for name, value in {"loss": log["loss"], **log["losses"]}.items():
+                histories.setdefault(f"{victim}/loss/{name}", []).append((log["step"], value))
+    return histories

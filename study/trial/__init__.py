@@ -1,0 +1,1 @@
+"""One trial, without Ray: its cases, its run, its result, its checkpoints, its limits."""

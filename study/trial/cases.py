@@ -1,0 +1,96 @@
+"""What a trial needs of a victim, and what it ends with there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bimask.defences.ims.result import Passes, RoundLog
+from bimask.inspection.risk import RiskProbe
+from bimask.inspection.trigger_pool import TriggerPool
+from bimask.masking.masks import MaskSet, fold
+from bimask.metrics import CleanScores, CleanSet, EvalSets, Scores
+from study.spec.config import StudyConfig
+from study.spec.suspect import Subject
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a trial needs of one victim; it holds `val` and never sees `test`.
+
+    Attributes:
+        name: of the victim in this study.
+        victim: with its own scores; or a suspect.
+        clean: the defender's images, (N, C, H, W) float in [0, 1].
+        val: evaluation sets to choose on; they know the true trigger (`oracle` selection), but for a
+            suspect, of which nobody does.
+        repeat: which of the victim's runs in a trial this is: each has its own seed and images.
+        probe: what asks a purified model without the attack, see `study.analysis.blind`; None asks
+            nothing.
+        pool: the triggers that `class_triggers` are drawn from; None where no trial has any.
+    """
+
+    name: str
+    victim: Subject
+    clean: Tensor
+    val: EvalSets | CleanSet
+    repeat: int = 0
+    probe: RiskProbe | None = None
+    pool: TriggerPool | None = None
+
+    @classmethod
+    def of(cls, name: str, victim: Subject, config: StudyConfig, repeat: int = 0) -> Case:
+        """The case of a victim in a study: its clean subset is drawn from the training split."""
+        splits = victim.load_data()
+        seed = config.seed + repeat
+        clean = splits.train.clean_subset(config.clean_images_per_class, seed=seed)
+        return cls(name, victim, clean.floats(), victim.eval_sets(splits, "val"), repeat)
+
+    def to(self, device: torch.device | str) -> Case:
+        """The same with its images on another device; the victim stays."""
+        probe = None if self.probe is None else self.probe.to(device)
+        pool = None if self.pool is None else self.pool.to(device)
+        clean, val = self.clean.to(device), self.val.to(device)
+        return replace(self, clean=clean, val=val, probe=probe, pool=pool)
+
+    def ask(self, model: nn.Module, masks: MaskSet) -> dict[str, float]:
+        """What the probe says of the model under its masks, by name; nothing where there is none."""
+        if self.probe is None:
+            return {}
+        return self.probe(fold(model, masks), fold(model, masks, inverse=True)).numbers()
+
+    @property
+    def before(self) -> float:
+        """The victim's own clean accuracy on `val`."""
+        return self.victim.scores["val"].clean_accuracy
+
+    @property
+    def key(self) -> str:
+        """Names the run: the victim's name, and from the second run on which one it is."""
+        return self.name if self.repeat == 0 else f"{self.name}.{self.repeat}"
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What one purification of a trial ended with.
+
+    Attributes:
+        name: of the victim.
+        numbers: what objectives and constraints are made of, see `numbers_of`.
+        evidence: what the case's probe says of the purified model, by name.
+    """
+
+    name: str
+    scores: Scores | CleanScores
+    masks: MaskSet
+    rounds: list[RoundLog]
+    passes: Passes
+    numbers: dict[str, float]
+    evidence: dict[str, float] = field(default_factory=dict)
+
+    def everything(self) -> dict[str, Any]:
+        """Scores, numbers and evidence under their names."""
+        return asdict(self.scores) | self.numbers | self.evidence

@@ -1,0 +1,103 @@
+"""Where a trial stands while it runs, and who looks at it between its rounds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.ims.result import RoundLog
+from bimask.errors import NonFiniteError
+from bimask.masking.masks import MaskSet, fold
+from bimask.metrics import CleanScores, Scores, evaluate
+from study.spec.objectives import numbers_of
+from study.trial.cases import Case, CaseResult
+from study.trial.checkpoint import TrialCheckpoint
+from study.trial.history import rung
+from study.trial.rules import TrialRules
+
+Report = Callable[[int, str, RoundLog, Scores | CleanScores], None]
+
+
+@dataclass
+class TrialState:
+    """Where one trial stands.
+
+    Attributes:
+        position: in its group.
+        cases: run -> result, of the runs that ended.
+        rungs: place where it was looked at -> its losses there.
+    """
+
+    position: int
+    config: PurifyConfig
+    cases: dict[str, CaseResult] = field(default_factory=dict)
+    rungs: dict[str, list[float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    failure: NonFiniteError | None = None
+    stopped: str | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it has neither failed nor been stopped."""
+        return self.failure is None and self.stopped is None
+
+    @property
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """Run -> its numbers, of the runs that ended."""
+        return {key: case.numbers for key, case in self.cases.items()}
+
+
+class TrialObserver:
+    """Looks at a member's masks now and then: to report its scores, and to stop it at a rung."""
+
+    def __init__(
+        self,
+        case: Case,
+        model: nn.Module,
+        running: list[TrialState],
+        rules: TrialRules,
+        report_every: int,
+        on_report: Report | None,
+    ) -> None:
+        self.case, self.model, self.running, self.rules = case, model, running, rules
+        self.report_every, self.on_report = report_every, on_report
+        self.rungs = [rules.rungs(trial.config) for trial in running]
+        self.begun = time.perf_counter()
+        self.kept: TrialCheckpoint | None = None
+
+    def resume(self, kept: TrialCheckpoint) -> None:
+        """Take over what the rungs said before the run was cut short, and keep what they say."""
+        self.kept = kept
+        for trial, (rungs, stopped) in zip(self.running, kept.rungs(), strict=False):
+            trial.rungs |= rungs
+            trial.stopped = stopped
+
+    @property
+    def seconds_each(self) -> float:
+        """An even share of the time since the run began."""
+        return (time.perf_counter() - self.begun) / len(self.running)
+
+    def __call__(self, member: int, log: RoundLog, masks: MaskSet) -> bool:
+        """Whether the member ends here."""
+        trial, done = self.running[member], log.step + 1
+        due = self.on_report is not None and done % self.report_every == 0
+        share = self.rungs[member].get(done)
+        if not due and share is None:
+            return False
+        scores = evaluate(fold(self.model, masks), self.case.val, precision="bfloat16")
+        if due and self.on_report is not None:
+            self.on_report(trial.position, self.case.key, log, scores)
+        if share is not None:
+            spent = trial.seconds + self.seconds_each
+            said = self.case.ask(self.model, masks)
+            numbers = numbers_of(scores, masks, before=self.case.before, said=said)
+            numbers["seconds"] = spent
+            trial.rungs[rung(self.case.key, share)] = self.rules.losses(numbers)
+            trial.stopped = self.rules.at_rung(self.case, share, numbers)
+            if self.kept is not None:
+                self.kept.keep_rungs([(one.rungs, one.stopped) for one in self.running])
+        return trial.stopped is not None

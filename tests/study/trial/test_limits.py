@@ -1,0 +1,149 @@
+"""Trials that hang, eat the memory, die or report nonsense, in processes of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+
+from study import search
+from study.spec.config import StudyConfig
+from study.store import records
+from study.tracking.mlflow_runs import Tracker, tracking_uri
+from study.tracking.recorder import Recorder
+from study.trial.limits import STACK, where_it_hung
+
+ROOT = Path(__file__).parents[3]
+HANGS, SWELLS, DIES, RAISES, OVERFLOWS, SAYS_NOTHING = range(1, 7)  # trials' numbers
+
+
+def run(code, folder):
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def test_code_that_never_comes_back_is_ended_and_says_where_it_was(tmp_path):
+    """One huge power, so that no Python thread gets a turn; the file is named as an actor's."""
+    code = (
+        "import sys; from pathlib import Path; from study.trial.limits import time_limit\n"
+        "source = 'def hang():\\n    return 3 ** (10 ** 9) % 7\\nhang()'\n"
+        "with time_limit(0.5, Path(sys.argv[1])):\n"
+        "    exec(compile(source, 'study/search/actor.py', 'exec'))"
+    )
+    done = run(code, tmp_path)
+    assert done.returncode == 1
+    assert where_it_hung(tmp_path) == "study/search/actor.py, line 2, in hang"
+
+
+def test_what_ends_in_time_is_left_alone(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from study.trial.limits import time_limit\n"
+        "with time_limit(0.5, Path(sys.argv[1])):\n    pass\n"
+        "with time_limit(None, Path(sys.argv[1]) / 'no'):\n    pass\n"
+        "time.sleep(1); print('alive')"
+    )
+    assert run(code, tmp_path).stdout == "alive\n"
+    assert not (tmp_path / STACK).exists()
+    assert not (tmp_path / "no").exists()
+    assert where_it_hung(tmp_path) is None
+
+
+def test_memory_beyond_the_limit_is_an_error_of_the_trial_alone(tmp_path):
+    code = (
+        "import torch; from study.trial.limits import memory_limit\n"
+        "held = torch.ones(2**26)\n"  # 256 MiB that the process has already
+        "with memory_limit(0.5):\n"
+        "    torch.ones(2**25).sum()\n"
+        "    try:\n        torch.ones(2**28)\n"
+        "    except RuntimeError as error:\n        print('memory' in str(error))\n"
+        "print(len(torch.ones(2**28)))"
+    )
+    done = run(code, tmp_path)
+    assert done.stdout.split() == ["True", str(2**28)], done.stderr
+
+
+def misbehaving(group, *, study, cases):
+    """Trials that fail, each in its way; the others end at once, as they should."""
+    import os
+    import signal
+    import tempfile
+    import time
+
+    import torch
+    from ray import tune
+
+    (member,) = group["members"]
+    number = member["number"]
+    scores = {"clean_accuracy": 0.9, "attack_success": 0.1, "recovery": 0.8}
+    if number == HANGS:
+        time.sleep(10_000)
+    if number == SWELLS:
+        torch.ones(2**31)
+    if number == DIES:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == RAISES:
+        raise ValueError("deliberately bad")
+    if number == OVERFLOWS:
+        scores["clean_accuracy"] = float("nan")
+    if number == SAYS_NOTHING:
+        del scores["attack_success"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / str(number)).mkdir()
+        report = {"number": number, **scores, "scores": {}, "seconds": 0.0, "rounds": 0, "passes": {}}
+        tune.report(
+            {"final": True, "members": [{**report, "device": "cpu"}]},
+            checkpoint=tune.Checkpoint.from_directory(folder),
+        )
+
+
+@pytest.mark.ray
+def test_trials_that_go_wrong_are_failed_with_their_reason_and_the_study_goes_on(
+    tmp_path, with_store, monkeypatch
+):
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # the machine may be full of others
+    config = StudyConfig(
+        name="limits",
+        trials=8,
+        retries=0,
+        concurrency=1,
+        sampler="random",
+        trial_timeout=3,
+        memory_per_trial=1,
+        victims=[{"dataset": "digits", "net": "small_resnet", "attack": {"name": "badnets"}}],
+        reference_point={"clean_accuracy": 0.1, "attack_success": 1.0},
+        space={"mask_lr": {"kind": "float", "low": 0.02, "high": 0.3}},
+    )
+    tracker = Tracker(tracking_uri(with_store(tmp_path)), tmp_path / "mlartifacts")
+    tracker.start_study("limits", {}, {})
+    recorder = Recorder(config, tmp_path, tracker, {}, lambda *_: None)
+    search.start_ray("local")
+    try:
+        search.run_search(config, [], recorder, folder=tmp_path, concurrency=1, function=misbehaving)
+    finally:
+        search.stop_ray()
+    tracker.end_study(metrics={}, artifacts=[])
+    lines = (tmp_path / records.TRIALS).read_text().splitlines()
+    found = {record["number"]: record for record in map(json.loads, lines)}
+    assert sorted(found) == list(range(8))
+    failed = {number: r["reason"] for number, r in found.items() if r["status"] == "FAILED"}
+    assert sorted(failed) == list(range(1, 7))
+    assert "took longer than `trial_timeout` allows (3 s); it was at" in failed[HANGS]
+    assert "memory" in failed[SWELLS]
+    assert failed[DIES]
+    assert "ValueError: deliberately bad" in failed[RAISES]
+    assert "nan" in failed[OVERFLOWS]
+    assert "'attack_success': None" in failed[SAYS_NOTHING]
+    storage = f"sqlite:///{tmp_path / 'optuna.db'}"
+    trials = optuna.load_study(study_name="limits", storage=storage).get_trials()
+    states = {trial.number: trial.state.name for trial in trials}
+    assert states == {n: "FAIL" if n in failed else "COMPLETE" for n in range(8)}
+    runs = tracker.client.search_runs(
+        [tracker.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.parent_id}'"
+    )
+    ends = {int(child.data.tags["trial"]): child for child in runs}
+    for number in range(8):
+        assert ends[number].info.status == ("FAILED" if number in failed else "FINISHED")
+        assert ends[number].data.tags.get("reason") == failed.get(number)

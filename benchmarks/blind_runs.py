@@ -22,13 +22,15 @@ from torch import nn
 from benchmarks.zoo.digits import ATTACKS
 from bimask.data import Splits
 from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.ims.defence import Ims
+from bimask.defences.settings import DefenceConfig
 from bimask.errors import NonFiniteError
 from bimask.metrics import evaluate
 from bimask.victims import Victim, VictimSpec, obtain_victim
 from study.spec.reading import load_config
 from study.spec.space import suggest
 from study.trial.cases import Case
-from study.trial.run import purified, run_trials
+from study.trial.run import run_trials
 
 FOLDER = Path("outputs/benchmarks/blind")
 SPACE = Path("search_spaces/ims_digits.yaml")
@@ -49,7 +51,8 @@ class Judged:
     test: dict[str, Any]
 
     def model(self, victim: Victim, *, inverse: bool = False) -> nn.Module:
-        return purified(victim.model, self.masks, self.config, inverse=inverse)
+        make = Ims().twin if inverse else Ims().restore
+        return make(victim.model, self.masks, self.config)
 
 
 def victim_of(attack: str) -> tuple[Victim, Splits]:
@@ -60,11 +63,11 @@ def victim_of(attack: str) -> tuple[Victim, Splits]:
     return obtain_victim(spec, FOLDER / "victims"), spec.load_data()
 
 
-def settings() -> list[PurifyConfig]:
+def settings() -> list[DefenceConfig]:
     """Random settings, the same for every victim."""
     config = load_config(SPACE)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=SEED))
-    return [config.purify_config(suggest(config.space, study.ask())) for _ in range(SETTINGS)]
+    return [config.defence_config(suggest(config.space, study.ask())) for _ in range(SETTINGS)]
 
 
 def run(attack: str) -> None:
@@ -73,6 +76,7 @@ def run(attack: str) -> None:
     study = load_config(SPACE, {"seed": SEED})
     case, test = Case.of(attack, victim, study), victim.eval_sets(splits, "test")
     configs, folder = settings(), FOLDER / attack
+    restore = study.defender.restore
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, SETTINGS, AT_ONCE):
         group = range(first, min(first + AT_ONCE, SETTINGS))
@@ -82,11 +86,11 @@ def run(attack: str) -> None:
             if isinstance(result, NonFiniteError):
                 continue
             ended = result.cases[attack]
-            tensors = ended.masks.tensors()
+            tensors = ended.tensors
             scores = {
                 "config": configs[number].model_dump(),
                 "val": asdict(ended.scores),
-                "test": asdict(evaluate(purified(victim.model, tensors, configs[number]), test)),
+                "test": asdict(evaluate(restore(victim.model, tensors, configs[number]), test)),
                 "seconds": result.seconds,
             }
             save_file(tensors, folder / f"{number:03d}.safetensors")

@@ -82,7 +82,7 @@ def search(
         assert isinstance(asked, dict), "a storage in memory always answers"
         (member,) = asked["members"]
         (result,) = run_trials(
-            [config.purify_config(member["parameters"])],
+            [config.defence_config(member["parameters"])],
             cases,
             seed=0,
             rules=TrialRules.of(config, StoppingBounds(**asked["rivals"])),

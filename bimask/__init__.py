@@ -4,8 +4,9 @@ from bimask.attacks import ATTACKS, Attack, build_attack
 from bimask.data import ImageData, Splits, load_data
 from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.ims.population import PopulationPurifier
-from bimask.defences.ims.purify import PurifyResult, RoundLog, purify
+from bimask.defences.ims.result import PurifyResult, RoundLog
 from bimask.defences.ims.synthesis import TriggerSynthesizer
+from bimask.defences.purify import purify
 from bimask.errors import BimaskError
 from bimask.masking.masks import InvertibleMask, MaskSet, fold, masked_forward
 from bimask.metrics import EvalSets, Scores, evaluate

@@ -14,6 +14,9 @@ BimaskError                    the base: one sentence, with what was got, what w
 
 from __future__ import annotations
 
+import sys
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -67,3 +70,11 @@ def describe(error: ValidationError) -> str:
         f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
         for problem in error.errors()
     )
+
+
+def warn(sentence: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line outside this package that led here, however deep the call is."""
+    package, level, frame = str(Path(__file__).parent), 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, category, stacklevel=level)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.ims.synthesis import TriggerSynthesizer
-from bimask.masking.masks import MaskSet, fold, masked_forward
 from bimask.nets.answers import logits_of
 
 STEPS = 20  # of the made-up perturbation: the paper's
@@ -44,7 +43,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class BeforeAfter:
-    """Suspect, purified model and its inverse twin on the clean images.
+    """Suspect, purified model and its inverse twin, where it has one, on the clean images.
 
     Attributes:
         perturbation: made up against the suspect, (C, H, W) within the budget.
@@ -54,7 +53,7 @@ class BeforeAfter:
 
     before: Answers
     after: Answers
-    twin: Answers
+    twin: Answers | None
     perturbation: Tensor
     perturbed: Tensor
     budget: float
@@ -62,19 +61,26 @@ class BeforeAfter:
 
 
 def before_after(
-    model: nn.Module, masks: MaskSet, images: Tensor, labels: Tensor | None, config: PurifyConfig
+    model: nn.Module,
+    purified: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    *,
+    twin: nn.Module | None = None,
+    config: PurifyConfig | None = None,
 ) -> BeforeAfter:
-    """Look at a purification.
+    """Look at what a defence did.
 
     Args:
         model: the suspect, images -> logits, in eval mode.
-        masks: learned for it.
+        purified: what the defence made of it.
         images: (N, C, H, W) in [0, 1] on the model's device, the defender's.
         labels: (N,) int64, or None.
-        config: whose budget, norm and loss the perturbation is made up with.
+        twin: the inverse twin, where the defence has one; the perturbation is made up with it.
+        config: whose budget, norm and loss the perturbation has; None is the profile `fast`.
     """
-    purified, twin = fold(model, masks), fold(model, masks, inverse=True)
-    delta = made_up(model, masks, images, config)
+    config = config or PurifyConfig.profile("fast")
+    delta = made_up(model, twin or model, images, config)
     perturbed = (images + delta).clamp(0, 1)
     suspected = logits_of(model, images).argmax(1)
 
@@ -92,11 +98,17 @@ def before_after(
         )
 
     return BeforeAfter(
-        look(model), look(purified), look(twin), delta[0], perturbed, config.budget, config.norm
+        look(model),
+        look(purified),
+        None if twin is None else look(twin),
+        delta[0],
+        perturbed,
+        config.budget,
+        config.norm,
     )
 
 
-def made_up(model: nn.Module, masks: MaskSet, images: Tensor, config: PurifyConfig) -> Tensor:
+def made_up(model: nn.Module, twin: nn.Module, images: Tensor, config: PurifyConfig) -> Tensor:
     """One perturbation for all images by sign steps, as the inner problem has it: (N, C, H, W), all
     rows the same, within the budget."""
     synthesise = TriggerSynthesizer(
@@ -112,7 +124,7 @@ def made_up(model: nn.Module, masks: MaskSet, images: Tensor, config: PurifyConf
     with torch.no_grad():
         clean = model(images)
     triggers = synthesise(
-        lambda x: (model(x), masked_forward(model, masks, x, inverse=True)),
+        lambda x: (model(x), twin(x)),
         images,
         clean,
         shared=shared,

@@ -10,6 +10,7 @@ manifest.json          what was made of what, how, and the files' digests
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import shutil
@@ -29,13 +30,14 @@ from torch import Tensor, nn
 from bimask.cleaned.before_after import BeforeAfter
 from bimask.cleaned.export import FOLDED, require_equal
 from bimask.cleaned.report import render
-from bimask.defences.ims.result import PurifyResult
-from bimask.errors import VictimError, describe
+from bimask.defences.base import DefenceResult
+from bimask.defences.purify import defence_of
+from bimask.errors import SettingError, VictimError, describe
 from bimask.files.folders import atomic_directory, parsed_manifest
 from bimask.inspection.held_back import HeldBack
 from bimask.inspection.suspect import Suspect
 from bimask.masking.coverage import coverage
-from bimask.masking.masks import fold, masked_forward
+from bimask.masking.masks import MaskSet, fold, masked_forward
 from bimask.masking.sites import add_gates, gates_in
 from bimask.metrics import Scores
 from bimask.nets import Normalised, is_own, source_of
@@ -44,7 +46,7 @@ from bimask.nets.door import Door
 from bimask.nets.spec import NetSpec
 from bimask.nets.weights import file_sha256
 
-MODEL, MASKS, INVERSE = "model.safetensors", "masks.safetensors", "inverse.safetensors"
+MODEL, INVERSE = "model.safetensors", "inverse.safetensors"
 NET, REPORT, MANIFEST = "net.py", "report.html", "manifest.json"
 Sides = Annotated[int, Field(ge=1, le=1024)]  # of an image, and its channels
 PACKAGES = ("bimask", "torch", "torchvision", "numpy", "safetensors")
@@ -84,7 +86,7 @@ class Cleaned:
 def save_cleaned(
     out: Path,
     suspect: Suspect,
-    result: PurifyResult,
+    result: DefenceResult,
     looked: BeforeAfter,
     *,
     seed: int,
@@ -99,35 +101,45 @@ def save_cleaned(
     Args:
         out: a new folder.
         suspect: with its model on the CPU.
-        result: of purifying it.
+        result: of any defence on it.
         seed: of the run.
-        inverse: write the inverse twin, too.
+        inverse: write the inverse twin, too; of a defence that has one.
         scores: "before" and "after" on `test`, where the trigger is known.
         held_back: what pictures say that the run did not learn on.
 
     Raises:
         SettingError: `out` exists or cannot be made.
-        ExportError: the folded model answers otherwise than the masked one; nothing is written.
+        ExportError: what would be written answers otherwise than what the defence ended with;
+            nothing is written.
     """
-    masks, images = result.masks.cpu(), suspect.clean.floats()
-    purified = fold(suspect.model, masks)
-    with atomic_directory(out) as part:
-        _save(_inner(purified, suspect.wrapped), part / MODEL)
-        save_file(masks.tensors(), part / MASKS)
-        if inverse:
-            _save(_inner(fold(suspect.model, masks, inverse=True), suspect.wrapped), part / INVERSE)
-        _inner(purified, suspect.wrapped).load_state_dict(load_file(part / MODEL))
+    defence, images = defence_of(result.config), suspect.clean.floats()
+    tensors = {name: tensor.detach().cpu() for name, tensor in result.tensors.items()}
+    masks = defence.masks(tensors, result.config)
+    twin = defence.twin(suspect.model, tensors, result.config) if inverse else None
+    if inverse and twin is None:
+        raise SettingError(f"The defence {defence.name} has no inverse twin; leave --inverse out.")
+    if masks is None:
+        purified = defence.restore(suspect.model, tensors, result.config)
+        expected = logits_of(copy.deepcopy(result.model()).cpu(), images)
+    else:
+        purified = fold(suspect.model, masks)
         with torch.no_grad():
             expected = torch.cat([masked_forward(suspect.model, masks, x) for x in images.split(256)])
+    with atomic_directory(out) as part:
+        _save(_inner(purified, suspect.wrapped), part / MODEL)
+        save_file(tensors, part / f"{defence.stem}.safetensors")
+        if twin is not None:
+            _save(_inner(twin, suspect.wrapped), part / INVERSE)
+        _inner(purified, suspect.wrapped).load_state_dict(load_file(part / MODEL))
         error = require_equal(logits_of(purified, images), expected, FOLDED, "The folded model")
         if (source := _own_file(suspect.spec.net)) is not None:
             shutil.copyfile(source, part / NET)
-        manifest = _manifest(suspect, purified, result, looked, seed)
+        manifest = _manifest(suspect, purified, result, masks, looked, seed)
         manifest["parity"] = {"largest_difference": error, "allowed": FOLDED, "images": len(images)}
         manifest |= {name: asdict(value) for name, value in (scores or {}).items()}
         if held_back is not None:
             manifest["held_back"] = asdict(held_back)
-        (part / REPORT).write_text(render(suspect, result, looked, manifest))
+        (part / REPORT).write_text(render(suspect, purified, masks, looked, manifest))
         files = sorted(path for path in part.iterdir())
         manifest["files"] = {path.name: file_sha256(path) for path in files}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -135,8 +147,16 @@ def save_cleaned(
 
 
 def _manifest(
-    suspect: Suspect, purified: nn.Module, result: PurifyResult, looked: BeforeAfter, seed: int
+    suspect: Suspect,
+    purified: nn.Module,
+    result: DefenceResult,
+    masks: MaskSet | None,
+    looked: BeforeAfter,
+    seed: int,
 ) -> dict[str, Any]:
+    few = suspect.clean.floats()[:4]
+    reached = None if masks is None else asdict(coverage(suspect.model, masks, few))
+    looks = {"before": looked.before, "after": looked.after, "twin": looked.twin}
     inner = _inner(purified, suspect.wrapped)
     return {
         "suspect": {
@@ -152,14 +172,13 @@ def _manifest(
         "wrapped": suspect.wrapped,
         "gates": gates_in(inner),
         "door": suspect.door.as_json(),
-        "coverage": asdict(coverage(suspect.model, result.masks.cpu(), suspect.clean.floats()[:4])),
+        "coverage": reached,
+        "defence": defence_of(result.config).name,
         "purify": result.config.model_dump(mode="json"),
         "seed": seed,
         "clean_images": len(suspect.clean.images),
-        "on_clean_images": {
-            name: asdict(getattr(looked, name)) for name in ("before", "after", "twin")
-        },
-        "rounds": len(result.rounds),
+        "on_clean_images": {name: asdict(one) for name, one in looks.items() if one is not None},
+        "rounds": len(result.history),
         "passes": asdict(result.passes),
         "seconds": result.seconds,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},

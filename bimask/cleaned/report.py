@@ -10,31 +10,34 @@ import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from bimask.cleaned.before_after import Answers, BeforeAfter
-from bimask.defences.ims.result import PurifyResult
 from bimask.inspection.suspect import Suspect
 from bimask.masking.coverage import Coverage
-from bimask.masking.masks import fold
+from bimask.masking.masks import MaskSet
 from bimask.nets.answers import logits_of
 
 SHOWN = 12
 
 
 def render(
-    suspect: Suspect, result: PurifyResult, looked: BeforeAfter, manifest: dict[str, Any]
+    suspect: Suspect,
+    purified: nn.Module,
+    masks: MaskSet | None,
+    looked: BeforeAfter,
+    manifest: dict[str, Any],
 ) -> str:
     """The page as HTML; `manifest` is what is written beside it."""
     page = Environment(
         loader=PackageLoader("bimask.cleaned", ""), autoescape=True, undefined=StrictUndefined
     ).get_template("report.html")
-    masks = result.masks.cpu()
+    reached = None if manifest["coverage"] is None else Coverage(**manifest["coverage"])
     images, perturbed = suspect.clean.floats(), looked.perturbed.cpu()
     shown = torch.linspace(0, len(images) - 1, min(SHOWN, len(images))).long()
     said = zip(
         logits_of(suspect.model, perturbed[shown]).argmax(1).tolist(),
-        logits_of(fold(suspect.model, masks), perturbed[shown]).argmax(1).tolist(),
+        logits_of(purified, perturbed[shown]).argmax(1).tolist(),
         strict=True,
     )
     delta = looked.perturbation.cpu()
@@ -46,7 +49,7 @@ def render(
         rows=[
             ("suspect", _row(looked.before, suspect.classes)),
             ("purified", _row(looked.after, suspect.classes)),
-            ("inverse twin", _row(looked.twin, suspect.classes)),
+            *([("inverse twin", _row(looked.twin, suspect.classes))] if looked.twin else []),
         ],
         scores=[
             (name, [_percent(manifest[name][score]) for score in _SCORES])
@@ -66,11 +69,11 @@ def render(
                 "low": int((keep < 0.5).sum()),
                 "picture": _picture(keep.detach().view(1, 1, -1)),
             }
-            for name, keep in masks.keeps().items()
+            for name, keep in (masks.keeps() if masks is not None else {}).items()
         ],
-        coverage=str(reached := Coverage(**manifest["coverage"])),
-        uncovered=reached.warning,
-        unmasked=", ".join(reached.unmasked),
+        coverage=reached and str(reached),
+        uncovered=reached and reached.warning,
+        unmasked=", ".join(reached.unmasked) if reached else "",
         held_back=manifest.get("held_back"),
         facts=[
             ("suspect", suspect.origin),

@@ -32,19 +32,23 @@ from bimask.cli.suspects import (
 )
 from bimask.cli.terminal import Device, TrustCode, console, progress_bar, score_table
 from bimask.data import Splits
+from bimask.defences import settings_from
 from bimask.defences.ims.config import PurifyConfig
-from bimask.defences.ims.purify import purify
+from bimask.defences.purify import defence_of, defend
+from bimask.defences.settings import DefenceConfig
 from bimask.devices import resolve_device
 from bimask.errors import SettingError
 from bimask.files.folders import refuse_existing
 from bimask.inspection.held_back import FEWEST, HeldBack, held_back_evidence
 from bimask.inspection.suspect import CleanImages, Suspect, hold_back
-from bimask.inspection.trigger_pool import TriggerPool
 from bimask.masking.coverage import coverage
-from bimask.masking.masks import fold
 from bimask.metrics import evaluate
 from bimask.nets.answers import logits_of
 
+NOTHING = {
+    True: "no mask moved away from 1, or none that the answers depend on",
+    False: "no weight moved, or none that the answers depend on",
+}
 VAL_PER_CLASS = 5  # pictures of a victim's `val` that risk is measured on
 
 
@@ -90,40 +94,47 @@ def purify_command(
     moved = copy.deepcopy(suspect.model).to(where)
     suspect, held = _parts(suspect, splits, moved, held_back, seed)
     images = suspect.clean.floats().to(where)
-    pool = None
-    if settings.class_triggers:
-        steps = TriggerPool.steps(len(suspect.classes), len(images))
-        with progress_bar("searching triggers", steps) as advance:
-            pool = TriggerPool.search(moved, images, on_step=lambda: advance(1))
-    rounds = settings.initialise_rounds + settings.minimise_rounds + settings.select_rounds
-    with progress_bar("rounds", rounds) as advance:
-        result = purify(
+    defence, labels = defence_of(settings), suspect.clean.labels
+    if inverse and not defence.has_twin:
+        raise SettingError(f"The defence {defence.name} has no inverse twin; leave --inverse out.")
+    prepared = None
+    preparation = defence.preparation(lambda name: bool(getattr(settings, name)))
+    if preparation is not None:
+        steps = preparation.steps(len(suspect.classes), len(images))
+        with progress_bar(preparation.doing, steps) as advance:
+            prepared = preparation.make(moved, images, on_step=lambda: advance(1))
+    with progress_bar("rounds", settings.steps(len(images))) as advance:
+        result = defend(
             moved,
             images,
             settings,
+            labels=None if labels is None else labels.to(where),
             generator=torch.Generator().manual_seed(seed),
-            pool=pool,
-            on_round=lambda _log, _masks: advance(1),
+            prepared=prepared,
+            on_step=lambda _log, _current: advance(1),
         )
-    reached = coverage(moved, result.masks, images[:4])
-    console.print(f"{reached}", highlight=False, soft_wrap=True)
-    if reached.warning is not None:
-        console.print(f"[bold yellow]warning[/]: {escape(reached.warning)}", soft_wrap=True)
-    purified = fold(moved, result.masks)
+    masks = defence.masks(result.tensors, settings)
+    if masks is not None:
+        reached = coverage(moved, masks, images[:4])
+        console.print(f"{reached}", highlight=False, soft_wrap=True)
+        if reached.warning is not None:
+            console.print(f"[bold yellow]warning[/]: {escape(reached.warning)}", soft_wrap=True)
+    purified, twin = result.model(), defence.twin(moved, result.tensors, settings)
     if not result.changed or torch.equal(logits_of(purified, images), logits_of(moved, images)):
         console.print(
-            "[bold red]nothing changed[/]: no mask moved away from 1, or none that the answers depend "
-            "on, so the model answers as before; nothing was written. Try other settings, or more "
-            "`sites`.",
+            f"[bold red]nothing changed[/]: {NOTHING[masks is not None]}, so the model answers "
+            "as before; nothing was written. Try other settings"
+            + (", or more `sites`." if masks is not None else "."),
             soft_wrap=True,
         )
         raise typer.Exit(1)
-    looked = before_after(moved, result.masks, images, suspect.clean.labels, settings)
+    own = settings if isinstance(settings, PurifyConfig) else None
+    looked = before_after(moved, purified, images, labels, twin=twin, config=own)
     scores = None
     if sets is not None:
         there = sets.to(where)
         scores = {"before": evaluate(moved, there), "after": evaluate(purified, there)}
-    seen = held_back_evidence(moved, result.masks, held)
+    seen = held_back_evidence(moved, purified, held)
     suspect.model.cpu()
     save_cleaned(
         out, suspect, result, looked, seed=seed, inverse=inverse, scores=scores, held_back=seen
@@ -150,7 +161,7 @@ def _parts(
     return replace(suspect, clean=learned), held
 
 
-def read_settings(config: Path | None, seed: int | None) -> tuple[PurifyConfig, int]:
+def read_settings(config: Path | None, seed: int | None) -> tuple[DefenceConfig, int]:
     """The settings in a YAML file, or the profile `robust`, and the file's seed, unless one is
     given."""
     if config is None:
@@ -160,7 +171,7 @@ def read_settings(config: Path | None, seed: int | None) -> tuple[PurifyConfig, 
             f"{config} is in MLflow's registry, which `bimask` knows nothing of; use `python -m "
             "study.purify` with the same options."
         )
-    settings = PurifyConfig.from_yaml(config)
+    settings = settings_from(config)
     if seed is None:
         seed = yaml.safe_load(config.read_text()).get("seed", 0)
     if not isinstance(seed, int) or seed < 0:

@@ -1,1 +1,44 @@
-"""What takes a backdoor out of a model."""
+"""What takes a backdoor out of a model: defences by name, under one contract (`base.py`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bimask.defences.base import Defence
+from bimask.defences.finetuning.ft_sam import FtSam
+from bimask.defences.ims.defence import Ims
+from bimask.defences.pruning.clp import Clp
+from bimask.defences.settings import DefenceConfig
+from bimask.errors import SettingError
+
+DEFENCES: dict[str, Defence[Any]] = {defence.name: defence for defence in (Ims(), Clp(), FtSam())}
+
+
+def defence_named(name: str) -> Defence[Any]:
+    """A defence of `DEFENCES`.
+
+    Raises:
+        SettingError: there is none of that name.
+    """
+    if name not in DEFENCES:
+        raise SettingError(f"There is no defence {name!r}; known are {', '.join(DEFENCES)}.")
+    return DEFENCES[name]
+
+
+def settings_from(path: str | Path) -> DefenceConfig:
+    """The settings in a YAML file, such as a study's best.yaml: of the defence it names, or IMS.
+
+    Raises:
+        SettingError: no such file, not a mapping, no such defence, or settings that do not fit, all
+            named.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingError(f"Cannot read the configuration {path}: {error}.") from error
+    name = content.get("defence", Ims.name) if isinstance(content, dict) else Ims.name
+    found: DefenceConfig = defence_named(name).config.from_yaml(path)
+    return found

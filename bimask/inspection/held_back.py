@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from bimask.errors import DataError
 from bimask.inspection.risk import RiskProbe
 from bimask.inspection.suspect import CleanImages
-from bimask.masking.masks import MaskSet, fold
 from bimask.nets.answers import logits_of
 
 FEWEST = 10  # pictures; fewer say little
@@ -38,22 +37,21 @@ class HeldBack:
     reason: str = ""
 
 
-def held_back_evidence(model: nn.Module, masks: MaskSet, held: CleanImages) -> HeldBack | None:
-    """Look at a purification with pictures that it did not learn on; None where they are too few.
+def held_back_evidence(model: nn.Module, purified: nn.Module, held: CleanImages) -> HeldBack | None:
+    """Look at what a defence did with pictures that it did not learn on; None where they are too few.
 
     Args:
         model: the suspect, images -> logits, in eval mode.
-        masks: learned for it, on other pictures.
+        purified: what the defence made of it, with other pictures.
         held: the pictures held back.
     """
     if len(held.images) < FEWEST:
         return None
     images = held.floats().to(next(model.parameters()).device)
-    purified, twin = fold(model, masks), fold(model, masks, inverse=True)
     before, after = logits_of(model, images).argmax(1), logits_of(purified, images).argmax(1)
     risk, reason = None, ""
     try:
-        risk = RiskProbe(model, images)(purified, twin).risk
+        risk = RiskProbe(model, images)(purified).risk
     except DataError as error:
         reason = f"Risk was not measured: {error}"
     labels = None if held.labels is None else held.labels.to(images.device)

@@ -54,13 +54,14 @@ class RiskScores:
 
     Attributes:
         agreement: with the suspect model on clean images; 1 minus this bounds the accuracy lost.
-        inverse_agreement: of the inverse twin with the suspect model on clean images.
+        inverse_agreement: of the inverse twin with the suspect model on clean images; None where the
+            defence has none.
         same_answer: mean over the budgets.
         carried_over: mean over the families.
     """
 
     agreement: float
-    inverse_agreement: float
+    inverse_agreement: float | None
     same_answer: float
     carried_over: float
 
@@ -71,7 +72,8 @@ class RiskScores:
 
     def numbers(self) -> dict[str, float]:
         """All of it under its names, risk too."""
-        return asdict(self) | {"risk": self.risk}
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return known | {"risk": self.risk}
 
 
 class RiskProbe:
@@ -120,11 +122,13 @@ class RiskProbe:
         return sum(steps_of(family, classes, -(-images // FITTED_ON)) for family in CARRIERS)
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, inverse: nn.Module) -> RiskScores:
-        """Ask a purified model and its inverse twin; forward passes only."""
+    def __call__(self, model: nn.Module, inverse: nn.Module | None = None) -> RiskScores:
+        """Ask a purified model, and its inverse twin where it has one; forward passes only."""
         return RiskScores(
             agreement=_share(_answers(model, self.images) == self.answers),
-            inverse_agreement=_share(_answers(inverse, self.images) == self.answers),
+            inverse_agreement=None
+            if inverse is None
+            else _share(_answers(inverse, self.images) == self.answers),
             same_answer=sum(s.same_answer(model, self.answers) for s in self.adversarial)
             / len(BUDGETS),
             carried_over=sum(self._carried_over(model, u) for u in self.universal) / len(CARRIERS),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,14 @@ from torch import Tensor
 from bimask.data.pictures import PICTURES as PICTURES
 from bimask.data.pictures import DataWarning, Size
 from bimask.data.pictures import read_picture as read_picture
-from bimask.errors import DataError, NonFiniteError, SettingError, VictimError, describe
+from bimask.errors import (
+    DataError,
+    NonFiniteError,
+    SettingError,
+    VictimError,
+    describe,
+    warn,
+)
 from bimask.files.stand_ins import shown
 from bimask.nets import Normalised
 from bimask.nets.admission import admit
@@ -271,14 +277,16 @@ def _class_folders(folder: Path) -> list[Path]:
             f"pictures ({', '.join(PICTURES)}) directly into them, or take them away."
         )
     if hidden:
-        _warn(
+        warn(
             f"{folder} has {len(hidden)} hidden folders with pictures, such as "
-            f"{shown(hidden[0].name)}, which are no classes and are left out."
+            f"{shown(hidden[0].name)}, which are no classes and are left out.",
+            DataWarning,
         )
     if stray := _pictures(folder):
-        _warn(
+        warn(
             f"{folder} has {len(stray)} pictures beside its class folders, such as "
-            f"{shown(stray[0].name)}, which have no class and are left out."
+            f"{shown(stray[0].name)}, which have no class and are left out.",
+            DataWarning,
         )
     return homes
 
@@ -289,18 +297,25 @@ def _warn_of_monotony(folder: Path, images: Tensor, labels: Tensor, homes: list[
     plain = (images.flatten(2) == first).all(2).all(1)
     parts = [labels == label for label in labels.unique()]
     if alike := [home for home, part in zip(homes, parts, strict=True) if plain[part].all()]:
-        _warn(
+        warn(
             f"All pictures in {_named(alike, folder)} have one colour each, so nothing can be seen on "
-            "them; are they the right ones?"
+            "them; are they the right ones?",
+            DataWarning,
         )
     elif same := [
         home
         for home, part in zip(homes, parts, strict=True)
         if part.sum() > 1 and bool((images[part] == images[part][:1]).all())
     ]:
-        _warn(f"All pictures in {_named(same, folder)} are the same; are they the right ones?")
+        warn(
+            f"All pictures in {_named(same, folder)} are the same; are they the right ones?",
+            DataWarning,
+        )
     elif len(images) > 1 and bool((images == images[:1]).all()):
-        _warn(f"All {len(images)} pictures in {folder} are the same; are they the right ones?")
+        warn(
+            f"All {len(images)} pictures in {folder} are the same; are they the right ones?",
+            DataWarning,
+        )
 
 
 def _named(homes: list[Path], folder: Path) -> str:
@@ -309,10 +324,6 @@ def _named(homes: list[Path], folder: Path) -> str:
         return f"{folder}"
     some = ", ".join(shown(home.name) for home in homes[:5])
     return f"{len(homes)} class folders of {folder} ({some})"
-
-
-def _warn(sentence: str) -> None:
-    warnings.warn(sentence, DataWarning, stacklevel=4)
 
 
 def _pictures(folder: Path) -> list[Path]:

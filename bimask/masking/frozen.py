@@ -9,7 +9,6 @@ for bit on one machine; in float64 a Linear's last bits depend on a row's positi
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bimask.errors import warn
 from bimask.masking.attention import call_projections
 from bimask.masking.copies import copied
 from bimask.masking.discovery import images_in
@@ -214,7 +214,7 @@ class FrozenNet(nn.Module):
                 torch.autograd.grad(compiled(sample.requires_grad_()).sum(), sample)
         except Exception as error:  # no compiler here, or a model it cannot take
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            warnings.warn(f"torch.compile failed ({reason}); the net runs as it is.", stacklevel=4)
+            warn(f"torch.compile failed ({reason}); the net runs as it is.")
             return self.net
         return compiled
 

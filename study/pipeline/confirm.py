@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 
-from bimask.defences.ims.config import PurifyConfig
 from bimask.progress import ToldProgress
 from bimask.victims import Victim
 from study import search
@@ -33,9 +32,9 @@ def confirm_choice(
     """
     settings = {}
     if summary["chosen"]:
-        settings["chosen"] = config.purify_config(summary["chosen"]["parameters"])
+        settings["chosen"] = config.defence_config(summary["chosen"]["parameters"])
     if config.paper_defaults:
-        settings["paper_defaults"] = PurifyConfig()
+        settings["paper_defaults"] = config.defender.config()
     jobs = jobs_of(config, settings)
     if not jobs:
         return None

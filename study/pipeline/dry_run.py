@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from bimask.data import Splits
-from bimask.defences.ims.config import PurifyConfig
-from bimask.defences.ims.population import PopulationPurifier
-from bimask.inspection.trigger_pool import TriggerPool
+from bimask.defences.base import CleanData, Defence, Preparation, StepLog
+from bimask.defences.settings import DefenceConfig
 from study import search
 from study.pipeline.prepare import check_data
 from study.search.warm_start import read_earlier
@@ -47,7 +46,7 @@ def dry_run(path: Path, overrides: dict[str, Any], *, outputs: Path, console: Co
     console.print(_space(config))
     console.print(_victims(config, outputs / "victims"))
     members = search.first_points(config, SHOWN, earlier)
-    settings = [config.purify_config(member["parameters"]) for member in members]
+    settings = [config.defence_config(member["parameters"]) for member in members]
     console.print(f"the first {len(members)}, if none of them ended before the last began:")
     for member in members:
         shown = "the paper's defaults" if member["preset"] == search.PAPER else member["parameters"]
@@ -55,29 +54,30 @@ def dry_run(path: Path, overrides: dict[str, Any], *, outputs: Path, console: Co
     console.print(estimate(config, settings), soft_wrap=True)
 
 
-def estimate(config: StudyConfig, settings: list[PurifyConfig]) -> str:
+def estimate(config: StudyConfig, settings: list[DefenceConfig]) -> str:
     """Seconds of the study, from rounds timed on nets of random weights; and how it was done."""
     torch.set_num_threads(config.cpus_per_trial)
-    timed = _nets(config)
+    timed, published = _nets(config), config.defender.config()
     per_trial = [
-        config.repeats * sum(seconds_of(one, net, seed=config.seed) for net in timed)
+        config.repeats * sum(seconds_of(config.defender, one, net, seed=config.seed) for net in timed)
         for one in settings
     ]
-    paper = [s for s, one in zip(per_trial, settings, strict=True) if one == PurifyConfig()]
+    paper = [s for s, one in zip(per_trial, settings, strict=True) if one == published]
     usual = statistics.fmean([s for s in per_trial if s not in paper] or per_trial)
     at_once = config.concurrency or max(1, (os.cpu_count() or 1) // config.cpus_per_trial)
     search_seconds = (usual * (config.trials - len(paper)) + sum(paper)) / at_once
-    searching = config.repeats * sum(net.searching for net in timed)
-    searching_at_once = min(at_once, config.repeats * len(timed))
+    preparing = config.repeats * sum(net.preparing for net in timed)
+    preparing_at_once = min(at_once, config.repeats * len(timed))
+    made = config.defender.preparation(config.may_use)
     text = (
         "estimate: "
-        + (f"searching triggers {searching / searching_at_once:.0f} s, once; " if searching else "")
+        + (f"{made.doing} {preparing / preparing_at_once:.0f} s, once; " if made else "")
         + f"a trial {usual:.0f} s"
         + (f", the paper's defaults {paper[0]:.0f} s" if paper else "")
         + f", the search {search_seconds:.0f} s with {at_once} actors"
     )
     if (asked := config.confirmation) is not None:
-        a_run = (usual + searching) / (config.repeats * len(config.victims))
+        a_run = (usual + preparing) / (config.repeats * len(config.victims))
         text += f", the confirmation {a_run * asked.seeds * len(config.suite) / at_once:.0f} s"
         text += " and the paper's defaults beside it" if config.paper_defaults else ""
     return text + (
@@ -92,20 +92,22 @@ class _Net:
     """What is timed in a victim's place.
 
     Attributes:
-        images: the defence's.
-        pool: triggers to learn against, where a trial may.
-        searching: seconds that they took.
+        clean: the defence's.
+        prepared: what the defence makes of a victim beforehand, where it does.
+        preparing: seconds that it took.
     """
 
     model: nn.Module
-    images: Tensor
-    pool: TriggerPool | None = None
-    searching: float = 0.0
+    clean: CleanData
+    prepared: Any = None
+    preparing: float = 0.0
 
-    def with_pool(self) -> _Net:
+    def ready(self, preparation: Preparation | None) -> _Net:
+        if preparation is None:
+            return self
         started = time.perf_counter()
-        pool = TriggerPool.search(self.model, self.images)
-        return replace(self, pool=pool, searching=time.perf_counter() - started)
+        prepared = preparation.make(self.model, self.clean.images)
+        return replace(self, prepared=prepared, preparing=time.perf_counter() - started)
 
 
 def _nets(config: StudyConfig) -> list[_Net]:
@@ -118,32 +120,37 @@ def _nets(config: StudyConfig) -> list[_Net]:
         suspect = config.suspect.load(config.clean_images_per_class)
         found.append((suspect.model, suspect.load_data()))
     count, seed = config.clean_images_per_class, config.seed
-    nets = [_Net(net, splits.train.clean_subset(count, seed=seed).floats()) for net, splits in found]
-    return [net.with_pool() for net in nets] if config.may_use("class_triggers") else nets
+    preparation = config.defender.preparation(config.may_use)
+    nets = []
+    for net, splits in found:
+        clean = splits.train.clean_subset(count, seed=seed)
+        labels = clean.labels if config.defender.needs_labels else None
+        nets.append(_Net(net, CleanData(clean.floats(), labels)).ready(preparation))
+    return nets
 
 
-def seconds_of(settings: PurifyConfig, net: _Net, *, seed: int) -> float:
-    """Seconds of one purification, from a few rounds."""
-    rounds = {"initialise_rounds": TIMED, "minimise_rounds": 0, "select_rounds": TIMED}
-    marks = [time.perf_counter()]
+def seconds_of(defence: Defence[Any], settings: DefenceConfig, net: _Net, *, seed: int) -> float:
+    """Seconds of one run, from a few steps of every kind."""
+    seconds = 0.0
+    for short, stands_for in settings.samples(TIMED, len(net.clean.images)):
+        marks = [time.perf_counter()]
 
-    def mark(*_: Any) -> None:
-        marks.append(time.perf_counter())
+        def mark(_member: int, _log: StepLog, _current: Any, marks: list[float] = marks) -> bool:
+            marks.append(time.perf_counter())
+            return len(marks) > TIMED
 
-    PopulationPurifier(
-        net.model,
-        net.images,
-        [settings.model_copy(update=rounds | {"patience": None})],
-        generators=[torch.Generator().manual_seed(seed)],
-        pool=net.pool,
-        on_round=mark,
-    ).run()
-    spans = [later - earlier for earlier, later in itertools.pairwise(marks)]
-    first, second = statistics.median(spans[:TIMED]), statistics.median(spans[TIMED:])
-    return (
-        first * settings.initialise_rounds
-        + second * (settings.minimise_rounds + settings.select_rounds)
-    )  # fmt: skip
+        defence.run(
+            net.model,
+            net.clean,
+            [short],
+            generators=[torch.Generator().manual_seed(seed)],
+            prepared=net.prepared,
+            on_step=mark,
+        )
+        if len(marks) == 1:  # a defence without steps
+            marks.append(time.perf_counter())
+        seconds += stands_for * statistics.median(b - a for a, b in itertools.pairwise(marks))
+    return seconds
 
 
 def _space(config: StudyConfig) -> Table:

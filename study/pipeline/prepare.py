@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
+from bimask.defences.base import Preparation
 from bimask.errors import BimaskError
 from bimask.inspection.risk import RiskProbe
-from bimask.inspection.trigger_pool import TriggerPool
 from bimask.progress import ToldProgress
 from bimask.victims import obtain_victim
 from bimask.victims.progress import VictimBars, described
@@ -123,7 +123,7 @@ class _Piece:
     """
 
     doing: str
-    make: Callable[..., RiskProbe | TriggerPool]
+    make: Callable[..., Any]
     victim: str
     images: Tensor
     steps: int
@@ -137,7 +137,7 @@ def prepare_cases(
     workers: int = 0,
     joined: bool = False,
 ) -> list[Case]:
-    """The runs of a trial, each with the probe of its victim and with triggers to learn against.
+    """The runs of a trial, each with the probe of its victim and what the defence makes of it.
 
     Args:
         workers: that make them, where there are several of both; with none, this process does.
@@ -148,13 +148,14 @@ def prepare_cases(
     """
     cases = cases_of(config, victims)
     pieces = {("probe", case.name): _probe_of(case, config.seed) for case in cases}
-    if config.may_use("class_triggers"):
-        pieces |= {("pool", case.key): _pool_of(case) for case in cases}
+    preparation = config.defender.preparation(config.may_use)
+    if preparation is not None:
+        pieces |= {("defence", case.key): _prepared(preparation, case) for case in cases}
     elsewhere = workers > 0 and (joined or min(workers, len(pieces)) > 1)
     make = _made_by_workers if elsewhere else _made_here
     made = dict(zip(pieces, make(config, list(pieces.values()), victims, console), strict=True))
     return [
-        replace(case, probe=made["probe", case.name], pool=made.get(("pool", case.key)))
+        replace(case, probe=made["probe", case.name], prepared=made.get(("defence", case.key)))
         for case in cases
     ]
 
@@ -165,10 +166,10 @@ def _probe_of(case: Case, seed: int) -> _Piece:
     return _Piece(f"probing {case.name}", RiskProbe, case.name, images, steps)
 
 
-def _pool_of(case: Case) -> _Piece:
-    steps = TriggerPool.steps(len(case.victim.classes), len(case.clean))
-    doing = f"searching triggers for {case.key}"
-    return _Piece(doing, TriggerPool.search, case.name, case.clean, steps)
+def _prepared(preparation: Preparation, case: Case) -> _Piece:
+    steps = preparation.steps(len(case.victim.classes), len(case.clean))
+    doing = f"{preparation.doing} for {case.key}"
+    return _Piece(doing, preparation.make, case.name, case.clean, steps)
 
 
 def _made_here(
@@ -189,7 +190,7 @@ def _made_by_workers(
 ) -> list[Any]:
     made: dict[int, Any] = {}
     with ToldProgress(console) as progress:
-        bar = progress.add_task("probing victims, searching triggers", total=len(pieces))
+        bar = progress.add_task("probing victims, preparing the defence", total=len(pieces))
 
         def ended(at: int, result: Any) -> None:
             if isinstance(result, BimaskError):
@@ -208,9 +209,7 @@ def _made_by_workers(
     return [made[at] for at in range(len(pieces))]
 
 
-def _make(
-    model: nn.Module, make: Callable[..., RiskProbe | TriggerPool], images: Tensor, device: str
-) -> RiskProbe | TriggerPool | BimaskError:
+def _make(model: nn.Module, make: Callable[..., Any], images: Tensor, device: str) -> Any:
     try:
         there = copy.deepcopy(model).to(device)  # what Ray hands out is shared by all tasks of a node
         return make(there, images.to(device)).to("cpu")

@@ -8,7 +8,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.base import Defence
+from bimask.defences.settings import DefenceConfig
 from bimask.metrics import evaluate
 from study import search
 from study.analysis import blind, leave_out
@@ -18,7 +19,6 @@ from study.spec.config import StudyConfig
 from study.spec.objectives import known_scores, mean_of, total_violation
 from study.spec.suspect import Subject, SuspectModel
 from study.store import records
-from study.trial.run import purified
 
 FRONT_PICTURE = "front.png"
 
@@ -85,10 +85,9 @@ def summarise(
     if len(leave_out.attacks_of(config)) > 1:
         summary["leave_one_out"] = leave_out.table(config, complete, accuracies)
     if chosen is not None:
-        settings = config.purify_config(chosen["parameters"])
         records.write_yaml(
             folder / records.BEST,
-            {"purify": settings.model_dump(), "seed": config.seed}
+            records.settings_content(config, chosen["parameters"])
             | {"study": config.name, "trial": chosen["number"]},
             f"trial {chosen['number']} of study {config.name}\n"
             f"use: python -m bimask purify {_whom(config)} --config THIS_FILE --out CLEANED",
@@ -121,20 +120,25 @@ def _measured(
     config: StudyConfig, folder: Path, trial: dict[str, Any], victims: dict[str, Subject]
 ) -> dict[str, Any]:
     """A trial with its scores on `test`, measured from its saved masks."""
-    settings = config.purify_config(trial["parameters"])
+    settings = config.defence_config(trial["parameters"])
     per_victim = {
-        name: _on_test(folder / "trials" / f"{trial['number']:03d}", name, victim, settings)
+        name: _on_test(
+            folder / "trials" / f"{trial['number']:03d}", name, victim, config.defender, settings
+        )
         for name, victim in victims.items()
     }
     overall = _over_all(config, per_victim)
     return _point(config, trial) | {"test": overall, "victims": per_victim}
 
 
-def _on_test(folder: Path, name: str, victim: Subject, settings: PurifyConfig) -> dict[str, Any]:
-    """The scores on `test` that a trial's masks give, mean over the victim's runs."""
+def _on_test(
+    folder: Path, name: str, victim: Subject, defence: Defence[Any], settings: DefenceConfig
+) -> dict[str, Any]:
+    """The scores on `test` of what a trial stored, mean over the victim's runs."""
     splits = victim.load_data()
-    paths = (folder / f"{name}.masks.safetensors", *sorted(folder.glob(f"{name}.*.masks.*rs")))
-    models = (purified(victim.model, load_file(path), settings) for path in paths)
+    again = sorted(folder.glob(f"{name}.*.{defence.stem}.*rs"))
+    paths = (folder / f"{name}.{defence.stem}.safetensors", *again)
+    models = (defence.restore(victim.model, load_file(path), settings) for path in paths)
     if isinstance(victim, SuspectModel):
         clean, was = victim.eval_sets(splits, "test"), victim.scores["test"]
         found = [evaluate(model, clean) for model in models]

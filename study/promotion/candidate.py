@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.settings import DefenceConfig
 from bimask.errors import BimaskError
 from bimask.progress import ToldProgress
 from bimask.victims import Victim, open_victim
@@ -36,7 +36,7 @@ class Candidate:
     config: StudyConfig
     folder: Path
     number: int
-    settings: PurifyConfig
+    settings: DefenceConfig
     commits: tuple[str, str]
     evidence: TestEvidence | None
 
@@ -75,7 +75,7 @@ def read_candidate(name: str, outputs: Path, trial: int | None) -> Candidate:
         raise StudyError(f"The study {name!r} has no COMPLETE trial {trial}.")
     rows = map(json.loads, (folder / records.TRIALS).read_text().splitlines())
     record = next(row for row in rows if row["number"] == trial)
-    settings = config.purify_config(record["parameters"])
+    settings = config.defence_config(record["parameters"])
     evidence = evidence_of(folder, summary, trial)
     measured = evidence.commit if evidence is not None else None
     commits = (measured or record["provenance"]["commit"], commit())

@@ -14,7 +14,8 @@ import yaml
 
 from bimask.cleaned.before_after import before_after
 from bimask.cleaned.folder import load_cleaned, save_cleaned
-from bimask.defences.ims.purify import purify
+from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.purify import defend
 from bimask.errors import ExportError
 from bimask.metrics import evaluate
 from bimask.victims import Victim
@@ -41,16 +42,19 @@ def packed(candidate: Candidate, name: str, victim: Victim) -> Iterator[tuple[Pa
     images = suspect.clean.floats()
     model = copy.deepcopy(victim.model)
     generator = torch.Generator().manual_seed(config.seed)
-    result = purify(model, images, settings, generator=generator)
-    looked = before_after(model, result.masks, images, suspect.clean.labels, settings)
+    labels = suspect.clean.labels
+    result = defend(model, images, settings, labels=labels, generator=generator)
+    purified, twin = result.model(), config.defender.twin(model, result.tensors, settings)
+    own = settings if isinstance(settings, PurifyConfig) else None
+    looked = before_after(model, purified, images, labels, twin=twin, config=own)
     test = victim.eval_sets(splits, "test")
-    scores = {"before": evaluate(model, test), "after": evaluate(result.model(), test)}
+    scores = {"before": evaluate(model, test), "after": evaluate(purified, test)}
     with tempfile.TemporaryDirectory(prefix="bimask-promote-") as temporary:
         cleaned, best = Path(temporary) / "cleaned", Path(temporary) / records.BEST
         save_cleaned(cleaned, suspect, result, looked, seed=config.seed, scores=scores)
         records.write_yaml(
             best,
-            {"purify": settings.model_dump(), "seed": config.seed}
+            {"defence": config.defence, "purify": settings.model_dump(), "seed": config.seed}
             | {"study": candidate.folder.name, "trial": candidate.number},
             f"trial {candidate.number} of study {candidate.folder.name}, promoted on victim {name}",
         )
@@ -104,7 +108,7 @@ def card_of(candidate: Candidate, verdicts: list[Verdict], victim_name: str) -> 
     settings = yaml.safe_dump(candidate.settings.model_dump(), sort_keys=False)
     return f"""# Trial {candidate.number} of the study {candidate.folder.name}
 
-A configuration of invertible pruning masks (arXiv 2509.15497), and the victim `{victim_name}`
+A configuration of the defence `{candidate.config.defence}`, and the victim `{victim_name}`
 purified with it. Images in, as arrays (height, width, channels) or PNGs in base64; classes and
 probabilities out.
 

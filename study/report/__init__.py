@@ -13,11 +13,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from bimask.defences import defence_named
 from bimask.errors import BimaskError
 from study.report.answers import Scene
-from study.report.closeup import curves, layers, reports_of, saved_masks
+from study.report.closeup import curves, layers, reports_of, stored
 from study.report.content import page_content, read, settings_of
-from study.spec.config import StudyError
+from study.spec.config import IMS, StudyError
 from study.tracking.mlflow_runs import log_to_study, require_server, tracking_uri
 
 REPORT = "report.html"
@@ -97,6 +98,7 @@ def _close_ups(
     """`trials` by number and `victims` by name, for the chosen trial, the paper's and the front."""
     study = read_back["study"]
     first = [content["chosen"], content["paper"], *content["front"]]
+    defence = defence_named(study.get("defence", IMS))
     numbers = list(dict.fromkeys(n for n in first if n is not None))[:CLOSE_UPS]
     trials = {trial["number"]: trial for trial in read_back["trials"]}
     reports = reports_of(folder)
@@ -109,14 +111,15 @@ def _close_ups(
         settings = settings_of(study, trials[number])
         found[number] = {"settings": settings.model_dump(), "victims": {}}
         for name in trials[number]["scores"]:
-            masks = saved_masks(kept, name, settings)
+            tensors = stored(kept, name, defence)
             known, final = reports.get(number, {}).get(name, {}), trials[number]["scores"][name]
             mine: dict[str, Any] = {"curves": curves(kept, name, known, final)}
             scene = scenes.get(name)
+            masks = None if tensors is None else defence.masks(tensors, settings)
             if masks is not None:
                 mine["layers"] = layers(masks, scene.victim.model if scene else None)
-            if masks is not None and scene is not None and position < ANSWERED:
-                mine["answers"] = scene.of_trial(masks, settings)
+            if tensors is not None and scene is not None and position < ANSWERED:
+                mine["answers"] = scene.of_trial(defence, tensors, settings)
             found[number]["victims"][name] = mine
     return {"trials": found, "victims": {name: scene.of_victim() for name, scene in scenes.items()}}
 

@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bimask.defences.ims.config import PurifyConfig
-from bimask.defences.ims.synthesis import TriggerSynthesizer
+from bimask.defences.base import Defence
+from bimask.defences.settings import DefenceConfig
 from bimask.errors import VictimError
-from bimask.masking.masks import MaskSet, fold
 from bimask.metrics import EvalSets, predict
 from bimask.victims import Victim, open_victim
 from bimask.victims.gallery import paired_images
@@ -67,15 +66,17 @@ class Scene:
             "asked": self._answers(self.victim.model),
         }
 
-    def of_trial(self, masks: MaskSet, settings: PurifyConfig) -> dict[str, Any]:
-        """What the purified model and its inverse twin say, and what is synthesised against them."""
-        purified, inverse = fold(self.victim.model, masks), fold(self.victim.model, masks, inverse=True)
-        models = {"victim": self.victim.model, "purified": purified, "inverse": inverse}
+    def of_trial(
+        self, defence: Defence[Any], tensors: Mapping[str, Tensor], settings: DefenceConfig
+    ) -> dict[str, Any]:
+        """What the defended model and its twin say, and what is synthesised against them."""
+        victim = self.victim.model
+        models = {"victim": victim, "purified": defence.restore(victim, tensors, settings)}
+        if (twin := defence.twin(victim, tensors, settings)) is not None:
+            models["inverse"] = twin
         for model in models.values():
             model.requires_grad_(False)
-        made = {"each": self._synthesise(inverse, settings, common=False)}
-        if settings.universal:
-            made["common"] = self._synthesise(inverse, settings, common=True)
+        made = defence.synthesised(victim, tensors, self.images, settings)
         return {
             "asked": {name: self._answers(model) for name, model in models.items() if name != "victim"},
             "synthesised": {
@@ -88,27 +89,6 @@ class Scene:
                 for kind, delta in made.items()
             },
         }
-
-    def _synthesise(self, inverse: nn.Module, settings: PurifyConfig, *, common: bool) -> Tensor:
-        """Perturbations (N, C, H, W) as the trial's inner problem makes them, from 0."""
-        victim, images = self.victim.model, self.images
-        synthesize = TriggerSynthesizer(
-            steps=settings.inner_steps,
-            step_size=settings.step_sizes(settings.inner_steps)[common],
-            budget=settings.budgets[common],
-            norm=settings.norm,
-            optimizer=settings.inner_optimizer,
-            momentum=settings.inner_momentum,
-            weight_decay=settings.inner_weight_decay,
-            clip_images=settings.clip_images,
-            form=settings.loss_form,
-        )
-        with torch.no_grad():
-            clean_logits = victim(images)
-        shared = torch.full((len(images), 1, 1, 1), common)
-        return synthesize(
-            lambda x: (victim(x), inverse(x)), images, clean_logits, shared=shared if common else None
-        ).delta
 
     @torch.no_grad()
     def _said(self, model: nn.Module, delta: Tensor) -> list[int]:

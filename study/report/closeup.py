@@ -13,21 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.base import Defence
 from bimask.masking.masks import MaskSet
 from study.spec.objectives import known_scores
 from study.store.files import read_lines
 from study.store.records import REPORTS
 
 
-def saved_masks(folder: Path, victim: str, settings: PurifyConfig) -> MaskSet | None:
-    """A trial's masks for a victim, or None where it left none."""
-    path = folder / f"{victim}.masks.safetensors"
-    if not path.is_file():
-        return None
-    return MaskSet.from_tensors(
-        load_file(path), sharpness=settings.sharpness, straight_through=settings.straight_through
-    )
+def stored(folder: Path, victim: str, defence: Defence[Any]) -> dict[str, Tensor] | None:
+    """What a trial stored of a victim, or None where it left nothing."""
+    path = folder / f"{victim}.{defence.stem}.safetensors"
+    return load_file(path) if path.is_file() else None
 
 
 def reports_of(folder: Path) -> dict[int, dict[str, dict[str, dict[int, float]]]]:
@@ -55,7 +51,10 @@ def curves(
     if not path.is_file():
         return None
     rounds = json.loads(path.read_text())
-    stages = [(name, len(list(logs))) for name, logs in itertools.groupby(r["stage"] for r in rounds)]
+    stages = [
+        (name, len(list(logs)))
+        for name, logs in itertools.groupby(r.get("stage", "steps") for r in rounds)
+    ]
     terms = dict.fromkeys(name for log in rounds for name in log["losses"])
     return {
         "stages": stages,

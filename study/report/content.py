@@ -12,11 +12,12 @@ import pandas as pd
 import yaml
 from pydantic import TypeAdapter
 
-from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.settings import DefenceConfig
 from study.analysis.blind import PROMISE
 from study.analysis.importance import importances
 from study.analysis.pareto import ParetoFront
 from study.spec.config import StudyError
+from study.spec.config import settings_of as settings_class
 from study.spec.directions import DIRECTIONS, OBJECTIVES, Direction
 from study.spec.objectives import SCORES, Aggregate, known_scores
 from study.spec.space import Parameter
@@ -222,10 +223,10 @@ def _trial(trial: dict[str, Any]) -> dict[str, Any]:
     return short
 
 
-def settings_of(study: Mapping[str, Any], trial: Mapping[str, Any]) -> PurifyConfig:
+def settings_of(study: Mapping[str, Any], trial: Mapping[str, Any]) -> DefenceConfig:
     """All settings of the defence in a trial."""
     fixed = {} if trial["preset"] == PAPER else study["fixed"]
-    return PurifyConfig.model_validate({**fixed, **trial["parameters"]})
+    return settings_class(study).model_validate({**fixed, **trial["parameters"]})
 
 
 def _tested(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 from ray import tune
 from safetensors.torch import save_file
 
-from bimask.defences.ims.purify import RoundLog
+from bimask.defences.base import Defence, StepLog
 from bimask.errors import NonFiniteError
 from bimask.metrics import CleanScores, Scores
 from study.report.pictures import draw_masks
@@ -77,14 +77,14 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
     members = config["members"]
     device = study.device_of_a_trial
 
-    def report(member: int, victim: str, log: RoundLog, scores: Scores | CleanScores) -> None:
+    def report(member: int, victim: str, log: StepLog, scores: Scores | CleanScores) -> None:
         number = members[member]["number"]
         tune.report(
             {"number": number, "victim": victim, "step": log.step, "loss": log.loss, **asdict(scores)}
         )
 
     results = run_trials(
-        [study.purify_config(member["parameters"]) for member in members],
+        [study.defence_config(member["parameters"]) for member in members],
         cases,
         seed=study.seed,
         device=device,
@@ -104,17 +104,20 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
                 reports.append({"number": number, "reason": f"NonFiniteError: {result}"})
             else:
                 if result.stopped is None:
-                    write_artifacts(result, Path(folder) / str(number), number)
+                    write_artifacts(result, study.defender, Path(folder) / str(number), number)
                 reports.append({"number": number, "device": device, **result.record()})
         kept = tune.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
         tune.report({"final": True, "members": reports}, checkpoint=kept)
 
 
-def write_artifacts(result: TrialResult, folder: Path, number: int) -> None:
-    """Masks (safetensors), their picture and the rounds (JSON) of every victim, in a new folder."""
+def write_artifacts(result: TrialResult, defence: Defence[Any], folder: Path, number: int) -> None:
+    """What every run stored (safetensors), a picture of its masks, and its steps (JSON), in a new
+    folder."""
     folder.mkdir()
     for name, case in result.cases.items():
-        save_file(case.masks.tensors(), folder / f"{name}.masks.safetensors")
-        draw_masks(folder / f"{name}.masks.png", case.masks, f"trial {number}, {name}")
-        rounds = [asdict(log) for log in case.rounds]
-        (folder / f"{name}.rounds.json").write_text(json.dumps(rounds))
+        save_file(case.tensors, folder / f"{name}.{defence.stem}.safetensors")
+        masks = defence.masks(case.tensors, case.result.config)
+        if masks is not None:
+            draw_masks(folder / f"{name}.masks.png", masks, f"trial {number}, {name}")
+        steps = [asdict(log) for log in case.result.history]  # type: ignore[call-overload]
+        (folder / f"{name}.rounds.json").write_text(json.dumps(steps))

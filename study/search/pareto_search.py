@@ -20,7 +20,6 @@ from optuna.distributions import (
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from bimask.defences.ims.config import PurifyConfig
 from study.search.samplers import SAMPLERS, STARTUP, WORTH, first_sampler
 from study.search.warm_start import Earlier, Observed
 from study.spec.config import StudyConfig, StudyError
@@ -187,7 +186,7 @@ class ParetoSearch(Searcher):
         preset = trial.user_attrs.get("preset")
         self.asked[trial.number] = trial
         trial.set_user_attr("tune_trial_id", trial_id)
-        parameters = published() if preset == PAPER else suggest(self.config.space, trial)
+        parameters = published(self.config) if preset == PAPER else suggest(self.config.space, trial)
         return {"number": trial.number, "preset": preset, "parameters": parameters}
 
     def _trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
@@ -307,9 +306,9 @@ def is_complete(record: Mapping[str, Any]) -> bool:
     return bool(record["status"] == "COMPLETE")
 
 
-def published() -> dict[str, Any]:
-    """The paper's defaults, every setting."""
-    return PurifyConfig().model_dump()
+def published(config: StudyConfig) -> dict[str, Any]:
+    """The published defaults of the study's defence, every setting."""
+    return config.defender.config().model_dump()
 
 
 def final_reports(result: dict[str, Any] | None) -> dict[int, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import (
@@ -16,13 +17,15 @@ from pydantic import (
     model_validator,
 )
 
-from bimask.defences.ims.config import PurifyConfig
+from bimask.defences import DEFENCES
+from bimask.defences.base import Defence
+from bimask.defences.settings import DefenceConfig
 from bimask.errors import BimaskError
 from bimask.victims import VictimSpec
 from study.spec.directions import DIRECTIONS, Direction
 from study.spec.gates import Gates
 from study.spec.objectives import Aggregate, Constraints, ObjectiveName
-from study.spec.space import Parameter, Scalar, expanded
+from study.spec.space import Parameter, Scalar, expanded, ranges
 from study.spec.stopping import EarlyStopping
 from study.spec.suspect import NAME, SuspectSpec
 
@@ -37,7 +40,9 @@ LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constrai
     "paper_defaults",
     "warm_start_from",
     "suspect",
+    "defence",
 }
+IMS = "ims"  # what a study without a word of it searches
 NEEDS_TRIGGER = {"attack_success", "recovery"}
 
 
@@ -80,6 +85,7 @@ class StudyConfig(BaseModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(0, ge=0, lt=2**32)
+    defence: str = Field(IMS, description="whose settings are searched: a name in `bimask.defences`")
     trials: int = Field(ge=1)
     concurrency: int | None = Field(None, ge=1, description="actors at once; null fills the cluster")
     trials_per_actor: int = Field(1, ge=1, description="trials that one actor runs at once, as a group")
@@ -144,10 +150,15 @@ class StudyConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_profile(cls, given: Any) -> Any:
-        """`profile: NAME` in `fixed` stands for that profile's settings."""
+        """`profile: NAME` in `fixed` stands for that profile's settings; without a `space` that of
+        the defence is searched."""
+        if isinstance(given, dict) and "space" not in given and (own := ranges(settings_of(given))):
+            given = given | {"space": own}
         if isinstance(given, dict) and isinstance(given.get("fixed"), dict):
             space = given.get("space")
-            fixed = expanded(given["fixed"], space if isinstance(space, dict) else {})
+            fixed = expanded(
+                given["fixed"], space if isinstance(space, dict) else {}, settings_of(given)
+            )
             return given | {"fixed": fixed}
         return given
 
@@ -164,9 +175,20 @@ class StudyConfig(BaseModel):
             )
         return self
 
+    @field_validator("defence")
+    @classmethod
+    def _known_defence(cls, name: str) -> str:
+        if name not in DEFENCES:
+            raise ValueError(f"there is no defence {name!r}; known are {', '.join(DEFENCES)}")
+        return name
+
     @field_validator("objectives")
     @classmethod
-    def _distinct(cls, names: list[str]) -> list[str]:
+    def _distinct(cls, names: list[str], info: ValidationInfo) -> list[str]:
+        defence = DEFENCES.get(info.data.get("defence", ""))
+        for name in names:
+            if name == "pruned_share" and defence is not None and name not in defence.numbers:
+                raise ValueError(f"{defence.name} prunes nothing, so {name} cannot be an objective")
         if len(set(names)) < len(names):
             raise ValueError(f"objectives must differ, got {', '.join(names)}")
         return names
@@ -244,6 +266,20 @@ class StudyConfig(BaseModel):
         points = [self.fixed, *self.start]
         return setting in self.space or any(point.get(setting) for point in points)
 
-    def purify_config(self, parameters: dict[str, Any]) -> PurifyConfig:
+    @property
+    def defender(self) -> Defence[Any]:
+        """The defence whose settings are searched."""
+        return DEFENCES[self.defence]
+
+    def defence_config(self, parameters: dict[str, Any]) -> DefenceConfig:
         """The defence's settings in a trial: fixed ones, then its own, which are all in the paper's."""
-        return PurifyConfig.model_validate({**self.fixed, **parameters})
+        found: DefenceConfig = self.defender.config.model_validate({**self.fixed, **parameters})
+        return found
+
+
+def settings_of(raw: Mapping[str, Any]) -> type[DefenceConfig]:
+    """The settings of the defence that a study names, checked or not; of an unknown one IMS's."""
+    name = raw.get("defence", IMS)
+    defence = DEFENCES.get(name) if isinstance(name, str) else None
+    found: type[DefenceConfig] = (defence or DEFENCES[IMS]).config
+    return found

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bimask.masking.masks import MaskSet
 from bimask.metrics import CleanScores, Scores
 from study.spec.directions import DIRECTIONS
 
@@ -40,17 +39,17 @@ def backdoor_left(values: Mapping[str, Any]) -> Literal["attack_success", "risk"
 
 
 def numbers_of(
-    scores: Scores | CleanScores, masks: MaskSet, *, before: float, said: Numbers | None = None
+    scores: Scores | CleanScores, own: Numbers, *, before: float, said: Numbers | None = None
 ) -> dict[str, float]:
-    """What objectives and constraints are made of, of one purified model.
+    """What objectives and constraints are made of, of one defended model.
 
-    `pruned_share` is the share of channels that keep less than half of their output; `accuracy_drop`
-    is against the victim's own clean accuracy `before`, negative where the purified model is better;
-    `risk` is among what a probe said, where there is one.
+    `own` is what the defence says of itself (`DefenceResult.numbers`), say the `pruned_share`;
+    `accuracy_drop` is against the victim's own clean accuracy `before`, negative where the defended
+    model is better; `risk` is among what a probe said, where there is one.
     """
     return {
         **known_scores(asdict(scores)),
-        "pruned_share": (masks.keep() < 0.5).float().mean().item(),
+        **own,
         "accuracy_drop": before - scores.clean_accuracy,
         **{name: value for name, value in (said or {}).items() if name == "risk"},
     }

@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from study.spec import space as spaces
-from study.spec.config import StudyConfig, StudyError
+from study.spec.config import StudyConfig, StudyError, settings_of
 from study.spec.space import Parameter
 from study.spec.suspect import beside_problems
 
@@ -49,8 +49,10 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> StudyCon
     except ValidationError as error:
         config = None
         found += [_problem(problem) for problem in error.errors()]
-    space = _readable_space(raw.get("space"))
-    found += spaces.problems(space, spaces.expanded(_mapping(raw.get("fixed")), space))
+    settings = settings_of(raw)
+    space = _readable_space(raw.get("space", spaces.ranges(settings)))
+    fixed = spaces.expanded(_mapping(raw.get("fixed")), space, settings)
+    found += spaces.problems(space, fixed, settings)
     if config is not None:
         found += spaces.start_problems(space, config.start)
     if config is not None and not found:

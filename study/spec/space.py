@@ -16,10 +16,9 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bimask.defences.ims.config import PROFILES, PurifyConfig
+from bimask.defences.settings import DefenceConfig
 
 Scalar = bool | int | float | str | None
-SETTINGS = PurifyConfig.model_fields
 
 
 class Suggests(Protocol):
@@ -112,18 +111,33 @@ def suggest(space: Mapping[str, Parameter], trial: Suggests) -> dict[str, Scalar
     return chosen
 
 
-def problems(space: Mapping[str, Parameter], fixed: Mapping[str, Any]) -> list[tuple[str, str]]:
+def ranges(settings: type[DefenceConfig]) -> dict[str, dict[str, Any]]:
+    """The space of a defence whose YAML says none, as a YAML would: `Search` beside its fields."""
+    return {
+        name: {
+            "kind": "int" if kind is int else "float",
+            "low": range_.low,
+            "high": range_.high,
+            "log": range_.log,
+        }
+        for name, (range_, kind) in settings.searched().items()
+    }
+
+
+def problems(
+    space: Mapping[str, Parameter], fixed: Mapping[str, Any], settings: type[DefenceConfig]
+) -> list[tuple[str, str]]:
     """What is wrong with a space and its fixed settings, as (place, sentence); empty if nothing."""
     found = []
     for name, value in fixed.items():
         place = f"fixed.{name}"
         if name in space:
             found.append((place, "is searched in `space` as well; drop one of the two"))
-        found += [(place, text) for text in _setting_problems(name, value)]
+        found += [(place, text) for text in _setting_problems(name, value, settings)]
     earlier: dict[str, Parameter] = {}
     for name, parameter in space.items():
         place = f"space.{name}"
-        texts = [t for value in parameter.probes() for t in _setting_problems(name, value)]
+        texts = [t for value in parameter.probes() for t in _setting_problems(name, value, settings)]
         found += [(place, text) for text in dict.fromkeys(texts)]
         for parent, value in parameter.when.items():
             if parent not in earlier:
@@ -146,13 +160,15 @@ def start_problems(
     ]
 
 
-def expanded(fixed: Mapping[str, Any], space: Mapping[str, Any]) -> dict[str, Any]:
+def expanded(
+    fixed: Mapping[str, Any], space: Mapping[str, Any], settings: type[DefenceConfig]
+) -> dict[str, Any]:
     """Fixed settings with what a `profile` among them stands for, but for what is searched."""
     name = fixed.get("profile")
-    if name not in PROFILES:
+    if not isinstance(name, str) or name not in settings.PROFILES:
         return dict(fixed)
     beside = {key: value for key, value in fixed.items() if key != "profile"}
-    return {key: value for key, value in PROFILES[name].items() if key not in space} | beside
+    return {key: value for key, value in settings.PROFILES[name].items() if key not in space} | beside
 
 
 def _possible(parameter: Parameter, value: Scalar) -> bool:
@@ -161,14 +177,16 @@ def _possible(parameter: Parameter, value: Scalar) -> bool:
     return isinstance(value, int | float) and parameter.low <= value <= parameter.high
 
 
-def _setting_problems(name: str, value: Any) -> list[str]:
-    """What `PurifyConfig` says of one setting."""
+def _setting_problems(name: str, value: Any, settings: type[DefenceConfig]) -> list[str]:
+    """What the defence's configuration says of one setting."""
     if name == "profile":
-        return [f"there is no profile {value!r}; known are {', '.join(PROFILES)}"]
-    if name not in SETTINGS:
-        return [f"is no setting of the defence; its settings are {', '.join(sorted(SETTINGS))}"]
+        known = ", ".join(settings.PROFILES) or "none"
+        return [f"there is no profile {value!r}; known are {known}"]
+    if name not in settings.model_fields:
+        known = ", ".join(sorted(settings.model_fields))
+        return [f"is no setting of the defence; its settings are {known}"]
     try:
-        PurifyConfig.model_validate({name: value})
+        settings.model_validate({name: value})
     except ValidationError as error:
         return [f"{problem['msg']}, got {problem['input']!r}" for problem in error.errors()]
     return []

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from study.spec.config import StudyError
+from study.spec.config import StudyConfig, StudyError
 from study.store.files import read_lines, write_text
 
 OUTPUTS = Path("outputs")
@@ -47,6 +47,12 @@ def new_folder(outputs: Path, name: str, *, chosen_by_user: bool) -> tuple[str, 
     while (outputs / f"{name}-{number}").exists():
         number += 1
     return f"{name}-{number}", outputs / f"{name}-{number}"
+
+
+def settings_content(config: StudyConfig, parameters: dict[str, Any]) -> dict[str, Any]:
+    """A trial's settings as `bimask purify` takes them: of which defence, every one, and the seed."""
+    settings = config.defence_config(parameters).model_dump()
+    return {"defence": config.defence, "purify": settings, "seed": config.seed}
 
 
 def write_yaml(path: Path, content: dict[str, Any], header: str) -> None:

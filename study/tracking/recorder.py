@@ -15,7 +15,7 @@ from study.spec.directions import DIRECTIONS
 from study.spec.objectives import known_scores
 from study.store.files import append_lines, copy_folder, read_lines
 from study.store.provenance import commit, versions
-from study.store.records import REPORTS, SETTINGS, TRIALS, write_yaml
+from study.store.records import REPORTS, SETTINGS, TRIALS, settings_content, write_yaml
 from study.tracking.mlflow_runs import Tracker
 from study.tracking.queue import MlflowQueue
 
@@ -83,12 +83,12 @@ class Recorder:
 
     def _show_start(self, trial: dict[str, Any]) -> None:
         preset = trial["preset"]
-        settings = self.config.purify_config(trial["parameters"])
+        settings = self.config.defence_config(trial["parameters"])
         tags = {"preset": preset or "search", "study": self.config.name, "commit": commit()}
         tags |= {"study_digest": self.config.digest, "seed": str(self.config.seed)}
         tags |= {f"victim.{name}": digest for name, digest in self.victims.items()}
-        if (warning := settings.unreachable_budget()) is not None:
-            tags["warning"] = warning
+        if warnings := settings.warnings():
+            tags["warning"] = " ".join(warnings)
         # what differs between trials: with constants in, the UI's parallel coordinates drown in them
         searched = [name for name in self.config.space if preset or name in trial["parameters"]]
         params = {name: getattr(settings, name) for name in searched}
@@ -125,10 +125,9 @@ class Recorder:
 
     def _write_settings(self, kept: Path, number: int) -> None:
         trial = self.open[number]
-        settings = self.config.purify_config(trial["parameters"])
         write_yaml(
             kept / SETTINGS,
-            {"purify": settings.model_dump(), "seed": self.config.seed},
+            settings_content(self.config, trial["parameters"]),
             f"trial {number} of study {self.config.name}, every setting",
         )
 
@@ -217,7 +216,7 @@ class Recorder:
             return
         losses = _losses(self._kept(number))
         for victim, scores in record["scores"].items():
-            last = len(losses[f"{victim}/loss/loss"])
+            last = len(losses.get(f"{victim}/loss/loss", []))
             for name, value in known_scores(scores).items():
                 # the last point of the curve, and so what MLflow shows
                 curves.setdefault(f"{victim}/{name}", []).append((last, value))

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bimask.defences.ims.result import Passes, RoundLog
+from bimask.defences import DEFENCES
+from bimask.defences.base import CleanData, Defence, DefenceResult
 from bimask.inspection.risk import RiskProbe
-from bimask.inspection.trigger_pool import TriggerPool
-from bimask.masking.masks import MaskSet, fold
 from bimask.metrics import CleanScores, CleanSet, EvalSets, Scores
 from study.spec.config import StudyConfig
 from study.spec.suspect import Subject
@@ -30,7 +29,9 @@ class Case:
         repeat: which of the victim's runs in a trial this is: each has its own seed and images.
         probe: what asks a purified model without the attack, see `study.analysis.blind`; None asks
             nothing.
-        pool: the triggers that `class_triggers` are drawn from; None where no trial has any.
+        prepared: what the defence made of the victim beforehand; None where it needs nothing.
+        labels: of `clean`, handed to defences that declare them alone.
+        defence: its name.
     """
 
     name: str
@@ -39,7 +40,9 @@ class Case:
     val: EvalSets | CleanSet
     repeat: int = 0
     probe: RiskProbe | None = None
-    pool: TriggerPool | None = None
+    prepared: Any = None
+    labels: Tensor | None = None
+    defence: str = "ims"
 
     @classmethod
     def of(cls, name: str, victim: Subject, config: StudyConfig, repeat: int = 0) -> Case:
@@ -47,20 +50,40 @@ class Case:
         splits = victim.load_data()
         seed = config.seed + repeat
         clean = splits.train.clean_subset(config.clean_images_per_class, seed=seed)
-        return cls(name, victim, clean.floats(), victim.eval_sets(splits, "val"), repeat)
+        return cls(
+            name,
+            victim,
+            clean.floats(),
+            victim.eval_sets(splits, "val"),
+            repeat,
+            labels=clean.labels,
+            defence=config.defence,
+        )
 
     def to(self, device: torch.device | str) -> Case:
         """The same with its images on another device; the victim stays."""
         probe = None if self.probe is None else self.probe.to(device)
-        pool = None if self.pool is None else self.pool.to(device)
+        prepared = None if self.prepared is None else self.prepared.to(device)
+        labels = None if self.labels is None else self.labels.to(device)
         clean, val = self.clean.to(device), self.val.to(device)
-        return replace(self, clean=clean, val=val, probe=probe, pool=pool)
+        return replace(self, clean=clean, val=val, probe=probe, prepared=prepared, labels=labels)
 
-    def ask(self, model: nn.Module, masks: MaskSet) -> dict[str, float]:
-        """What the probe says of the model under its masks, by name; nothing where there is none."""
+    @property
+    def defender(self) -> Defence[Any]:
+        """The defence that runs here."""
+        return DEFENCES[self.defence]
+
+    @property
+    def data(self) -> CleanData:
+        """What the defence is handed: labels only where it declares that it needs them."""
+        return CleanData(self.clean, self.labels if self.defender.needs_labels else None)
+
+    def ask(self, model: nn.Module, result: DefenceResult) -> dict[str, float]:
+        """What the probe says of a defended model and its twin, by name; nothing without a probe."""
         if self.probe is None:
             return {}
-        return self.probe(fold(model, masks), fold(model, masks, inverse=True)).numbers()
+        twin = self.defender.twin(model, result.tensors, result.config)
+        return self.probe(result.model(), twin).numbers()
 
     @property
     def before(self) -> float:
@@ -75,19 +98,20 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What one purification of a trial ended with.
+    """What one run of a trial ended with.
 
     Attributes:
         name: of the victim.
+        result: of the defence.
+        tensors: what the defended model is restored from, on the CPU.
         numbers: what objectives and constraints are made of, see `numbers_of`.
-        evidence: what the case's probe says of the purified model, by name.
+        evidence: what the case's probe says of the defended model, by name.
     """
 
     name: str
     scores: Scores | CleanScores
-    masks: MaskSet
-    rounds: list[RoundLog]
-    passes: Passes
+    result: DefenceResult
+    tensors: dict[str, Tensor]
     numbers: dict[str, float]
     evidence: dict[str, float] = field(default_factory=dict)
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from bimask.defences.ims.checkpoint import PopulationState
-from bimask.defences.ims.population import PopulationPurifier
-from bimask.defences.ims.result import PurifyResult
-from bimask.errors import NonFiniteError, SettingError
+from bimask.defences.settings import DefenceConfig
+from bimask.defences.state import DefenceState
+from bimask.errors import SettingError
 from study.store.files import write_text
 
 # Of one member: rung -> its losses there, and why it was stopped, or None.
@@ -49,37 +48,38 @@ class TrialCheckpoint:
     def __init__(self, path: Path, every: float, on_kept: Callable[[Path], object]) -> None:
         self.path, self.every, self.on_kept = path, every, on_kept
         self.seconds = 0.0
+        self.kept_at = time.monotonic()
+        self.last: Callable[[], DefenceState] | None = None
 
-    def run(self, population: PopulationPurifier) -> list[PurifyResult | NonFiniteError]:
-        """Run a population to its end, from where it stood if that was kept."""
-        path = self.path
-        if path.is_file():
-            self._resume(population, path)
-        kept = time.monotonic()
-
-        def between_rounds() -> None:
-            nonlocal kept
-            if time.monotonic() - kept >= self.every:
-                self._keep(population, path)
-                kept = time.monotonic()
-
-        results = population.run(between_rounds=between_rounds)
-        self._keep(population, path)
-        return results
-
-    def _resume(self, population: PopulationPurifier, path: Path) -> None:
+    def state(self, configs: Sequence[DefenceConfig]) -> DefenceState | None:
+        """What was kept of a run with these configurations; None where nothing was, or of others."""
+        if not self.path.is_file():
+            return None
         try:
-            state = PopulationState.load(path)
-            state.put_into(population)
+            state = DefenceState.load(self.path)
         except SettingError:
-            return  # of a group with other members: these begin at the beginning
+            return None
+        wanted = [config.model_dump(mode="json") for config in configs]
+        if [member.get("config") for member in state.members] != wanted:
+            return None  # of a group with other members: these begin at the beginning
         self.seconds = state.seconds
+        return state
 
-    def _keep(self, population: PopulationPurifier, path: Path) -> None:
+    def between_steps(self, take: Callable[[], DefenceState]) -> None:
+        """Keep the state if the last one is `every` seconds old."""
+        self.last = take
+        if time.monotonic() - self.kept_at >= self.every:
+            self.keep()
+
+    def keep(self) -> None:
+        """Keep the state as it is now, if there was ever one."""
+        if self.last is None:
+            return
         with suppress(OSError, SafetensorError):  # a full disk costs the checkpoint, not the trial
-            path.parent.mkdir(parents=True, exist_ok=True)
-            PopulationState.of(population).save(path)
-            self.on_kept(path)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.last().save(self.path)
+            self.on_kept(self.path)
+        self.kept_at = time.monotonic()
 
     def keep_rungs(self, said: list[Rungs]) -> None:
         """Keep what the members' rungs said: a state holds their masks, not why one ended."""

@@ -41,10 +41,10 @@ class TrialResult:
             **self.values,
             "scores": self.per_victim(),
             "passes": {
-                "forward": sum(case.passes.forward for case in cases),
-                "backward": sum(case.passes.backward for case in cases),
+                "forward": sum(case.result.passes.forward for case in cases),
+                "backward": sum(case.result.passes.backward for case in cases),
             },
-            "rounds": sum(len(case.rounds) for case in cases),
+            "rounds": sum(len(case.result.history) for case in cases),
             "seconds": self.seconds,
         }
         if self.rungs:

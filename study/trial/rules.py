@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from bimask.defences.ims.config import PurifyConfig
+from bimask.defences.settings import DefenceConfig
 from study.analysis.pareto import losses
 from study.spec.config import StudyConfig
 from study.spec.directions import OBJECTIVES, Direction
@@ -103,11 +103,11 @@ class TrialRules:
             return f"dominated whatever the {left} run(s) left give"
         return None
 
-    def rungs(self, config: PurifyConfig) -> dict[int, float]:
-        """Round -> share of all rounds: where a trial is looked at within a victim."""
+    def rungs(self, config: DefenceConfig, images: int) -> dict[int, float]:
+        """Step -> share of all steps on so many images: where a trial is looked at within a victim."""
         if self.early_stopping is None or self.early_stopping.halving is None:
             return {}
-        rounds = config.initialise_rounds + config.minimise_rounds + config.select_rounds
+        rounds = config.steps(images)
         found = {math.ceil(share * rounds): share for share in self.early_stopping.halving.shares}
         return {at: share for at, share in found.items() if at < rounds}
 

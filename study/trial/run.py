@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bimask.defences.ims.config import ENGINE, PurifyConfig
-from bimask.defences.ims.population import PopulationPurifier
+from bimask.defences.base import Defence
+from bimask.defences.settings import DefenceConfig
 from bimask.errors import NonFiniteError
-from bimask.masking.masks import MaskSet, fold
 from bimask.metrics import evaluate
 from study.spec.objectives import numbers_of
 from study.trial.cases import Case, CaseResult
@@ -27,7 +27,7 @@ from study.trial.state import Report, TrialObserver, TrialState
 
 
 def run_trials(
-    configs: Sequence[PurifyConfig],
+    configs: Sequence[DefenceConfig],
     cases: Sequence[Case],
     *,
     seed: int,
@@ -58,12 +58,12 @@ def run_trials(
     for case in cases:
         model = copy.deepcopy(case.victim.model).to(device)
         there = case.to(device)
-        for group in _populations(trials):
+        for group in _batches(trials, case.defender):
             if running := [trial for trial in group if trial.running]:
                 watch = TrialObserver(there, model, running, rules, report_every, on_report)
                 key = f"{case.key}.{group[0].position}"
                 kept = None if checkpoints is None else checkpoints.place(key)
-                _purify(there, model, running, seed=seed, watch=watch, kept=kept)
+                _defend(there, model, running, seed=seed, watch=watch, kept=kept)
         for trial in trials:
             if trial.running:
                 trial.stopped = rules.between(cases, trial.numbers, trial.seconds)
@@ -86,15 +86,15 @@ def _result(
     return TrialResult(trial.cases, values, spreads, trial.rungs, trial.seconds)
 
 
-def _populations(trials: Sequence[TrialState]) -> list[list[TrialState]]:
-    """The trials that can share one prepared net, as `ENGINE` says."""
-    groups: dict[tuple[object, ...], list[TrialState]] = {}
+def _batches(trials: Sequence[TrialState], defence: Defence[Any]) -> list[list[TrialState]]:
+    """The trials that may share one run of the defence."""
+    groups: dict[Hashable, list[TrialState]] = {}
     for trial in trials:
-        groups.setdefault(tuple(getattr(trial.config, name) for name in ENGINE), []).append(trial)
+        groups.setdefault(defence.batch_key(trial.config), []).append(trial)
     return list(groups.values())
 
 
-def _purify(
+def _defend(
     case: Case,
     model: nn.Module,
     running: list[TrialState],
@@ -103,43 +103,35 @@ def _purify(
     watch: TrialObserver,
     kept: TrialCheckpoint | None,
 ) -> None:
-    """One run of trials that share a net; every one of them gets its result, or its error."""
-    population = PopulationPurifier(
-        model,
-        case.clean,
-        [trial.config for trial in running],
-        generators=[torch.Generator().manual_seed(seed + case.repeat) for _ in running],
-        pool=case.pool,
-        on_round=watch,
-    )
+    """One run of trials that share one; every one of them gets its result, or its error."""
+    configs = [trial.config for trial in running]
     if kept is not None:
         watch.resume(kept)
-    ended = population.run() if kept is None else kept.run(population)
+    ended = case.defender.run(
+        model,
+        case.data,
+        configs,
+        generators=[torch.Generator().manual_seed(seed + case.repeat) for _ in running],
+        prepared=case.prepared,
+        on_step=watch,
+        state=None if kept is None else kept.state(configs),
+        between_steps=None if kept is None else kept.between_steps,
+    )
+    if kept is not None:
+        kept.keep()
     for trial, result in zip(running, ended, strict=True):
         if isinstance(result, NonFiniteError):
             trial.failure = result
         elif trial.running:
-            scores, said = evaluate(result.model(), case.val), case.ask(model, result.masks)
-            masks = result.masks.cpu()
+            scores, said = evaluate(result.model(), case.val), case.ask(model, result)
             trial.cases[case.key] = CaseResult(
                 case.name,
                 scores,
-                masks,
-                result.rounds,
-                result.passes,
-                numbers_of(scores, masks, before=case.before, said=said),
+                result,
+                {name: tensor.detach().cpu() for name, tensor in result.tensors.items()},
+                numbers_of(scores, result.numbers, before=case.before, said=said),
                 said,
             )
     seconds = watch.seconds_each + (kept.seconds / len(running) if kept is not None else 0.0)
     for trial in running:
         trial.seconds += seconds
-
-
-def purified(
-    model: nn.Module, tensors: dict[str, Tensor], config: PurifyConfig, *, inverse: bool = False
-) -> nn.Module:
-    """The purified model from saved masks, or its inverse twin."""
-    masks = MaskSet.from_tensors(
-        tensors, sharpness=config.sharpness, straight_through=config.straight_through
-    )
-    return fold(model, masks, inverse=inverse)

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from bimask.defences.ims.config import PurifyConfig
-from bimask.defences.ims.result import RoundLog
+from bimask.defences.base import DefenceResult, StepLog
+from bimask.defences.settings import DefenceConfig
 from bimask.errors import NonFiniteError
-from bimask.masking.masks import MaskSet, fold
 from bimask.metrics import CleanScores, Scores, evaluate
 from study.spec.objectives import numbers_of
 from study.trial.cases import Case, CaseResult
@@ -19,7 +18,7 @@ from study.trial.checkpoint import TrialCheckpoint
 from study.trial.history import rung
 from study.trial.rules import TrialRules
 
-Report = Callable[[int, str, RoundLog, Scores | CleanScores], None]
+Report = Callable[[int, str, StepLog, Scores | CleanScores], None]
 
 
 @dataclass
@@ -33,7 +32,7 @@ class TrialState:
     """
 
     position: int
-    config: PurifyConfig
+    config: DefenceConfig
     cases: dict[str, CaseResult] = field(default_factory=dict)
     rungs: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -65,7 +64,7 @@ class TrialObserver:
     ) -> None:
         self.case, self.model, self.running, self.rules = case, model, running, rules
         self.report_every, self.on_report = report_every, on_report
-        self.rungs = [rules.rungs(trial.config) for trial in running]
+        self.rungs = [rules.rungs(trial.config, len(case.clean)) for trial in running]
         self.begun = time.perf_counter()
         self.kept: TrialCheckpoint | None = None
 
@@ -81,20 +80,20 @@ class TrialObserver:
         """An even share of the time since the run began."""
         return (time.perf_counter() - self.begun) / len(self.running)
 
-    def __call__(self, member: int, log: RoundLog, masks: MaskSet) -> bool:
+    def __call__(self, member: int, log: StepLog, current: Callable[[], DefenceResult]) -> bool:
         """Whether the member ends here."""
         trial, done = self.running[member], log.step + 1
         due = self.on_report is not None and done % self.report_every == 0
         share = self.rungs[member].get(done)
         if not due and share is None:
             return False
-        scores = evaluate(fold(self.model, masks), self.case.val, precision="bfloat16")
+        scores = evaluate((result := current()).model(), self.case.val, precision="bfloat16")
         if due and self.on_report is not None:
             self.on_report(trial.position, self.case.key, log, scores)
         if share is not None:
             spent = trial.seconds + self.seconds_each
-            said = self.case.ask(self.model, masks)
-            numbers = numbers_of(scores, masks, before=self.case.before, said=said)
+            said = self.case.ask(self.model, result)
+            numbers = numbers_of(scores, result.numbers, before=self.case.before, said=said)
             numbers["seconds"] = spent
             trial.rungs[rung(self.case.key, share)] = self.rules.losses(numbers)
             trial.stopped = self.rules.at_rung(self.case, share, numbers)

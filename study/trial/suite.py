@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bimask.defences.ims.config import PurifyConfig
-from bimask.defences.ims.purify import purify
+from bimask.defences.purify import defend
+from bimask.defences.settings import DefenceConfig
 from bimask.metrics import evaluate
 from bimask.victims import Victim
 from study.spec.config import StudyConfig
@@ -74,7 +74,7 @@ class Job:
     """
 
     configuration: str
-    settings: PurifyConfig
+    settings: DefenceConfig
     victim: str
     role: Role
     seed: int
@@ -84,7 +84,7 @@ class Job:
         return self.configuration, self.victim, self.seed
 
 
-def jobs_of(config: StudyConfig, settings: Mapping[str, PurifyConfig]) -> list[Job]:
+def jobs_of(config: StudyConfig, settings: Mapping[str, DefenceConfig]) -> list[Job]:
     """Everything that the confirmation runs.
 
     Args:
@@ -115,10 +115,11 @@ def confirm(job: Job, victim: Victim, config: StudyConfig, *, device: str = "cpu
     """
     started = time.perf_counter()
     splits = victim.spec.load_data()
-    clean = splits.train.clean_subset(config.clean_images_per_class, seed=job.seed).floats()
+    clean = splits.train.clean_subset(config.clean_images_per_class, seed=job.seed)
     model = copy.deepcopy(victim.model).to(device)
     generator = torch.Generator().manual_seed(job.seed)
-    result = purify(model, clean.to(device), job.settings, generator=generator)
+    images, labels = clean.floats().to(device), clean.labels.to(device)
+    result = defend(model, images, job.settings, labels=labels, generator=generator)
     scores = evaluate(result.model(), victim.eval_sets(splits, "test").to(device))
     return {
         "configuration": job.configuration,

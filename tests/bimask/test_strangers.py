@@ -17,6 +17,7 @@ from bimask.errors import DataError
 from bimask.inspection.held_back import held_back_evidence
 from bimask.inspection.suspect import CleanImages, hold_back, load_suspect
 from bimask.masking.discovery import masks_for
+from bimask.masking.masks import fold
 
 CLASSES, PER_CLASS = 4, 6
 FACTORY = """
@@ -184,11 +185,11 @@ def test_pictures_are_held_back_by_their_pixels_evenly(home):
 def test_an_unmasked_suspect_has_a_risk_of_one_and_few_pictures_have_none(home):
     suspect = load_suspect(home / "w.safetensors", f"{home / 'net.py'}:make", home / "clean")
     masks = masks_for(suspect.model, suspect.clean.floats(), "all")
-    seen = held_back_evidence(suspect.model, masks, suspect.clean)
+    seen = held_back_evidence(suspect.model, fold(suspect.model, masks), suspect.clean)
     assert seen.risk == pytest.approx(1)
     assert seen.agreement == 1
     few = suspect.clean.subset(torch.arange(3))
-    assert held_back_evidence(suspect.model, masks, few) is None
+    assert held_back_evidence(suspect.model, fold(suspect.model, masks), few) is None
 
 
 def test_a_probe_that_cannot_be_made_gives_no_risk_and_says_why(home, monkeypatch):
@@ -198,7 +199,9 @@ def test_a_probe_that_cannot_be_made_gives_no_risk_and_says_why(home, monkeypatc
     monkeypatch.setattr("bimask.inspection.held_back.RiskProbe", refused)
     suspect = load_suspect(home / "w.safetensors", f"{home / 'net.py'}:make", home / "clean")
     masks = masks_for(suspect.model, suspect.clean.floats(), "all")
-    seen = held_back_evidence(suspect.model, masks, CleanImages(suspect.clean.images, None))
+    seen = held_back_evidence(
+        suspect.model, fold(suspect.model, masks), CleanImages(suspect.clean.images, None)
+    )
     assert seen.risk is None
     assert "answers all alike" in seen.reason
     assert seen.accuracy_after is None

@@ -212,7 +212,7 @@ def make_study(outputs, trials=STUDY["trials"], **changes):
         reports.append((trial, {"victim": victim, "step": log.step, **asdict(scores)}))
 
     real = run_trials(
-        [config.purify_config(p) for p in searched[:PURIFIED]],
+        [config.defence_config(p) for p in searched[:PURIFIED]],
         cases,
         seed=0,
         report_every=2,
@@ -309,8 +309,10 @@ def _confirmed(config, suite, rng):
 def _files(kept, result):
     kept.mkdir(parents=True)
     for name, case in result.cases.items():
-        save_file(case.masks.tensors(), kept / f"{name}.masks.safetensors")
-        (kept / f"{name}.rounds.json").write_text(json.dumps([asdict(log) for log in case.rounds]))
+        save_file(case.tensors, kept / f"{name}.masks.safetensors")
+        (kept / f"{name}.rounds.json").write_text(
+            json.dumps([asdict(log) for log in case.result.history])
+        )
 
 
 @pytest.fixture(scope="session")

@@ -263,10 +263,10 @@ def test_trials_that_were_cut_short_end_with_the_bits_of_whole_ones(endured):
     assert endured.cut, "no trial was cut short"
     for number in endured.cut:
         record = endured.records()[number]
-        settings = config.purify_config(record["parameters"])
+        settings = config.defence_config(record["parameters"])
         (whole,) = run_trials([settings], [case], seed=config.seed)
         kept = load_file(endured.folder / f"trials/{number:03d}/digits-badnets.masks.safetensors")
-        masks = whole.cases["digits-badnets"].masks.tensors()
+        masks = whole.cases["digits-badnets"].tensors
         assert all((kept[name] == masks[name]).all() for name in masks)
         assert record["attack_success"] == whole.scores["attack_success"]
 

@@ -200,7 +200,7 @@ def test_best_yaml_gives_the_chosen_trial_again(finished):
     chosen = finished.summary["chosen"]
     assert result.scores == pytest.approx(chosen["val"])
     kept = finished.folder / "trials" / f"{chosen['number']:03d}" / "digits-badnets.masks.safetensors"
-    again = result.cases["digits-badnets"].masks.tensors()
+    again = result.cases["digits-badnets"].tensors
     for name, values in load_file(kept).items():
         assert (values - again[name]).abs().max() < 1e-4
 

@@ -14,39 +14,23 @@ settings are the caller's to give again; the state refuses other settings.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bimask.defences.ims.result import Passes, RoundLog
+from bimask.defences.base import Passes
+from bimask.defences.ims.member import Member
+from bimask.defences.ims.population import PopulationPurifier
+from bimask.defences.ims.result import RoundLog
+from bimask.defences.state import DefenceState
 from bimask.errors import NonFiniteError, SettingError
 
-if TYPE_CHECKING:
-    from bimask.defences.ims.member import Member
-    from bimask.defences.ims.population import PopulationPurifier
 
-
-@dataclass(frozen=True)
-class PopulationState:
-    """What a population is at, between two rounds.
-
-    Attributes:
-        tensors: name -> tensor on the CPU; `generator.ROW` are bytes.
-        members: of each member its settings and where it stands, as JSON types.
-        seconds: wall time so far.
-    """
-
-    tensors: dict[str, Tensor]
-    members: list[dict[str, Any]]
-    seconds: float
+class PopulationState(DefenceState):
+    """What a population is at, between two rounds; `generator.ROW` among its tensors are bytes."""
 
     @classmethod
     def of(cls, population: PopulationPurifier) -> PopulationState:
@@ -72,7 +56,7 @@ class PopulationState:
         Raises:
             SettingError: other settings, or tensors of other shapes; the population is left as it was.
         """
-        settings = [member.config.model_dump() for member in population.members]
+        settings = [member.config.model_dump(mode="json") for member in population.members]
         if settings != [standing["config"] for standing in self.members]:
             raise SettingError(
                 f"The state is of {len(self.members)} member(s) with other settings than the "
@@ -96,31 +80,6 @@ class PopulationState:
             if standing["finished"] is not None:
                 population.finish(member, seconds=standing["finished"])
 
-    def save(self, path: Path) -> None:
-        """Write one safetensors file, whole or not at all."""
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        about = json.dumps({"members": self.members, "seconds": self.seconds})
-        try:
-            save_file(self.tensors, part, metadata={"population": about})
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: Path) -> PopulationState:
-        """Read a state back.
-
-        Raises:
-            SettingError: no file, or none that `save` wrote.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["population"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(tensors, about["members"], about["seconds"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise SettingError(f"{path} holds no state of a population ({error}).") from error
-
 
 def _tensors(population: PopulationPurifier) -> dict[str, Tensor]:
     """The population's own tensors, one row a member, that a round reads and writes."""
@@ -142,7 +101,7 @@ def _standing(member: Member) -> dict[str, Any]:
     result = member.result
     failed = isinstance(result, NonFiniteError)
     return {
-        "config": member.config.model_dump(),
+        "config": member.config.model_dump(mode="json"),
         "stages": list(member.stages),
         "round": member.round,
         "best": member.plateau.best if math.isfinite(member.plateau.best) else None,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field
+from typing_extensions import Self
 
 from bimask.defences.ims.synthesis import InnerOptimizer, Norm
-from bimask.errors import SettingError, describe
+from bimask.defences.settings import DefenceConfig, Search
 from bimask.metrics.agreement import LossForm
 
 Unit = Annotated[float, Field(ge=0, le=1)]
@@ -50,17 +49,6 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
-def profile_of(name: object) -> dict[str, Any]:
-    """The settings of a profile that differ from the published ones.
-
-    Raises:
-        SettingError: no such profile.
-    """
-    if not isinstance(name, str) or name not in PROFILES:
-        raise SettingError(f"Unknown profile {name!r}; known are {', '.join(PROFILES)}.")
-    return PROFILES[name]
-
-
 # For a net that nobody tuned: every kind of site, and triggers searched beforehand. benchmarks/zoo.md.
 PROFILES["robust"] = PROFILES["fast"] | {"sites": "all", "class_triggers": 0.8, "clean_weight": 4.0}
 
@@ -69,35 +57,41 @@ class BudgetWarning(UserWarning):
     """The perturbation budget cannot be reached with these steps, so it bounds nothing."""
 
 
-class PurifyConfig(BaseModel):
+class PurifyConfig(DefenceConfig):
     """Every setting of IMS; the defaults are the published ones.
 
     `step_size` null means budget / inner_steps, so that the budget is just reached. `patience` null
     means that every stage runs all its rounds. Budgets and steps are in [0, 1] pixel units.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    PROFILES = PROFILES
 
     sites: Literal["published", "all"] | tuple[str, ...] = Field(
         "published",
         description="what is masked: convolutions, or a transformer's blocks (published); linear "
         "layers and attention heads too (all); or kinds and names of sites, with *",
     )
-    sharpness: Positive = Field(20.0, description="k, the slope of the mask's sigmoid")
+    sharpness: Annotated[Positive, Search(5.0, 50.0, log=True)] = Field(
+        20.0, description="k, the slope of the mask's sigmoid"
+    )
     mask_estimator: Literal["soft", "straight_through"] = Field(
         "soft", description="straight_through: 0 or 1 in the forward pass, the soft slope backward"
     )
     initial_mask: Unit = Field(1.0, description="a at the start")
     initial_selection: Unit = Field(1.0, description="s at the start; below 1, a has a gradient")
-    mask_lr: Positive = Field(0.02, description="AdamW's rate on masks and selections")
+    mask_lr: Annotated[Positive, Search(0.01, 0.3, log=True)] = Field(
+        0.02, description="AdamW's rate on masks and selections"
+    )
     mask_lr_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="cosine: from mask_lr to 0 over the rounds of select"
     )
     weight_decay: NonNegative = Field(0.01, description="AdamW's on masks and selections")
-    selection_weight: NonNegative = Field(10.0, description="lambda of initialise and select")
-    initialise_rounds: int = Field(100, ge=0)
-    minimise_rounds: int = Field(200, ge=0)
-    select_rounds: int = Field(200, ge=0)
+    selection_weight: Annotated[NonNegative, Search(0.3, 30.0, log=True)] = Field(
+        10.0, description="lambda of initialise and select"
+    )
+    initialise_rounds: int = Field(100, ge=0, description="of the first stage, without triggers")
+    minimise_rounds: int = Field(200, ge=0, description="of the second stage")
+    select_rounds: int = Field(200, ge=0, description="of the third stage, with the selection cost")
     patience: int | None = Field(25, ge=0, description="rounds without progress a stage bears")
     threshold: float = Field(0.98, gt=0, le=1, description="progress: loss < threshold x best")
     keep: Literal["last", "best", "average"] = Field(
@@ -105,13 +99,21 @@ class PurifyConfig(BaseModel):
         description="what a stage hands on; average: of select, the mean of its second half",
     )
     batch_size: int = Field(256, ge=1, description="images drawn anew for each round")
-    loss_form: LossForm = "paper"
-    clean_weight: NonNegative = Field(1.0, description="of agree(f_a(x), f(x)) in the outer loss")
-    inner_steps: int = Field(20, ge=1)
+    loss_form: LossForm = Field(
+        "paper", description="log: the same losses in log space, exact at any margin"
+    )
+    clean_weight: Annotated[NonNegative, Search(1.0, 16.0, log=True)] = Field(
+        1.0, description="of agree(f_a(x), f(x)) in the outer loss"
+    )
+    inner_steps: Annotated[int, Search(1, 8)] = Field(
+        20, ge=1, description="of the inner problem, each round"
+    )
     step_size: Positive | None = Field(0.001, description="of one inner step")
-    budget: Positive = Field(1.0, description="largest perturbation")
-    norm: Norm = "linf"
-    inner_optimizer: InnerOptimizer = "adamw"
+    budget: Annotated[Positive, Search(0.05, 1.0, log=True)] = Field(
+        1.0, description="largest perturbation"
+    )
+    norm: Norm = Field("linf", description="that the budget bounds, of an image")
+    inner_optimizer: InnerOptimizer = Field("adamw", description="of the inner problem")
     inner_weight_decay: NonNegative = Field(0.01, description="AdamW's on the perturbation")
     clip_images: bool = Field(False, description="keep perturbed images in [0, 1]")
     warm_start: Unit = Field(0.0, description="share of images whose perturbation goes on, not from 0")
@@ -138,7 +140,9 @@ class PurifyConfig(BaseModel):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the passes; bfloat16 where the device has instructions for it"
     )
-    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
+    memory_format: Literal["channels_last", "contiguous"] = Field(
+        "channels_last", description="of images and weights in the passes"
+    )
     fold_batch_norm: bool = Field(
         True, description="into masked convolutions, where they can be traced"
     )
@@ -146,14 +150,6 @@ class PurifyConfig(BaseModel):
     images_per_pass: Annotated[int, Field(ge=1)] | Literal["batch", "device"] = Field(
         "batch", description="of an outer pass; batch: one batch a member, device: what it is good for"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_profile(cls, given: Any) -> Any:
-        """`profile: NAME` among the settings stands for that profile's, under those beside it."""
-        if isinstance(given, dict) and "profile" in given:
-            return profile_of(given["profile"]) | {k: v for k, v in given.items() if k != "profile"}
-        return given
 
     def inner_steps_at(self, progress: float) -> int:
         """Inner steps at a share `progress` in [0, 1] of the rounds with triggers."""
@@ -189,6 +185,26 @@ class PurifyConfig(BaseModel):
         """The length of one of all inner steps."""
         return self.step_sizes(self.inner_steps)[0]
 
+    def steps(self, images: int) -> int:
+        """Rounds of all stages, at most."""
+        return self.initialise_rounds + self.minimise_rounds + self.select_rounds
+
+    def samples(self, count: int, images: int) -> list[tuple[Self, int]]:
+        """Rounds without triggers, and rounds with them."""
+        none = {"initialise_rounds": 0, "minimise_rounds": 0, "select_rounds": 0, "patience": None}
+        return [
+            (self.model_copy(update=none | {"initialise_rounds": count}), self.initialise_rounds),
+            (
+                self.model_copy(update=none | {"select_rounds": count}),
+                self.minimise_rounds + self.select_rounds,
+            ),
+        ]
+
+    def warnings(self) -> list[str]:
+        """A budget that cannot be reached."""
+        problem = self.unreachable_budget()
+        return [] if problem is None else [problem]
+
     def unreachable_budget(self) -> str | None:
         """One sentence if step size x steps cannot reach the budget, else None.
 
@@ -208,30 +224,3 @@ class PurifyConfig(BaseModel):
             f"{self.resolved_step_size:g} end at {reach:g} at most; raise `step_size` or "
             f"`inner_steps`, or lower `{name}` to {reach:g}."
         )
-
-    @classmethod
-    def profile(cls, name: str, **changes: Any) -> PurifyConfig:
-        """The settings of a profile, "paper", "fast" or "robust", with changes.
-
-        Raises:
-            SettingError: no such profile.
-        """
-        return cls.model_validate(profile_of(name) | changes)
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> PurifyConfig:
-        """The settings in a YAML file, such as a study's best.yaml: under `purify`, or at the top.
-
-        Raises:
-            SettingError: no such file, not a mapping, or settings that do not fit, all named.
-        """
-        try:
-            content = yaml.safe_load(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SettingError(f"Cannot read the configuration {path}: {error}.") from error
-        if not isinstance(content, dict):
-            raise SettingError(f"{path} must hold `setting: value` lines, got {content!r}.")
-        try:
-            return cls.model_validate(content.get("purify", content))
-        except ValidationError as error:
-            raise SettingError(f"{path}: {describe(error)}") from error

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from bimask.defences.base import Passes
 from bimask.defences.ims.config import PurifyConfig
-from bimask.defences.ims.result import Passes, PurifyResult, RoundLog, Stage
+from bimask.defences.ims.result import PurifyResult, RoundLog, Stage
 from bimask.devices import upload
 from bimask.errors import NonFiniteError
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -30,7 +29,7 @@ from bimask.defences.ims.optim import AdamWState, bias_corrections
 from bimask.defences.ims.perturbations import Perturbations
 from bimask.defences.ims.result import PurifyResult, RoundLog
 from bimask.devices import fast_bfloat16, upload
-from bimask.errors import NonFiniteError, SettingError
+from bimask.errors import NonFiniteError, SettingError, warn
 from bimask.inspection.trigger_pool import TriggerPool
 from bimask.masking.batched_forward import BatchedForward
 from bimask.masking.discovery import masks_for
@@ -89,7 +88,7 @@ class PopulationPurifier:
             )
         for config in configs:
             if (problem := config.unreachable_budget()) is not None:
-                warnings.warn(problem, BudgetWarning, stacklevel=3)
+                warn(problem, BudgetWarning)
         self.admitted = admit(model, images)
         self.on_round = on_round
         suspect = self.admitted.model.requires_grad_(False)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bimask.defences.base import Passes
 from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.ims.population import PopulationPurifier
-from bimask.defences.ims.result import Passes, PurifyResult, RoundLog, Stage
+from bimask.defences.ims.result import PurifyResult, RoundLog, Stage
 from bimask.errors import NonFiniteError
 from bimask.inspection.trigger_pool import TriggerPool
 from bimask.masking.masks import MaskSet

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from bimask.defences.base import Passes
 from bimask.defences.ims.config import PurifyConfig
 from bimask.masking.masks import MaskSet, fold
 
@@ -32,18 +33,6 @@ class RoundLog:
     step: int
     losses: dict[str, float]
     loss: float
-
-
-@dataclass
-class Passes:
-    """Passes of one batch through the network, forward and backward."""
-
-    forward: int = 0
-    backward: int = 0
-
-    def add(self, forward: int, backward: int) -> None:
-        self.forward += forward
-        self.backward += backward
 
 
 @dataclass(frozen=True)
@@ -73,6 +62,21 @@ class PurifyResult:
         """Whether any mask does anything: a factor other than 1, on either side."""
         sides = (self.masks.keep(), self.masks.keep(inverse=True))
         return any(bool((factor - 1).abs().max() > LEAST) for factor in sides)
+
+    @property
+    def history(self) -> list[RoundLog]:
+        """The rounds."""
+        return self.rounds
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Masks and selections by site."""
+        return self.masks.tensors()
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """`pruned_share`: of the channels, how many keep less than half of their output."""
+        return {"pruned_share": (self.masks.keep() < 0.5).float().mean().item()}
 
     def model(self, *, inverse: bool = False) -> nn.Module:
         """The purified model (or its inverse twin): a plain copy with the masks folded in."""

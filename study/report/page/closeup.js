@@ -163,16 +163,17 @@ const MODELS = { victim: "the victim", purified: "purified", inverse: "its inver
 
 function answersOf(name, answers) {
   const victim = data.close_ups.victims[name], asked = { victim: victim.asked, ...answers.asked };
-  const rows = Object.entries(MODELS).map(([key, text]) => ({ kind: key === "purified" ? "chosen" : null, cells: [text,
+  const rows = Object.entries(MODELS).filter(([key]) => asked[key]).map(([key, text]) => ({ kind: key === "purified" ? "chosen" : null, cells: [text,
     ...["clean_right", "triggered_wanted", "triggered_right"].map((score) => percent(asked[key][score]))] }));
+  const made = Boolean(answers.synthesised.each);
   return [
     el("h3", {}, "What its models answer"),
-    el("p", { class: "note" }, "The masks split the victim in two: the purified model shall answer clean and triggered images alike, the inverse twin shall keep the backdoor and forget the task."),
+    asked.inverse ? el("p", { class: "note" }, "The masks split the victim in two: the purified model shall answer clean and triggered images alike, the inverse twin shall keep the backdoor and forget the task.") : null,
     el("div", { class: "wide" }, table(["on val", "clean: right", "triggered: as the attacker wants", "triggered: right"], rows)),
-    el("h3", {}, "The true trigger, and what was made up in its place"),
-    el("p", { class: "note" }, synthesisText(victim, answers)),
+    el("h3", {}, made ? "The true trigger, and what was made up in its place" : "The true trigger"),
+    made ? el("p", { class: "note" }, synthesisText(victim, answers)) : null,
     el("div", { class: "wide" }, pictureStrip(victim, answers)),
-  ];
+  ].filter(Boolean);
 }
 
 function synthesisText(victim, answers) {

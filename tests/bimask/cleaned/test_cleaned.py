@@ -303,7 +303,9 @@ def quick(suspect):
     )
     images = suspect.clean.floats()
     result = purify(suspect.model, images, config)
-    return result, before_after(suspect.model, result.masks, images, None, config)
+    return result, before_after(
+        suspect.model, result.model(), images, None, twin=result.model(inverse=True), config=config
+    )
 
 
 def test_a_transformers_gates_are_modules_of_their_own(some_images, tmp_path):

@@ -95,11 +95,11 @@ def stopping(plan, marks):
             file.write(f"{number} {len(states)}\n")
         if member["preset"]:  # the paper's defaults take longer than all the others
             member = member | {"preset": None, "parameters": {}}
-        keep = checkpoint.TrialCheckpoint._keep
+        keep = checkpoint.TrialCheckpoint.keep
 
-        def keep_and_stop(place, population, path):
+        def keep_and_stop(place):
             nonlocal kept
-            keep(place, population, path)
+            keep(place)
             kept += 1
             if states or kept != abs(plan.get(number, 0)):
                 return
@@ -110,11 +110,11 @@ def stopping(plan, marks):
             while not (marks / f"{number}.go").exists() and not (marks / "given-up").exists():
                 time.sleep(0.05)
 
-        checkpoint.TrialCheckpoint._keep = keep_and_stop
+        checkpoint.TrialCheckpoint.keep = keep_and_stop
         try:
             actor.trainable(group | {"members": [member]}, study=study, cases=cases[:1])
         finally:
-            checkpoint.TrialCheckpoint._keep = keep  # actors are used again
+            checkpoint.TrialCheckpoint.keep = keep  # actors are used again
 
     return run
 
@@ -220,12 +220,12 @@ class Disturbed:
         """Records and masks of trials are those of the same trials run here and left alone."""
         for number in numbers:
             record = self.records()[number]
-            settings = self.config.purify_config(record["parameters"])
+            settings = self.config.defence_config(record["parameters"])
             (alone,) = run_trials([settings], [self.case], seed=self.config.seed)
             kept = load_file(
                 self.folder / "trials" / f"{number:03d}" / "digits-badnets.masks.safetensors"
             )
-            expected = alone.cases["digits-badnets"].masks.tensors()
+            expected = alone.cases["digits-badnets"].tensors
             assert set(kept) == set(expected)
             for name, values in expected.items():
                 assert (kept[name] == values).all(), (number, name)

@@ -127,8 +127,8 @@ def test_a_study_goes_on_on_another_cluster_when_its_head_is_gone(tmp_path, desc
     victim = obtain_victim(config.victims[0], tmp_path / "outputs/victims")
     case = Case.of("digits-badnets", victim, config)
     for number in cut:
-        settings = config.purify_config(known()[number]["parameters"])
+        settings = config.defence_config(known()[number]["parameters"])
         (whole,) = run_trials([settings], [case], seed=config.seed)
         kept = load_file(folder / f"trials/{number:03d}/digits-badnets.masks.safetensors")
-        masks = whole.cases["digits-badnets"].masks.tensors()
+        masks = whole.cases["digits-badnets"].tensors
         assert all((kept[name] == masks[name]).all() for name in masks), number

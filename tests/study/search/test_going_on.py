@@ -8,8 +8,9 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
+from bimask.defences.base import CleanData
 from bimask.defences.ims.config import PurifyConfig
-from bimask.defences.ims.population import PopulationPurifier
+from bimask.defences.ims.defence import Ims
 from study.search import ParetoSearch
 from study.search.actor import checkpoints_of, with_bucket
 from study.search.pareto_search import Searcher
@@ -255,34 +256,49 @@ def test_curves_are_whole_after_a_kill_and_steps_reported_twice_count_once(recor
 # --- checkpoints of a group ---
 
 
+def ims(net, images, config, place=None, *, on_step=None):
+    """One run of IMS, gone on with from what its place keeps."""
+    results = Ims().run(
+        net,
+        CleanData(images),
+        [config],
+        generators=[torch.Generator().manual_seed(0)],
+        on_step=on_step,
+        state=None if place is None else place.state([config]),
+        between_steps=None if place is None else place.between_steps,
+    )
+    if place is not None:
+        place.keep()
+    return results
+
+
 def test_a_group_goes_on_from_the_state_that_was_kept(tiny_net, pictures, tmp_path):
     settings = {"inner_steps": 1, "patience": None, "budget": 0.2, "step_size": None}
     rounds = {"initialise_rounds": 2, "minimise_rounds": 3, "select_rounds": 3}
     config, seen = PurifyConfig(**settings, **rounds), []
-
-    def population():
-        generator = torch.Generator().manual_seed(0)
-        return PopulationPurifier(tiny_net, pictures, [config], generators=[generator], on_round=heard)
 
     def heard(_member, log, _masks):
         seen.append(log.step)
         if log.step == stops_at:
             raise KeyboardInterrupt  # what a kill is for the rounds
 
+    def place():
+        return Checkpoints(tmp_path / "000", 1e-9).place("victim")
+
     stops_at = None
-    (whole,) = population().run()
+    (whole,) = ims(tiny_net, pictures, config, on_step=heard)
     seen.clear()
     stops_at = 5
     with pytest.raises(KeyboardInterrupt):
-        Checkpoints(tmp_path / "000", 1e-9).place("victim").run(population())
+        ims(tiny_net, pictures, config, place(), on_step=heard)
     stops_at = None
-    later = Checkpoints(tmp_path / "000", 1e-9).place("victim")
-    (result,) = later.run(population())
+    later = place()
+    (result,) = ims(tiny_net, pictures, config, later, on_step=heard)
     assert seen == [0, 1, 2, 3, 4, 5, 5, 6, 7], "only the round that was cut is run again"
     assert result.rounds == whole.rounds
     assert torch.equal(result.masks.mask, whole.masks.mask)
     assert later.seconds > 0
-    Checkpoints(tmp_path / "000", 1e-9).place("victim").run(population())
+    ims(tiny_net, pictures, config, place(), on_step=heard)
     assert len(seen) == 9, "what was over is not run again"
 
 
@@ -296,11 +312,8 @@ def test_without_a_common_folder_a_group_goes_on_from_the_copies(tiny_net, pictu
         group = {"checkpoint": str(tmp_path / folder / "007")}
 
         def function(group, *, study, cases):
-            generator = torch.Generator().manual_seed(0)
-            population = PopulationPurifier(
-                tiny_net, pictures, [config], generators=[generator], on_round=on_round
-            )
-            checkpoints_of(group, 1e-9).place("victim").run(population)
+            place = checkpoints_of(group, 1e-9).place("victim")
+            ims(tiny_net, pictures, config, place, on_step=on_round)
 
         with_bucket(function, bucket)(group, study=None, cases=[])
 
@@ -317,8 +330,5 @@ def test_without_a_common_folder_a_group_goes_on_from_the_copies(tiny_net, pictu
 def test_a_state_that_is_damaged_or_of_others_costs_the_work_alone(tiny_net, pictures, tmp_path):
     config = PurifyConfig(initialise_rounds=2, minimise_rounds=0, select_rounds=0)
     (tmp_path / "victim.safetensors").write_bytes(b"torn")
-    population = PopulationPurifier(
-        tiny_net, pictures, [config], generators=[torch.Generator().manual_seed(0)]
-    )
-    (result,) = Checkpoints(tmp_path, 60).place("victim").run(population)
+    (result,) = ims(tiny_net, pictures, config, Checkpoints(tmp_path, 60).place("victim"))
     assert len(result.rounds) == 2

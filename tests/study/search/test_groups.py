@@ -173,15 +173,15 @@ def test_seconds_are_an_even_share_of_the_groups(grouped):
 def test_the_numbers_are_those_of_trials_that_run_alone(grouped, case):
     config = StudyConfig.model_validate(STUDY)
     for number, row in grouped.rows.items():
-        settings = config.purify_config(row["parameters"])
+        settings = config.defence_config(row["parameters"])
         (alone,) = run_trials([settings], [case], seed=config.seed)
         for key in ("scores", "rounds", "passes", *OBJECTIVES, "recovery"):
             assert row[key] == alone.record()[key], key
-        masks = alone.cases["digits-badnets"].masks.tensors()
+        masks = alone.cases["digits-badnets"].tensors
         kept = load_file(grouped.folder / f"trials/{number:03d}/digits-badnets.masks.safetensors")
         assert all(torch.equal(kept[name], masks[name]) for name in masks)
         rounds = grouped.folder / f"trials/{number:03d}/digits-badnets.rounds.json"
-        logs = [asdict(log) for log in alone.cases["digits-badnets"].rounds]
+        logs = [asdict(log) for log in alone.cases["digits-badnets"].result.history]
         assert json.loads(rounds.read_text()) == json.loads(json.dumps(logs))
         assert row["provenance"]["study"] == config.digest, "the search is the same"
     assert len({row["attack_success"] for row in grouped.rows.values()}) > 1, "all are alike"
@@ -216,7 +216,7 @@ def test_rays_files_stay_only_where_an_actor_failed_and_hold_nothing_secret(grou
 def test_members_that_cannot_share_a_net_run_one_population_after_another(case):
     config = StudyConfig.model_validate(STUDY)
     changes = [{}, {"memory_format": "contiguous"}, {"budget": 1e38}, {"mask_lr": 0.2}]
-    configs = [config.purify_config({**GOOD, **change}) for change in changes]
+    configs = [config.defence_config({**GOOD, **change}) for change in changes]
     reports = []
     together = run_trials(
         configs, [case], seed=3, report_every=3, on_report=lambda *report: reports.append(report)
@@ -230,9 +230,9 @@ def test_members_that_cannot_share_a_net_run_one_population_after_another(case):
         (alone,) = run_trials([configs[position]], [case], seed=3)
         mine, other = (result.cases["digits-badnets"] for result in (together[position], alone))
         assert mine.scores == other.scores
-        assert mine.rounds == other.rounds
-        assert torch.equal(mine.masks.mask, other.masks.mask)
-        assert torch.equal(mine.masks.selection, other.masks.selection)
+        assert mine.result.history == other.result.history
+        assert torch.equal(mine.result.masks.mask, other.result.masks.mask)
+        assert torch.equal(mine.result.masks.selection, other.result.masks.selection)
 
 
 def test_a_trial_that_failed_on_one_victim_is_spared_the_next(case):
@@ -240,7 +240,7 @@ def test_a_trial_that_failed_on_one_victim_is_spared_the_next(case):
     cases = [case, Case("again", case.victim, case.clean, case.val)]
     seen = []
     results = run_trials(
-        [config.purify_config(parameters) for parameters in (BAD, GOOD)],
+        [config.defence_config(parameters) for parameters in (BAD, GOOD)],
         cases,
         seed=0,
         report_every=1,
@@ -267,7 +267,7 @@ def test_workers_make_probes_and_triggers_once_and_trials_share_them(case, searc
         purify(
             one.victim.model,
             one.clean,
-            config.purify_config(GOOD),
+            config.defence_config(GOOD),
             generator=torch.Generator().manual_seed(config.seed + one.repeat),
         ).masks.mask
         for one in runs
@@ -277,10 +277,10 @@ def test_workers_make_probes_and_triggers_once_and_trials_share_them(case, searc
         raise AssertionError("searched again")
 
     monkeypatch.setattr(TriggerPool, "search", refused)
-    (ended,) = run_trials([config.purify_config(GOOD)], runs, seed=config.seed)
+    (ended,) = run_trials([config.defence_config(GOOD)], runs, seed=config.seed)
     for one, mask in zip(runs, alone, strict=True):
-        assert torch.equal(ended.cases[one.key].masks.mask, mask)
-    assert prepare_cases(StudyConfig.model_validate(STUDY), victims, quiet)[0].pool is None
+        assert torch.equal(ended.cases[one.key].result.masks.mask, mask)
+    assert prepare_cases(StudyConfig.model_validate(STUDY), victims, quiet)[0].prepared is None
 
 
 def test_a_victim_that_a_worker_refuses_is_refused_with_its_sentence(case, searched):

@@ -41,7 +41,7 @@ def test_a_good_study_is_read_as_it_stands(study):
     assert config.trials == 2
     assert list(config.space) == ["inner_optimizer", "inner_steps", "mask_lr", "inner_weight_decay"]
     assert config.victim_names() == ["digits-badnets"]
-    assert config.purify_config({"inner_steps": 3}) == PurifyConfig(patience=None, inner_steps=3)
+    assert config.defence_config({"inner_steps": 3}) == PurifyConfig(patience=None, inner_steps=3)
 
 
 def test_overrides_replace_and_digest_sees_them(study):
@@ -208,7 +208,7 @@ def test_what_no_trial_has_is_not_prepared_for(study, fixed, start, space, expec
 
 def test_the_papers_trial_takes_nothing_of_what_the_others_share(study):
     config = load_config(study(GOOD))
-    assert config.purify_config(published()) == PurifyConfig() != config.purify_config({})
+    assert config.defence_config(published(config)) == PurifyConfig() != config.defence_config({})
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))

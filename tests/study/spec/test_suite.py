@@ -177,7 +177,7 @@ def test_the_choice_is_confirmed_on_every_victim_with_seeds_that_no_trial_had(fi
         assert found["roles"][role]["accuracy_drop"]["n"] == (4 if role == "tuning" else 2)
     # the same job gives the same scores
     row = finished.confirmed[0]
-    settings = config_of().purify_config(finished.summary["chosen"]["parameters"])
+    settings = config_of().defence_config(finished.summary["chosen"]["parameters"])
     job = suite.Job(row["configuration"], settings, row["victim"], row["role"], row["seed"])
     specs = {
         name: spec for name, spec in zip(config_of().suite_names(), config_of().suite, strict=True)
@@ -215,7 +215,7 @@ def test_a_trial_that_was_stopped_stays_so_when_its_study_is_gone_on_with(finish
     root = finished.folder.parent / "victims"
     victims = {name: obtain_victim(spec, root) for name, spec in specs}
     hopeless = StoppingBounds(lines={"digits-blended@0.5": [[-1.0, 0.0, -1.0]]})
-    settings = [config.purify_config(point) for point in SUITE["start"][:2]]
+    settings = [config.defence_config(point) for point in SUITE["start"][:2]]
 
     def ended(rivals):
         return run_trials(

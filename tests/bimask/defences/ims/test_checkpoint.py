@@ -197,5 +197,5 @@ def test_what_is_no_state_is_refused(tmp_path, content):
     path = tmp_path / "state.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(SettingError, match="holds no state of a population"):
+    with pytest.raises(SettingError, match="holds no state of a defence"):
         PopulationState.load(path)

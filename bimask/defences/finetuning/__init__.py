@@ -1,0 +1,1 @@
+"""Defences that train on clean images and their labels."""

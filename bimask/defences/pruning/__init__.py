@@ -1,0 +1,1 @@
+"""Defences that take channels out."""

@@ -1,0 +1,178 @@
+"""Defences that run one configuration at a time: such a one writes `defend` and `restore`."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic
+
+import torch
+from torch import Tensor, nn
+
+from bimask.defences.base import (
+    BetweenSteps,
+    CleanData,
+    Config,
+    Defence,
+    DefenceResult,
+    OnStep,
+    Passes,
+    StepLog,
+)
+from bimask.defences.settings import DefenceConfig
+from bimask.defences.state import DefenceState
+from bimask.errors import NonFiniteError
+
+# of one run: its step, and what it would end with now; a true answer ends it there
+OnOwnStep = Callable[[StepLog, Callable[[], DefenceResult]], "bool | None"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a defence that has no stages."""
+
+    step: int
+    losses: dict[str, float]
+    loss: float
+
+
+class SimpleDefence(Defence[Config]):
+    """Configurations run one after another. What is kept between two of them is what those left that
+    ended: one that was cut short begins anew, and ends with the same bits."""
+
+    def run(
+        self,
+        model: nn.Module,
+        clean: CleanData,
+        configs: Sequence[Config],
+        *,
+        generators: Sequence[torch.Generator],
+        prepared: Any = None,
+        on_step: OnStep | None = None,
+        state: DefenceState | None = None,
+        between_steps: BetweenSteps | None = None,
+    ) -> list[DefenceResult | NonFiniteError]:
+        results = self._ended(model, configs, state)
+        began = time.perf_counter() - (state.seconds if results and state is not None else 0)
+        for member, config in enumerate(configs):
+            if member < len(results):
+                continue
+            heard = None if on_step is None else _of_member(on_step, member)
+            try:
+                results.append(
+                    self.defend(
+                        model,
+                        clean,
+                        config,
+                        generator=generators[member],
+                        prepared=prepared,
+                        on_step=heard,
+                    )
+                )
+            except NonFiniteError as error:
+                results.append(error)
+            if between_steps is not None:
+                between_steps(lambda: _state_of(configs, results, time.perf_counter() - began))
+        return list(results)
+
+    def _ended(
+        self, model: nn.Module, configs: Sequence[Config], state: DefenceState | None
+    ) -> list[Defended[Config] | NonFiniteError]:
+        """What ended before the run was cut short; nothing of one with other configurations."""
+        settings = [config.model_dump(mode="json") for config in configs]
+        if state is None or [one["config"] for one in state.members] != settings:
+            return []
+        found: list[Defended[Config] | NonFiniteError] = []
+        for member, (about, config) in enumerate(zip(state.members, configs, strict=True)):
+            if not about["ended"]:
+                break
+            if about["failure"] is not None:
+                found.append(NonFiniteError(about["failure"]))
+                continue
+            prefix = f"{member}/"
+            found.append(
+                Defended(
+                    self,
+                    model,
+                    config,
+                    {
+                        k.removeprefix(prefix): t
+                        for k, t in state.tensors.items()
+                        if k.startswith(prefix)
+                    },
+                    about["numbers"],
+                    tuple(Step(**step) for step in about["history"]),
+                    Passes(**about["passes"]),
+                    about["seconds"],
+                )
+            )
+        return found
+
+    @abstractmethod
+    def defend(
+        self,
+        model: nn.Module,
+        clean: CleanData,
+        config: Config,
+        *,
+        generator: torch.Generator,
+        prepared: Any = None,
+        on_step: OnOwnStep | None = None,
+    ) -> Defended[Config]:
+        """Defend with one configuration, and leave `model` as it is.
+
+        Raises:
+            NonFiniteError: a loss is NaN or infinite.
+        """
+
+
+@dataclass(frozen=True)
+class Defended(Generic[Config]):
+    """The result of a simple defence: what it stored, and how a model is made of that.
+
+    Attributes:
+        suspect: the model that was defended.
+    """
+
+    defence: Defence[Config] = field(repr=False)
+    suspect: nn.Module = field(repr=False)
+    config: Config
+    tensors: dict[str, Tensor]
+    numbers: dict[str, float] = field(default_factory=dict)
+    history: tuple[Step, ...] = ()
+    passes: Passes = field(default_factory=Passes)
+    seconds: float = 0.0
+
+    @property
+    def changed(self) -> bool:
+        """Whether any tensor differs from the suspect's own, or there is one that it has not."""
+        own = self.suspect.state_dict()
+        return any(
+            name not in own or not torch.equal(value.to(own[name]), own[name])
+            for name, value in self.tensors.items()
+        )
+
+    def model(self) -> nn.Module:
+        """The defended model, in eval mode."""
+        return self.defence.restore(self.suspect, self.tensors, self.config)
+
+
+def _of_member(on_step: OnStep, member: int) -> OnOwnStep:
+    return lambda log, current: on_step(member, log, current)
+
+
+def _state_of(configs: Sequence[DefenceConfig], results: Sequence[Any], seconds: float) -> DefenceState:
+    tensors: dict[str, Tensor] = {}
+    members = []
+    for member, config in enumerate(configs):
+        result = results[member] if member < len(results) else None
+        about: dict[str, Any] = {"config": config.model_dump(mode="json"), "ended": result is not None}
+        about["failure"] = str(result) if isinstance(result, NonFiniteError) else None
+        if isinstance(result, Defended):
+            tensors |= {f"{member}/{name}": t.cpu().contiguous() for name, t in result.tensors.items()}
+            about |= {"numbers": result.numbers, "history": [asdict(step) for step in result.history]}
+            about |= {"passes": asdict(result.passes), "seconds": result.seconds}
+        members.append(about)
+    return DefenceState(tensors, members, seconds)

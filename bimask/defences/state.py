@@ -1,0 +1,56 @@
+"""Where a run of a defence stands between two steps: one file of tensors and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import Self
+
+from bimask.errors import SettingError
+
+
+@dataclass(frozen=True)
+class DefenceState:
+    """Where a run stands between two steps.
+
+    Attributes:
+        tensors: name -> tensor on the CPU.
+        members: of each configuration what is known, as JSON types.
+        seconds: wall time so far.
+    """
+
+    tensors: dict[str, Tensor]
+    members: list[dict[str, Any]]
+    seconds: float
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        about = json.dumps({"members": self.members, "seconds": self.seconds})
+        try:
+            save_file(self.tensors, part, metadata={"population": about})
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a state back.
+
+        Raises:
+            SettingError: no file, or none that `save` wrote.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["population"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(tensors, about["members"], about["seconds"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise SettingError(f"{path} holds no state of a defence ({error}).") from error

@@ -1,0 +1,243 @@
+"""What holds of every defence in the registry."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bimask.defences import DEFENCES, defence_named, settings_from
+from bimask.defences.base import CleanData
+from bimask.defences.purify import defence_of, defend, purify
+from bimask.defences.state import DefenceState
+from bimask.errors import NonFiniteError, SettingError
+
+# Of every setting that makes a run long, a short one; settings that a defence has not are left out.
+SHORT = {
+    "epochs": 2,
+    "batch_size": 8,
+    "initialise_rounds": 1,
+    "minimise_rounds": 1,
+    "select_rounds": 2,
+    "inner_steps": 1,
+    "step_size": None,
+    "mask_lr": 0.3,
+    "patience": None,
+}
+BREAKING = {"budget": 1e38, "lr": 1e30}  # what makes a loss infinite; of a defence without losses none
+EACH = pytest.mark.parametrize("name", DEFENCES)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 8, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.2)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(F.max_pool2d(x, 2))))
+        return self.fc(self.drop(x.mean((2, 3))))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        net.conv2.weight[3] *= 12  # a channel that stands out
+        for norm in (net.bn1, net.bn2):
+            norm.running_var.uniform_(0.5, 2)
+    return net.eval()
+
+
+@pytest.fixture
+def clean():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(19, 1, 8, 8, generator=generator)
+    return CleanData(images, torch.arange(19) % 3)
+
+
+def short(defence, **changes):
+    fields = defence.config.model_fields
+    return defence.config(**{k: v for k, v in (SHORT | changes).items() if k in fields})
+
+
+def seen_by(defence, clean):
+    return CleanData(clean.images, clean.labels if defence.needs_labels else None)
+
+
+def run(defence, net, clean, configs, **options):
+    generators = [torch.Generator().manual_seed(5) for _ in configs]
+    return defence.run(net, seen_by(defence, clean), configs, generators=generators, **options)
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@EACH
+def test_the_suspect_is_left_as_it_is(name, net, clean):
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    flags = [p.requires_grad for p in net.parameters()]
+    (result,) = run(DEFENCES[name], net, clean, [short(DEFENCES[name])])
+    result.model()
+    assert_same(dict(net.state_dict()), before)
+    assert not net.training
+    assert [p.requires_grad for p in net.parameters()] == flags
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+@EACH
+def test_it_does_something_and_the_same_seed_gives_the_same_bits(name, net, clean):
+    defence = DEFENCES[name]
+    changes = {"u": 1.0}
+    torch.manual_seed(1)
+    (one,) = run(defence, net, clean, [short(defence, **changes)])
+    torch.manual_seed(2)
+    (other,) = run(defence, net, clean, [short(defence, **changes)])
+    assert one.changed
+    assert_same(dict(one.tensors), dict(other.tensors))
+    assert [log.loss for log in one.history] == [log.loss for log in other.history]
+
+
+@EACH
+def test_company_changes_nothing(name, net, clean):
+    defence = DEFENCES[name]
+    configs = [short(defence), short(defence, epochs=1, mask_lr=0.1, u=1.0)]
+    together = run(defence, net, clean, configs)
+    for config, mine in zip(configs, together, strict=True):
+        (alone,) = run(defence, net, clean, [config])
+        assert_same(dict(mine.tensors), dict(alone.tensors))
+
+
+@EACH
+def test_what_is_restored_answers_as_the_result(name, net, clean):
+    defence = DEFENCES[name]
+    (result,) = run(defence, net, clean, [short(defence, u=1.0)])
+    tensors = {key: value.detach().cpu().clone() for key, value in result.tensors.items()}
+    restored = defence.restore(net, tensors, result.config)
+    assert not restored.training
+    assert torch.equal(restored(clean.images), result.model()(clean.images))
+    twin = defence.twin(net, tensors, result.config)
+    assert (twin is not None) == defence.has_twin
+    assert result.numbers.keys() == set(defence.numbers)
+    assert all(0 <= value <= 1 for value in result.numbers.values())
+
+
+@EACH
+def test_a_run_that_was_cut_short_goes_on_with_the_same_bits(name, net, clean, tmp_path):
+    defence, path = DEFENCES[name], tmp_path / "state.safetensors"
+    configs = [short(defence), short(defence, epochs=3, mask_lr=0.1, u=1.0)]
+    whole = run(defence, net, clean, configs)
+
+    class Cut(Exception):
+        pass
+
+    kept = 0
+
+    def keep_and_stop(take):
+        nonlocal kept
+        take().save(path)
+        kept += 1
+        if kept == 1:
+            raise Cut
+
+    with pytest.raises(Cut):
+        run(defence, net, clean, configs, between_steps=keep_and_stop)
+    state = DefenceState.load(path)
+    assert state.seconds > 0
+    again = run(defence, net, clean, configs, state=state)
+    for one, other in zip(whole, again, strict=True):
+        assert_same(dict(one.tensors), dict(other.tensors))
+        assert [log.loss for log in one.history] == [log.loss for log in other.history]
+        assert one.numbers == other.numbers
+    others = run(defence, net, clean, configs[1:], state=state)
+    assert_same(dict(others[0].tensors), dict(whole[1].tensors))
+
+
+@EACH
+def test_steps_are_counted_and_a_true_answer_ends_a_run(name, net, clean):
+    defence = DEFENCES[name]
+    config, heard = short(defence), []
+
+    def on_step(member, log, current):
+        heard.append((member, log.step))
+        model = current().model()
+        assert model(clean.images).shape == (19, 3)
+        return stop
+
+    stop = False
+    (result,) = run(defence, net, clean, [config], on_step=on_step)
+    expected = config.steps(len(clean.images)) if heard else 0
+    assert heard == [(0, step) for step in range(expected)]
+    assert len(result.history) == expected
+    heard.clear()
+    stop = True
+    (result,) = run(defence, net, clean, [config], on_step=on_step)
+    assert len(result.history) == len(heard) <= 1
+
+
+@EACH
+def test_what_is_not_finite_is_an_error_of_that_configuration_alone(name, net, clean):
+    defence = DEFENCES[name]
+    breaking = {k: v for k, v in BREAKING.items() if k in defence.config.model_fields}
+    if not breaking:
+        return
+    good = short(defence)
+    bad = good.model_copy(update=breaking | {"epochs": 30})
+    first, second = run(defence, net, clean, [bad, good])
+    assert isinstance(first, NonFiniteError)
+    (alone,) = run(defence, net, clean, [good])
+    assert_same(dict(second.tensors), dict(alone.tensors))
+
+
+@EACH
+def test_every_setting_is_described_and_what_is_searched_holds_its_bounds(name):
+    config = DEFENCES[name].config
+    assert config.searched(), "a study without a space has something to search"
+    for setting, (range_, _) in config.searched().items():
+        assert range_.low < range_.high
+        for value in (range_.low, range_.high):
+            config(**{setting: value})
+    undescribed = [key for key, info in config.model_fields.items() if not info.description]
+    assert undescribed == []
+
+
+@EACH
+def test_labels_reach_only_those_that_declare_them(name, net, clean):
+    defence = DEFENCES[name]
+    config = short(defence)
+    assert defence_of(config) is defence
+    if defence.needs_labels:
+        with pytest.raises(SettingError, match="labels"):
+            defend(net, clean.images, config)
+    wrong = (clean.labels + 1) % 3
+    one = purify(net, clean.images, config, labels=clean.labels, generator=seeded())
+    other = purify(net, clean.images, config, labels=wrong, generator=seeded())
+    same = all(torch.equal(one.tensors[k], other.tensors[k]) for k in one.tensors)
+    assert same != defence.needs_labels
+
+
+def seeded():
+    return torch.Generator().manual_seed(3)
+
+
+@EACH
+def test_a_file_of_settings_names_its_defence(name, tmp_path):
+    path = tmp_path / "best.yaml"
+    path.write_text(f"defence: {name}\npurify: {{}}\nseed: 1\n")
+    assert type(settings_from(path)) is DEFENCES[name].config
+
+
+def test_an_unknown_defence_is_refused_with_those_that_are_known(tmp_path):
+    with pytest.raises(SettingError, match="'magic'; known are ims, clp, ft_sam"):
+        defence_named("magic")
+    path = tmp_path / "best.yaml"
+    path.write_text("defence: magic\n")
+    with pytest.raises(SettingError, match="magic"):
+        settings_from(path)

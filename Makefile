@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: study test test-slow check format clean
+.PHONY: study test test-slow check docs format clean
 
 study: .venv/.installed
 	$(BIN)/python -m study.launch $(ARGS)
@@ -19,6 +19,9 @@ check: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/.installed-dev
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs
+
 format: .venv/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -33,4 +36,4 @@ format: .venv/.installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv outputs build

@@ -34,7 +34,7 @@ def write() -> None:
 
 def _tables(results: dict[str, Any]) -> Iterable[str]:
     for case, parts in results.items():
-        yield f"\n### {case}\n"
+        yield f"\n## {case}\n"
         for part, value in parts.items():
             about = value["about"]
             yield (

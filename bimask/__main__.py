@@ -13,6 +13,7 @@ from bimask.cli.export import export_command
 from bimask.cli.gallery import gallery_command
 from bimask.cli.interop import export_backdoorbench_command, import_command
 from bimask.cli.purify import purify_command
+from bimask.cli.settings import settings_command
 from bimask.cli.sites import sites_command
 from bimask.cli.train_victim import train_victim_command
 from bimask.cli.train_victims import train_victims_command
@@ -24,6 +25,7 @@ app.command("train-victims")(train_victims_command)
 app.command("purify")(purify_command)
 app.command("audit")(audit_command)
 app.command("sites")(sites_command)
+app.command("settings")(settings_command)
 app.command("export")(export_command)
 app.command("gallery")(gallery_command)
 app.command("import")(import_command)

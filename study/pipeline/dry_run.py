@@ -21,7 +21,7 @@ from bimask.defences.settings import DefenceConfig
 from study import search
 from study.pipeline.prepare import check_data
 from study.search.warm_start import read_earlier
-from study.spec.config import StudyConfig
+from study.spec.config import PAPER, StudyConfig
 from study.spec.reading import load_config
 from study.trial.suite import roles
 
@@ -59,7 +59,8 @@ def estimate(config: StudyConfig, settings: list[DefenceConfig]) -> str:
     torch.set_num_threads(config.cpus_per_trial)
     timed, published = _nets(config), config.defender.config()
     per_trial = [
-        config.repeats * sum(seconds_of(config.defender, one, net, seed=config.seed) for net in timed)
+        sum(seconds_of(config.defender, one, net, seed=config.seed) for net in timed)
+        * (config.repeats_of(PAPER) if one == published else config.repeats)
         for one in settings
     ]
     paper = [s for s, one in zip(per_trial, settings, strict=True) if one == published]

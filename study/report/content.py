@@ -16,7 +16,7 @@ from bimask.defences.settings import DefenceConfig
 from study.analysis.blind import PROMISE
 from study.analysis.importance import importances
 from study.analysis.pareto import ParetoFront
-from study.spec.config import StudyError
+from study.spec.config import PAPER, StudyError
 from study.spec.config import settings_of as settings_class
 from study.spec.directions import DIRECTIONS, OBJECTIVES, Direction
 from study.spec.objectives import SCORES, Aggregate, known_scores
@@ -24,7 +24,6 @@ from study.spec.space import Parameter
 from study.store import records
 from study.store.files import read_lines
 
-PAPER = "paper"
 COMPLETE = "COMPLETE"
 LOST = {"PRUNED": "stopped early", "FAILED": "failed"}
 RISK = "risk"  # of what a purified model says without the attack: `bimask.inspection.risk`

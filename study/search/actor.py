@@ -91,6 +91,7 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
         report_every=study.report_every,
         on_report=report,
         rules=TrialRules.of(study, StoppingBounds(**config.get("rivals", {}))),
+        repeats=[study.repeats_of(member.get("preset")) for member in members],
         checkpoints=checkpoints_of(config, study.checkpoint_every),
     )
     reports: list[dict[str, Any]] = []

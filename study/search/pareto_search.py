@@ -22,12 +22,11 @@ from ray.tune.search import Searcher
 
 from study.search.samplers import SAMPLERS, STARTUP, WORTH, first_sampler
 from study.search.warm_start import Earlier, Observed
-from study.spec.config import StudyConfig, StudyError
+from study.spec.config import PAPER, StudyConfig, StudyError
 from study.spec.space import Scalar, suggest
 from study.trial.history import ParetoHistory
 from study.trial.rules import TrialRules
 
-PAPER = "paper"  # the preset of trial 0
 EARLIER = "earlier"  # the preset of an earlier study's trial, which is no trial of this one
 CHECKPOINTS = Path("checkpoints")  # in the study's folder
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)

@@ -38,10 +38,12 @@ RUNNING |= {"checkpoint_every", "trial_timeout", "memory_per_trial"}
 LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constraints", "repeats"} | {
     "early_stopping",
     "paper_defaults",
+    "paper_repeats",
     "warm_start_from",
     "suspect",
     "defence",
 }
+PAPER = "paper"  # the preset of trial 0, the published defaults
 IMS = "ims"  # what a study without a word of it searches
 NEEDS_TRIGGER = {"attack_success", "recovery"}
 
@@ -125,6 +127,9 @@ class StudyConfig(BaseModel):
     repeats: int = Field(1, ge=1, description="runs a victim in a trial, over seeds and clean images")
     early_stopping: EarlyStopping | None = Field(None, description="null: every trial runs to its end")
     paper_defaults: bool = Field(True, description="whether trial 0 is the paper's defaults")
+    paper_repeats: int = Field(
+        1, ge=1, description="runs a victim of the paper's defaults, `repeats` at most; they take long"
+    )
     warm_start_from: list[str] = Field(
         default_factory=list, description="folders of earlier studies to begin with"
     )
@@ -260,6 +265,10 @@ class StudyConfig(BaseModel):
     def victim_names(self) -> list[str]:
         """The names of those that trials see."""
         return self.suite_names()[: len(self.victims) or 1]
+
+    def repeats_of(self, preset: str | None) -> int:
+        """Runs a victim in a trial of that preset, `PAPER` or another."""
+        return min(self.repeats, self.paper_repeats) if preset == PAPER else self.repeats
 
     def may_use(self, setting: str) -> bool:
         """Whether any trial may have it other than off."""

@@ -35,6 +35,7 @@ def run_trials(
     report_every: int = 10,
     on_report: Report | None = None,
     rules: TrialRules | None = None,
+    repeats: Sequence[int] | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[TrialResult | NonFiniteError]:
     """Purify each case with every configuration, all configurations at once.
@@ -46,7 +47,8 @@ def run_trials(
             same result on the same hardware, whatever else is in the group.
         on_report: called with the trial's position, the run, the round and its scores on `val`, every
             `report_every` rounds.
-        judge: what the numbers come to and when a trial is stopped; by default the mean, and never.
+        rules: what the numbers come to and when a trial is stopped; by default the mean, and never.
+        repeats: of each trial, how many runs a victim it has at most; None is all that are in `cases`.
         checkpoints: where the trials' states are kept, and gone on from if they are there.
 
     Returns:
@@ -55,19 +57,24 @@ def run_trials(
     """
     rules = rules or TrialRules()
     trials = [TrialState(position, config) for position, config in enumerate(configs)]
+    runs = [
+        [case for case in cases if repeats is None or case.repeat < repeats[trial.position]]
+        for trial in trials
+    ]
     for case in cases:
         model = copy.deepcopy(case.victim.model).to(device)
         there = case.to(device)
         for group in _batches(trials, case.defender):
-            if running := [trial for trial in group if trial.running]:
+            running = [t for t in group if t.running and case in runs[t.position]]
+            if running:
                 watch = TrialObserver(there, model, running, rules, report_every, on_report)
                 key = f"{case.key}.{group[0].position}"
                 kept = None if checkpoints is None else checkpoints.place(key)
                 _defend(there, model, running, seed=seed, watch=watch, kept=kept)
         for trial in trials:
-            if trial.running:
-                trial.stopped = rules.between(cases, trial.numbers, trial.seconds)
-    return [_result(trial, cases, rules) for trial in trials]
+            if trial.running and case in runs[trial.position]:
+                trial.stopped = rules.between(runs[trial.position], trial.numbers, trial.seconds)
+    return [_result(trial, runs[trial.position], rules) for trial in trials]
 
 
 def _result(

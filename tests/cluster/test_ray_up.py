@@ -197,8 +197,8 @@ def test_the_study_runs_there_and_its_output_is_shown_here(went):
     assert (summary["n_complete"], summary["n_failed"]) == (6, 0)
 
 
-def test_nothing_listens_but_what_the_readme_names(went):
-    text = (ROOT / "README.md").read_text()
+def test_nothing_listens_but_what_the_docs_name(went):
+    text = (ROOT / "docs" / "cluster.md").read_text()
     named_there = text[text.index("\nPorts on other addresses") :].split("Dashboard")[0]
     named = {int(port) for port in re.findall(r"\b\d{2,5}\b", named_there)}
     assert {22, 6379, 8076} <= named

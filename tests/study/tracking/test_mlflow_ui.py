@@ -1,4 +1,4 @@
-"""What a user types into MLflow's search box finds what the README says, in the store and in the UI."""
+"""What docs/studies.md says to type into MLflow's search box finds it, in the store and in the UI."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from study.spec.config import StudyConfig
 from study.tracking.mlflow_runs import KIND, Tracker, tracking_uri
 from study.tracking.recorder import Recorder
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "studies.md").read_text()
 GOOD, FRONT, LOST = next(
     block.strip().splitlines()
-    for block in re.findall(r"```text\n(.*?)```", README, re.S)
+    for block in re.findall(r"```text\n(.*?)```", PAGE, re.S)
     if block.startswith("metrics.")
 )
 

@@ -1,0 +1,103 @@
+"""The pages of the reference, made of the code: settings, keys of a study, commands, the API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+import typer.cli
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from bimask.__main__ import app
+from bimask.defences import DEFENCES
+from bimask.defences.settings import Search
+from bimask.victims import VictimSpec
+from study.spec.config import StudyConfig
+
+API = {
+    "Defend": ("bimask", ("purify", "PurifyConfig", "PurifyResult", "PopulationPurifier", "MaskSet")),
+    "The contract of a defence": (
+        "bimask.defences.base",
+        ("Defence", "DefenceResult", "CleanData", "Preparation"),
+    ),
+    "Victims": ("bimask", ("Victim", "VictimSpec", "obtain_victim", "load_victim", "train_victim")),
+    "Measure": ("bimask", ("evaluate", "EvalSets", "Scores")),
+    "A study's records": ("study", ("load",)),
+}
+
+
+def write(folder: Path) -> None:
+    """Write all of them; a page is touched only where it changes."""
+    folder.mkdir(exist_ok=True)
+    pages = {"settings": settings(), "study": study(), "commands": commands(), "api": api()}
+    for name, text in pages.items():
+        path = folder / f"{name}.md"
+        if not path.is_file() or path.read_text() != text:
+            path.write_text(text)
+
+
+def settings() -> str:
+    """Every setting of every defence."""
+    parts = ["# Settings of the defences\n\nDefaults are the published values.\n"]
+    for name, defence in DEFENCES.items():
+        lines = (type(defence).__doc__ or "").strip().splitlines()
+        parts.append(f"## {name}\n\n{lines[0]}\n\n{table(defence.config)}")
+    return "\n".join(parts)
+
+
+def study() -> str:
+    """Every key of a study's YAML, and of a victim in it."""
+    return f"# Keys of a study\n\n{table(StudyConfig)}\n## Keys of a victim\n\n{table(VictimSpec)}"
+
+
+def table(model: type[BaseModel]) -> str:
+    rows = [
+        f"| `{name}` | {_default(info)} | {_searched(info)} | {info.description or ''} |"
+        for name, info in model.model_fields.items()
+    ]
+    return "| key | default | searched | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def commands() -> str:
+    """The commands of `python -m bimask`, with their options."""
+    command: Any = typer.main.get_command(app)
+    text: str = typer.cli.get_docs_for_click(
+        obj=command, ctx=typer.Context(command), name="python -m bimask", title="Commands"
+    )
+    return text
+
+
+def api() -> str:
+    """Classes and functions by what they are for."""
+    parts = ["# API\n"]
+    for title, (module, names) in API.items():
+        parts.append(f"## {title}\n")
+        for name in names:
+            found: Any = getattr(__import__(module, fromlist=[name]), name)
+            kind = "autoclass" if isinstance(found, type) else "autofunction"
+            place = f"{found.__module__}.{found.__qualname__}"
+            members = "\n:members:" if kind == "autoclass" and not issubclass(found, BaseModel) else ""
+            parts.append(f"```{{eval-rst}}\n.. {kind}:: {place}{_indented(members)}\n```\n")
+    return "\n".join(parts)
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n   ")
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    if info.default_factory_takes_validated_data:
+        return "by other keys"
+    value = info.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return "see there"
+    return f"`{value}`" if value is not None else "null"
+
+
+def _searched(info: FieldInfo) -> str:
+    marks = [mark for mark in info.metadata if isinstance(mark, Search)]
+    return "".join(f"{m.low:g} to {m.high:g}{', log' if m.log else ''}" for m in marks)

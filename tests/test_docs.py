@@ -1,0 +1,67 @@
+"""The site builds from a clean clone, and the README's Python runs as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_site_builds_without_a_warning_or_a_dead_link(tmp_path):
+    words = ["-q", "-W", "--keep-going", "-d", str(tmp_path / "doctrees"), "-c", "docs", "."]
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", *words, str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    settings = (tmp_path / "site" / "docs" / "reference" / "settings.html").read_text()
+    assert "class_triggers" in settings
+    assert "label_smoothing" in settings
+    assert (tmp_path / "site" / "docs" / "reference" / "api.html").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_what_pages_link_to_is_there(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_readmes_ten_lines_of_python_run(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([20, 10])" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command", sorted(set(re.findall(r"python -m (bimask [a-z-]+|study\.[a-z]+)", README)))
+)
+def test_every_command_in_the_readme_is_there(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split(), "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout

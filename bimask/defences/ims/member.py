@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,8 +12,34 @@ from torch import Tensor
 from bimask.defences.base import Passes
 from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.ims.result import PurifyResult, RoundLog, Stage
+from bimask.defences.ims.synthesis import InnerOptimizer, Norm
 from bimask.devices import upload
 from bimask.errors import NonFiniteError
+from bimask.metrics.agreement import LossForm
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the members of a group have in common in a round: all that the objective may read of their
+    settings as one, since members are grouped by it.
+
+    Attributes:
+        triggered: whether the stage needs triggers.
+        batch_size: images that each looks at.
+        reuses_last_pass, augments, class_triggers: whether each does.
+    """
+
+    triggered: bool
+    batch_size: int
+    loss_form: LossForm
+    norm: Norm
+    inner_optimizer: InnerOptimizer
+    inner_momentum: float
+    clip_images: bool
+    reuses_last_pass: bool
+    straight_through: bool
+    augments: bool
+    class_triggers: bool
 
 
 class Plateau:
@@ -94,21 +121,21 @@ class Member:
         """Whether the inner problem's last answers serve: not where images are replaced after it."""
         return self.config.reuse_last_pass and not self.config.class_triggers
 
-    def likeness(self, images: int) -> tuple[object, ...]:
-        """Members that are alike in these go through the round together."""
+    def shared(self, images: int) -> Shared:
+        """What the round's members must agree in to go through it together."""
         c = self.config
-        return (
-            self.inner_steps > 0,
-            min(images, self.batch_size),
-            c.loss_form,
-            c.norm,
-            c.inner_optimizer,
-            c.inner_momentum,
-            c.clip_images,
-            c.reuse_last_pass,
-            c.straight_through,
-            c.augments,
-            c.class_triggers > 0,
+        return Shared(
+            triggered=self.inner_steps > 0,
+            batch_size=min(images, self.batch_size),
+            loss_form=c.loss_form,
+            norm=c.norm,
+            inner_optimizer=c.inner_optimizer,
+            inner_momentum=c.inner_momentum,
+            clip_images=c.clip_images,
+            reuses_last_pass=self.reuses_last_pass,
+            straight_through=c.straight_through,
+            augments=c.augments,
+            class_triggers=c.class_triggers > 0,
         )
 
 

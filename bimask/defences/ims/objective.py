@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bimask.data import augment
-from bimask.defences.ims.member import Member, column
+from bimask.defences.ims.member import Member, Shared, column
 from bimask.defences.ims.perturbations import Perturbations, of_images
 from bimask.defences.ims.synthesis import TriggerSynthesizer
 from bimask.devices import upload
@@ -63,22 +63,24 @@ class Objective:
         self.blocks, self.images, self.clean_logits = blocks, images, clean_logits
         self.perturbations, self.pool = perturbations, pool
 
-    def __call__(self, group: list[Member], factors: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def __call__(
+        self, group: list[Member], shared: Shared, factors: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """The terms, (M,) each, and the gradient of their sum by `factors`.
 
         Args:
-            group: M members.
+            group: M members, which agree in `shared`.
             factors: (2, M, C), keep and inverse.
         """
-        batches = self._draw(group)
+        batches = self._draw(group, shared)
         x = self._batch(self.images, group, batches)
         clean = self._batch(self.clean_logits, group, batches)
-        if group[0].config.augments:
+        if shared.augments:
             x, clean = self._augmented(group, x)
         keep, inverse = factors
         m = len(group)
         weight = column(lambda member: member.config.clean_weight, group, factors).squeeze(1)
-        if group[0].inner_steps == 0:
+        if not shared.triggered:
             for member in group:
                 member.passes.add(forward=2, backward=2)
             return self._outer(
@@ -87,9 +89,9 @@ class Objective:
                     _Term("clean_agree", 0, agree, clean, weight),
                     _Term("inverse_clean_disagree", m, disagree, clean),
                 ],
-                group,
+                shared,
             )
-        triggered, triggered_logits = self._triggered(group, batches, x, clean, inverse)
+        triggered, triggered_logits = self._triggered(group, shared, batches, x, clean, inverse)
         for member in group:
             steps, reused = member.inner_steps, member.reuses_last_pass
             member.passes.add(forward=2 * steps + (4 if reused else 5), backward=2 * steps + 4)
@@ -102,11 +104,11 @@ class Objective:
                 _Term("inverse_triggered_disagree", 2 * m, disagree, clean),
                 _Term("inverse_clean_disagree", 3 * m, disagree, clean),
             ],
-            group,
+            shared,
         )
 
     def _outer(
-        self, sources: list[tuple[Tensor, Tensor]], terms: list[_Term], group: list[Member]
+        self, sources: list[tuple[Tensor, Tensor]], terms: list[_Term], shared: Shared
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Every source's images under its factors, in passes of bounded size.
 
@@ -114,10 +116,10 @@ class Objective:
             sources: images (M, N, C, H, W) and factors (M, C), M blocks each.
             terms: their `first` counts blocks over all sources.
         """
-        m, n = len(group), sources[0][0].shape[1]
+        m, n = len(sources[0][0]), sources[0][0].shape[1]
         images = torch.cat([source for source, _ in sources])
         factors = torch.cat([factor for _, factor in sources])
-        form = group[0].config.loss_form
+        form = shared.loss_form
         values = {term.name: factors.new_zeros(m) for term in terms}
         gradient = torch.zeros_like(factors)
 
@@ -147,6 +149,7 @@ class Objective:
     def _triggered(
         self,
         group: list[Member],
+        common: Shared,
         batches: list[Tensor] | None,
         x: Tensor,
         clean: Tensor,
@@ -156,13 +159,12 @@ class Objective:
         n = len(x[0])
         start = self.perturbations.start(group, batches, x)
         deltas, found, answered = torch.empty_like(x), torch.empty_like(x), torch.empty_like(clean)
-        replaced = self._class_triggers(group, x)
-        reuse = group[0].reuses_last_pass
+        replaced = self._class_triggers(group, common, x)
+        reuse = common.reuses_last_pass
 
         def synthesize_for(part: slice) -> None:
             settings = [member.config for member in group[part]]
             steps = [member.inner_steps for member in group[part]]
-            first = settings[0]
             shared = None if start.shared is None else start.shared[part]
             synthesize = TriggerSynthesizer(
                 steps=steps,
@@ -170,12 +172,12 @@ class Objective:
                     [c.step_sizes(k) for c, k in zip(settings, steps, strict=True)], shared, x
                 ),
                 budget=of_images([c.budgets for c in settings], shared, x),
-                norm=first.norm,
-                optimizer=first.inner_optimizer,
-                momentum=first.inner_momentum,
+                norm=common.norm,
+                optimizer=common.inner_optimizer,
+                momentum=common.inner_momentum,
                 weight_decay=[c.inner_weight_decay for c in settings],
-                clip_images=first.clip_images,
-                form=first.loss_form,
+                clip_images=common.clip_images,
+                form=common.loss_form,
             )
             triggers = synthesize(
                 self._both(inverse[part]),
@@ -199,9 +201,11 @@ class Objective:
         self.perturbations.keep(group, batches, start, deltas)
         return found, answered
 
-    def _class_triggers(self, group: list[Member], x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _class_triggers(
+        self, group: list[Member], common: Shared, x: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
         """Of each member images drawn anew, (J,), and they with triggers of the pool, (J, C, H, W)."""
-        if self.pool is None or not group[0].config.class_triggers:
+        if self.pool is None or not common.class_triggers:
             return []
         drawn = []
         for member, images in zip(group, x, strict=True):
@@ -250,13 +254,14 @@ class Objective:
         most = self.blocks.per_pass(len(group), x.shape[1])
         return changed, torch.cat(self.blocks.each(answered, len(group), most))
 
-    def _draw(self, group: list[Member]) -> list[Tensor] | None:
+    def _draw(self, group: list[Member], common: Shared) -> list[Tensor] | None:
         """A fresh subset for each member, without replacement; None where that is everything."""
         n = len(self.images)
-        if group[0].batch_size >= n:
+        if common.batch_size >= n:
             return None
         return [
-            upload(torch.randperm(n, generator=m.generator)[: m.batch_size], self.images) for m in group
+            upload(torch.randperm(n, generator=m.generator)[: common.batch_size], self.images)
+            for m in group
         ]
 
     def _batch(self, values: Tensor, group: list[Member], batches: list[Tensor] | None) -> Tensor:

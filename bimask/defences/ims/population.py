@@ -13,7 +13,6 @@ No label is used anywhere: only images enter.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from bimask.defences.ims.config import ENGINE, BudgetWarning, PurifyConfig
 from bimask.defences.ims.losses import selection_cost
-from bimask.defences.ims.member import Member, column
+from bimask.defences.ims.member import Member, Shared, column
 from bimask.defences.ims.objective import Objective
 from bimask.defences.ims.optim import AdamWState, bias_corrections
 from bimask.defences.ims.perturbations import Perturbations
@@ -161,13 +160,13 @@ class PopulationPurifier:
                 self.finish(member)
         with self.blocks.shared_out():
             while running := [member for member in self.members if member.result is None]:
-                for group in _alike(running, len(self.images)):
-                    self._round(group)
+                for shared, group in _alike(running, len(self.images)):
+                    self._round(group, shared)
                 if between_rounds is not None:
                     between_rounds()
         return [member.result for member in self.members if member.result is not None]
 
-    def _round(self, group: list[Member]) -> None:
+    def _round(self, group: list[Member], shared: Shared) -> None:
         """One round of members that are alike."""
         rows = self._rows(group)
         state = self.state[rows]
@@ -175,14 +174,14 @@ class PopulationPurifier:
         variables = state.detach().requires_grad_()
         a, s = variables.split(channels, dim=1)
         sharpness = self.sharpness[rows]
-        hard = group[0].config.straight_through
+        hard = shared.straight_through
         keep = keep_factor(a, s, sharpness, straight_through=hard)
         inverse = keep_factor(a, s, sharpness, inverse=True, straight_through=hard)
         weight = self._column(lambda m: m.selection_weight, group).squeeze(1).float()  # as published
         cost = weight * selection_cost(s.split(list(self.blank.sites.values()), dim=1))
 
         factors = torch.stack([keep, inverse])
-        terms, gradient = self.objective(group, factors.detach())
+        terms, gradient = self.objective(group, shared, factors.detach())
         terms["selection_cost"] = cost.detach()
         (slope,) = torch.autograd.grad([factors, cost], variables, [gradient, torch.ones_like(cost)])
         losses = torch.stack(list(terms.values()))
@@ -288,14 +287,13 @@ def _sample(suspect: nn.Module, images: Tensor) -> Tensor:
     return images[:ASKED].to(next(suspect.parameters()).dtype)
 
 
-def _alike(members: list[Member], images: int) -> Iterator[list[Member]]:
+def _alike(members: list[Member], images: int) -> Iterator[tuple[Shared, list[Member]]]:
     """Groups that go through a round together, in each the members of more inner steps first."""
-
-    def key(member: Member) -> tuple[str, int]:
-        return str(member.likeness(images)), -member.inner_steps
-
-    for _, group in itertools.groupby(sorted(members, key=key), lambda m: key(m)[0]):
-        yield list(group)
+    groups: dict[Shared, list[Member]] = {}
+    for member in members:
+        groups.setdefault(member.shared(images), []).append(member)
+    for shared, group in groups.items():
+        yield shared, sorted(group, key=lambda member: -member.inner_steps)
 
 
 def _common_engine(configs: Sequence[PurifyConfig]) -> PurifyConfig:

@@ -205,7 +205,7 @@ def test_so_many_images_get_a_trigger_of_the_pool_and_others_the_inner_problems(
     group[0].stages.pop(0)  # from initialise, which has no triggers
     x, clean = images[None], objective.clean_logits[None]
     inverse = torch.full((1, len(population.blank.mask)), 0.5)
-    found, answered = objective._triggered(group, None, x, clean, inverse)
+    found, answered = objective._triggered(group, group[0].shared(20), None, x, clean, inverse)
     is_white = (found[0] == 1).flatten(1).all(1)
     assert is_white.sum() == count
     assert ((found[0] - images).abs().amax((1, 2, 3))[~is_white] <= 0.011).all()

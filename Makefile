@@ -28,11 +28,11 @@ format: .venv/.installed-dev
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[study]'
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,aws,gcp,head]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[study,dev,aws,gcp,head]'
 	touch $@
 
 clean:

@@ -31,10 +31,16 @@ app.command("gallery")(gallery_command)
 app.command("import")(import_command)
 app.command("export-backdoorbench")(export_backdoorbench_command)
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Run the command; what it refuses is one sentence and exit code 2."""
     try:
         app()
     except BimaskError as error:
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

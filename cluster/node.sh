@@ -14,7 +14,7 @@ if [ -z "${BIMASK_VENV:-}" ]; then
         }
         python3 -m venv "$venv"
     fi
-    "$venv/bin/python" -m pip install -q -c cluster/constraints.txt -e ".${1:+[$1]}"
+    "$venv/bin/python" -m pip install -q -c cluster/constraints.txt -e ".[study${1:+,$1}]"
 fi
 
 # Ray runs each command in a login shell of its own, which reads ~/.bashrc. Its exporters of metrics answer

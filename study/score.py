@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bimask.errors import BimaskError, DataError
+from bimask.files.atomic import atomic_write
 from bimask.inspection.suspect import PICTURES, read_picture
 from bimask.progress import ToldProgress
 from study.promotion.registry import load_registered
@@ -82,9 +83,8 @@ def main(
         loaded = load_registered(model, tracking_uri(outputs))
         frame = score_folder(loaded, folder, Console(), resize=resize)
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(f".part-{out.name}")
-        frame.to_csv(part, index=False)
-        part.rename(out)
+        with atomic_write(out) as part:
+            frame.to_csv(part, index=False)
     except BimaskError as error:
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)

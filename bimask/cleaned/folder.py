@@ -33,7 +33,7 @@ from bimask.cleaned.report import render
 from bimask.defences.base import DefenceResult
 from bimask.defences.purify import defence_of
 from bimask.errors import SettingError, VictimError, describe
-from bimask.files.folders import atomic_directory, parsed_manifest
+from bimask.files.atomic import atomic_directory, parsed_manifest
 from bimask.inspection.held_back import HeldBack
 from bimask.inspection.suspect import Suspect
 from bimask.masking.coverage import coverage

@@ -28,7 +28,7 @@ from bimask.cli.terminal import Device, TrustCode, console, progress_bar
 from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.ims.purify import purify
 from bimask.devices import resolve_device
-from bimask.files.folders import atomic_directory, refuse_existing
+from bimask.files.atomic import atomic_directory, refuse_existing
 from bimask.inspection.audit import UNSEEN, Audit, audit, calibration, steps
 from bimask.inspection.audit_report import PAGE, write_report
 from bimask.inspection.masked_evidence import MaskedEvidence, masked_evidence

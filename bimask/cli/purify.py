@@ -38,7 +38,7 @@ from bimask.defences.purify import defence_of, defend
 from bimask.defences.settings import DefenceConfig
 from bimask.devices import resolve_device
 from bimask.errors import SettingError
-from bimask.files.folders import refuse_existing
+from bimask.files.atomic import refuse_existing
 from bimask.inspection.held_back import FEWEST, HeldBack, held_back_evidence
 from bimask.inspection.suspect import CleanImages, Suspect, hold_back
 from bimask.masking.coverage import coverage

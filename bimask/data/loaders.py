@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from bimask.data.images import ImageData, Splits
 from bimask.data.pictures import picture_size, read_picture, unreadable
 from bimask.errors import DataError
+from bimask.files.atomic import atomic_write
 
 T = TypeVar("T")
 
@@ -237,9 +238,8 @@ def _decode(
         images[row] = read_picture(file, 3, size)
     labels = torch.tensor([label for _, label in samples])
     cached.parent.mkdir(parents=True, exist_ok=True)
-    part = cached.with_suffix(f".{os.getpid()}.part")
-    save_file({"images": images, "labels": labels}, part)
-    part.rename(cached)
+    with atomic_write(cached) as part:
+        save_file({"images": images, "labels": labels}, part)
     return ImageData(images, labels, classes)
 
 

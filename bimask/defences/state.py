@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from bimask.errors import SettingError
+from bimask.files.atomic import atomic_write
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,9 @@ class DefenceState:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
-        part = path.with_name(f".{path.name}.{os.getpid()}")
         about = json.dumps({"members": self.members, "seconds": self.seconds})
-        try:
+        with atomic_write(path) as part:
             save_file(self.tensors, part, metadata={"population": about})
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Self:

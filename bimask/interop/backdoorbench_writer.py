@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from bimask.errors import InteropError
-from bimask.files.folders import atomic_directory, refuse_existing
+from bimask.files.atomic import atomic_directory, refuse_existing
 from bimask.interop.backdoorbench import ATTACK_FILE
 from bimask.interop.backdoorbench_convert import convert
 from bimask.metrics import EvalSets

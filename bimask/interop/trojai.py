@@ -18,7 +18,6 @@ container that has neither. It needs Linux or macOS; only Linux limits the memor
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from torch import Tensor
 from bimask.attacks import TriggeredData
 from bimask.data import ImageData
 from bimask.errors import InteropError
+from bimask.files.atomic import atomic_write
 from bimask.files.png import MAX_PICTURES, check_extent, inside
 from bimask.files.safe import MAX_FILE_BYTES
 from bimask.files.stand_ins import printable, shown
@@ -100,9 +100,8 @@ def resave(source: Path, target: Path) -> tuple[str, int]:
         with safe_open(written, framework="pt") as file:
             said_of_it = file.metadata()
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        shutil.copyfile(written, part)
-        part.rename(target)
+        with atomic_write(target) as part:
+            shutil.copyfile(written, part)
     return printable(said_of_it["class"])[:80], int(said_of_it["outputs"])
 
 

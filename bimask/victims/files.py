@@ -20,7 +20,7 @@ from torch import nn
 from bimask.attacks import Attack, TriggeredData
 from bimask.data import Splits
 from bimask.errors import SettingError, VictimError, VictimRefusedError, describe
-from bimask.files.folders import parsed_manifest
+from bimask.files.atomic import parsed_manifest
 from bimask.metrics import EvalSets, Scores, Split
 from bimask.nets import is_own
 from bimask.nets.weights import file_sha256

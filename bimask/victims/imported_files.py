@@ -17,7 +17,7 @@ from torch import Tensor
 from bimask.attacks import TriggeredData
 from bimask.data import ImageData
 from bimask.errors import DataError, InteropError, describe
-from bimask.files.folders import atomic_directory, parsed_manifest
+from bimask.files.atomic import atomic_directory, parsed_manifest
 from bimask.files.png import check_extent
 from bimask.metrics import EvalSets, Scores
 from bimask.nets.fitting import fit_net

@@ -13,7 +13,7 @@ from torch import Tensor
 from bimask.attacks import Attack, TriggeredData
 from bimask.data import Splits
 from bimask.errors import SettingError, VictimError
-from bimask.files.folders import parsed_manifest
+from bimask.files.atomic import parsed_manifest
 from bimask.metrics import Split
 from bimask.nets import is_own
 from bimask.victims.imported import ImportedVictim

@@ -8,7 +8,6 @@ of the training that it is of.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bimask.attacks import Attack
+from bimask.files.atomic import atomic_write
 from bimask.files.moments import moments_of, put_moments
 
 
@@ -38,17 +38,14 @@ class Checkpoint:
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Write a state, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         # copies: tied weights would share memory, which safetensors refuses
         copies = {
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, value in tensors.items()
         }
-        try:
-            save_file(copies, part, metadata={"key": self.key, "numbers": json.dumps(numbers)})
-            os.replace(part, self.path)
-        finally:
-            part.unlink(missing_ok=True)
+        about = {"key": self.key, "numbers": json.dumps(numbers)}
+        with atomic_write(self.path) as part:
+            save_file(copies, part, metadata=about)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The state there; None where there is none, a damaged one, or another training's."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -11,20 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from bimask.files.atomic import atomic_write
 from study.spec.config import StudyError
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(path) as part, part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def append_lines(path: Path, rows: Sequence[dict[str, Any]], *, durable: bool = True) -> None:
@@ -81,14 +78,14 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         StudyError: another process holds it.
     """
-    held = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StudyError(
-                f"Another process is at work on {folder}; wait for its end, or end it, then resume."
-            ) from error
+        lock.acquire()
+    except Timeout as error:
+        raise StudyError(
+            f"Another process is at work on {folder}; wait for its end, or end it, then resume."
+        ) from error
+    try:
         yield
     finally:
-        os.close(held)
+        lock.release()

@@ -303,3 +303,24 @@ def test_a_worker_that_dies_of_a_victim_is_told_of_in_one_sentence(case, searche
     config, quiet = StudyConfig.model_validate(STUDY), Console(file=io.StringIO())
     with pytest.raises(StudyError, match="No worker ended probing digits-badnets .*launch again"):
         prepare_cases(config, victims, quiet, workers=1, joined=True)
+
+
+def test_a_trial_of_fewer_runs_has_the_numbers_of_those_alone(case, searched):
+    """The published defaults take long and are run once, whatever the others' repeats."""
+    config = StudyConfig.model_validate(STUDY | {"repeats": 2})
+    cases = [Case.of(case.name, case.victim, config, repeat) for repeat in range(2)]
+    good = config.defence_config(GOOD)
+    once, twice = run_trials([good, good], cases, seed=config.seed, repeats=[1, 2])
+    assert list(once.cases) == ["digits-badnets"]
+    assert list(twice.cases) == ["digits-badnets", "digits-badnets.1"]
+    (alone,) = run_trials([good], cases[:1], seed=config.seed)
+    assert {k: v for k, v in once.values.items() if k != "seconds"} == {
+        k: v for k, v in alone.values.items() if k != "seconds"
+    }
+    assert once.spread == {}
+    assert twice.spread["clean_accuracy"]["n"] == 2
+    assert config.repeats_of("paper") == 1
+    assert config.repeats_of(None) == 2
+    asked = StudyConfig.model_validate(STUDY | {"repeats": 2, "paper_repeats": 3})
+    assert asked.repeats_of("paper") == 2
+    assert asked.digest != config.digest

@@ -1,3 +1,5 @@
+import re
+
 import optuna
 import pytest
 import yaml
@@ -214,3 +216,30 @@ def test_the_papers_trial_takes_nothing_of_what_the_others_share(study):
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_every_attack_passes_the_check_of_a_studys_data(name, study):
     check_data(load_config(study(GOOD.replace("badnets", name))))
+
+
+def test_a_study_names_its_defence_and_searches_its_own_ranges(study):
+    path = study(GOOD.split("fixed:")[0].replace("trials: 2", "trials: 2\ndefence: clp"))
+    config = load_config(path)
+    assert config.defender.name == "clp"
+    assert list(config.space) == ["u"]
+    assert (config.space["u"].low, config.space["u"].high) == (0, 10)
+    assert config.defence_config({"u": 2}).u == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ("defence: magic", "there is no defence 'magic'; known are ims, clp, ft_sam"),
+        ("defence: clp\nfixed: {budget: 1}", "fixed.budget: is no setting of the defence"),
+        ("defence: clp\nfixed: {profile: fast}", "there is no profile 'fast'; known are none"),
+        (
+            "defence: ft_sam\nobjectives: [clean_accuracy, pruned_share]",
+            "ft_sam prunes nothing, so pruned_share cannot be an objective",
+        ),
+    ],
+)
+def test_what_does_not_fit_a_defence_is_said(study, extra, said):
+    path = study(GOOD.split("fixed:")[0].replace("trials: 2", f"trials: 2\n{extra}"))
+    with pytest.raises(StudyError, match=re.escape(said)):
+        load_config(path)

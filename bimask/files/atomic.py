@@ -1,8 +1,9 @@
-"""A folder that appears whole or not at all, and the manifest in one that a stranger may have made."""
+"""Files and folders that appear whole or not at all; a manifest that a stranger may have made."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,18 @@ def parsed_manifest(path: Path) -> tuple[Any, bytes]:
         return json.loads(content), content
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A file to write to, which takes the place of `path` when the context ends without an exception; a
+    kill in the middle leaves the old file."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager

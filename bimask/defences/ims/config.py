@@ -50,7 +50,13 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 
 # For a net that nobody tuned: every kind of site, and triggers searched beforehand. benchmarks/zoo.md.
-PROFILES["robust"] = PROFILES["fast"] | {"sites": "all", "class_triggers": 0.8, "clean_weight": 4.0}
+PROFILES["robust"] = PROFILES["fast"] | {
+    "sites": "all",
+    "class_triggers": 0.8,
+    "clean_weight": 4.0,
+    "shift": "auto",
+    "flip": "auto",
+}
 
 
 class BudgetWarning(UserWarning):
@@ -125,8 +131,16 @@ class PurifyConfig(DefenceConfig):
         0.0,
         description="share of images that get a trigger towards one class, searched before",
     )
-    shift: int = Field(0, ge=0, description="clean images shifted anew each round, pixels at most")
-    flip: bool = Field(False, description="clean images flipped at random each round")
+    shift: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        0,
+        description="clean images shifted anew each round, pixels at most; auto: a tenth of their side "
+        "where flipping is natural, else 1",
+    )
+    flip: bool | Literal["auto"] = Field(
+        False,
+        description="clean images flipped at random each round; auto: where that is natural, since the "
+        "suspect answers flipped images as it does the others",
+    )
     early_batch_size: int | None = Field(
         None, ge=1, description="images a round of initialise and minimise; null is batch_size"
     )
@@ -173,7 +187,17 @@ class PurifyConfig(DefenceConfig):
     @property
     def augments(self) -> bool:
         """Whether a round sees the clean images changed."""
-        return self.flip or self.shift > 0
+        return bool(self.flip) or self.shift != 0
+
+    def shift_of(self, side: int, *, natural: bool) -> int:
+        """Pixels at most, of images whose shorter side is `side`."""
+        if self.shift == "auto":
+            return max(1, side // 10) if natural else 1
+        return self.shift
+
+    def flips(self, *, natural: bool) -> bool:
+        """Whether images are flipped."""
+        return natural if self.flip == "auto" else self.flip
 
     @property
     def straight_through(self) -> bool:

@@ -50,6 +50,7 @@ class Objective:
         clean_logits: the victim's of these, (n, K).
         perturbations: where those of a round start and end.
         pool: what `class_triggers` are drawn from; None where no member has any.
+        natural: whether the suspect answers flipped images as it does the others.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class Objective:
         clean_logits: Tensor,
         perturbations: Perturbations,
         pool: TriggerPool | None,
+        *,
+        natural: bool = False,
     ) -> None:
         self.blocks, self.images, self.clean_logits = blocks, images, clean_logits
-        self.perturbations, self.pool = perturbations, pool
+        self.perturbations, self.pool, self.natural = perturbations, pool, natural
 
     def __call__(
         self, group: list[Member], shared: Shared, factors: Tensor
@@ -233,12 +236,13 @@ class Objective:
 
     def _augmented(self, group: list[Member], x: Tensor) -> tuple[Tensor, Tensor]:
         """The images changed, each member's by its own generator, and the victim's logits of them."""
+        side, natural = min(x.shape[-2:]), self.natural
         changed = torch.stack(
             [
                 augment(
                     images,
-                    shift=member.config.shift,
-                    flip=member.config.flip,
+                    shift=member.config.shift_of(side, natural=natural),
+                    flip=member.config.flips(natural=natural),
                     generator=member.generator,
                 )
                 for member, images in zip(group, x, strict=True)

@@ -243,3 +243,23 @@ def test_yaml_that_is_no_configuration_is_refused_with_all_that_is_wrong(tmp_pat
 def test_a_missing_configuration_is_refused(tmp_path):
     with pytest.raises(SettingError, match="nowhere.yaml"):
         PurifyConfig.from_yaml(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("shift", "flip", "natural", "expected"),
+    [
+        ("auto", "auto", True, (3, True)),
+        ("auto", "auto", False, (1, False)),
+        (2, True, False, (2, True)),
+        (0, False, True, (0, False)),
+        ("auto", False, True, (3, False)),
+    ],
+)
+def test_augmentation_may_follow_what_the_suspect_bears(shift, flip, natural, expected):
+    config = PurifyConfig(shift=shift, flip=flip)
+    assert (config.shift_of(32, natural=natural), config.flips(natural=natural)) == expected
+    assert config.augments == (expected != (0, False))
+
+
+def test_a_small_image_is_shifted_by_one_at_least():
+    assert PurifyConfig(shift="auto").shift_of(8, natural=True) == 1

@@ -825,3 +825,31 @@ def test_nothing_stays_on_the_host_where_there_is_an_accelerator(monkeypatch, ki
     assert devices == {"cuda"}
     assert [len(result.rounds) for result in results] == [7, 7]
     assert read == [(2, 3)] * 2 + [(2, 6)] * 5
+
+
+class Sided(nn.Module):
+    """Answers 0 where the left half is the brighter one, or whatever a flip leaves."""
+
+    def __init__(self, symmetric):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 1, bias=False)
+        self.symmetric = symmetric
+        with torch.no_grad():
+            self.conv.weight.fill_(1.0)
+
+    def forward(self, x):
+        x = self.conv(x)
+        left, right = x[..., :4].mean((1, 2, 3)), x[..., 4:].mean((1, 2, 3))
+        other = (left + right) / 2 if self.symmetric else right
+        return torch.stack([left + right if self.symmetric else left, 2 * other + 0.1], 1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_flips_are_natural_where_the_suspect_answers_them_alike(symmetric):
+    images = torch.zeros(10, 1, 8, 8)
+    images[::2, ..., :4] = 1.0  # bright on the left, or on the right
+    images[1::2, ..., 4:] = 1.0
+    config = PurifyConfig(flip="auto", inner_steps=1, step_size=None, budget=0.1)
+    assert PopulationPurifier(Sided(symmetric).eval(), images, [config]).natural == symmetric
+    plain = config.model_copy(update={"flip": False})
+    assert not PopulationPurifier(Sided(symmetric).eval(), images, [plain]).natural, "nobody asks"

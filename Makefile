@@ -18,6 +18,7 @@ check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry bimask study
 
 docs: .venv/.installed-dev
 	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs

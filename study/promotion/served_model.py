@@ -15,7 +15,6 @@ from bimask.cleaned.classifier import Classifier
 from bimask.cleaned.folder import load_cleaned
 from bimask.errors import DataError
 
-
 # An image is nested lists or text, which no type of MLflow says; `Classifier` looks at every one.
 warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
 

@@ -24,7 +24,7 @@ API = {
     ),
     "Victims": ("bimask", ("Victim", "VictimSpec", "obtain_victim", "load_victim", "train_victim")),
     "Measure": ("bimask", ("evaluate", "EvalSets", "Scores")),
-    "A study's records": ("study", ("load",)),
+    "A study's records": ("study", ("run", "load")),
 }
 
 

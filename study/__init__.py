@@ -1,5 +1,49 @@
-"""Search the defence's settings: Optuna on Ray, recorded in MLflow."""
+"""Search a defence's settings: Optuna on Ray, recorded in MLflow."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from study.store.records import load
 
-__all__ = ["load"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["load", "run"]
+
+
+def run(
+    study: Mapping[str, Any] | str | Path,
+    *,
+    outputs: str | Path = "outputs",
+    address: str | None = None,
+) -> pd.DataFrame:
+    """Run a study, as `python -m study.launch` does, and return its trials.
+
+    Args:
+        study: the keys of a study's YAML, or the path of one.
+        outputs: folder that everything is left in: victims, the study's own folder, MLflow's store.
+        address: of a Ray cluster; None joins the one this machine is part of, or starts Ray here.
+
+    Returns:
+        One row a trial, see `load`. The chosen settings are in `best.yaml` in the study's folder, and its
+        page is `report.html` there.
+
+    Raises:
+        BimaskError: before the first trial, for anything that would make the study fail.
+    """
+    from study.pipeline.run import named, run_in  # Ray and MLflow: not for those who only load
+    from study.spec.reading import load_config
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(study) if isinstance(study, str | Path) else Path(temporary) / "study.yaml"
+        if not isinstance(study, str | Path):
+            path.write_text(yaml.safe_dump(dict(study), sort_keys=False))
+        config, folder = named(load_config(path), Path(outputs))
+    run_in(config, folder, address=address)
+    return load(folder.name, outputs)

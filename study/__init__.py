@@ -31,8 +31,8 @@ def run(
         address: of a Ray cluster; None joins the one this machine is part of, or starts Ray here.
 
     Returns:
-        One row a trial, see `load`. The chosen settings are in `best.yaml` in the study's folder, and its
-        page is `report.html` there.
+        One row a trial, see `load`. In the study's folder `best.yaml` holds the chosen settings, and
+        `report.html` is its page.
 
     Raises:
         BimaskError: before the first trial, for anything that would make the study fail.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from study.spec.reading import load_config
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -38,6 +40,15 @@ def test_what_pages_link_to_is_there(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_readmes_study_is_one(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    config = load_config(path)
+    assert config.defender.name == "clp"
+    assert list(config.space) == ["u"]
 
 
 def test_the_readmes_ten_lines_of_python_run(tmp_path):

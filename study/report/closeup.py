@@ -51,6 +51,8 @@ def curves(
     if not path.is_file():
         return None
     rounds = json.loads(path.read_text())
+    if not rounds:
+        return None  # a defence without steps
     stages = [
         (name, len(list(logs)))
         for name, logs in itertools.groupby(r.get("stage", "steps") for r in rounds)

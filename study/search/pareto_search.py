@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from study.search.samplers import SAMPLERS, STARTUP, WORTH, first_sampler
 from study.search.warm_start import Earlier, Observed
 from study.spec.config import PAPER, StudyConfig, StudyError
-from study.spec.space import Scalar, suggest
+from study.spec.space import suggest
 from study.trial.history import ParetoHistory
 from study.trial.rules import TrialRules
 
@@ -116,7 +110,7 @@ class ParetoSearch(Searcher):
 
     def _as_trial(self, one: Observed) -> optuna.trial.FrozenTrial:
         """A finished trial of an earlier study; it takes a number, and is no trial of this one."""
-        known = _Known(one.parameters)
+        known = optuna.trial.FixedTrial(one.parameters)
         suggest(self.config.space, known)
         return optuna.trial.create_trial(
             params=one.parameters,
@@ -278,26 +272,6 @@ class ParetoSearch(Searcher):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "storage": self.storage}
-
-
-class _Known:
-    """Answers with given values, and notes what they were asked from."""
-
-    def __init__(self, values: dict[str, Scalar]) -> None:
-        self.values = values
-        self.distributions: dict[str, BaseDistribution] = {}
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool) -> float:
-        self.distributions[name] = FloatDistribution(low, high, log=log)
-        return self.values[name]  # type: ignore[return-value]
-
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool) -> int:
-        self.distributions[name] = IntDistribution(low, high, log=log)
-        return self.values[name]  # type: ignore[return-value]
-
-    def suggest_categorical(self, name: str, choices: list[Scalar]) -> Scalar:
-        self.distributions[name] = CategoricalDistribution(choices)
-        return self.values[name]
 
 
 def is_complete(record: Mapping[str, Any]) -> bool:

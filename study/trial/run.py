@@ -57,22 +57,26 @@ def run_trials(
     """
     rules = rules or TrialRules()
     trials = [TrialState(position, config) for position, config in enumerate(configs)]
-    runs = [
-        [case for case in cases if repeats is None or case.repeat < repeats[trial.position]]
-        for trial in trials
-    ]
+
+    def mine(trial: TrialState) -> list[Case]:
+        """The runs that the trial has."""
+        most = None if repeats is None else repeats[trial.position]
+        return [case for case in cases if most is None or case.repeat < most]
+
+    runs = {trial.position: mine(trial) for trial in trials}
+    keys = {position: {case.key for case in found} for position, found in runs.items()}
     for case in cases:
         model = copy.deepcopy(case.victim.model).to(device)
         there = case.to(device)
         for group in _batches(trials, case.defender):
-            running = [t for t in group if t.running and case in runs[t.position]]
+            running = [t for t in group if t.running and case.key in keys[t.position]]
             if running:
                 watch = TrialObserver(there, model, running, rules, report_every, on_report)
                 key = f"{case.key}.{group[0].position}"
                 kept = None if checkpoints is None else checkpoints.place(key)
                 _defend(there, model, running, seed=seed, watch=watch, kept=kept)
         for trial in trials:
-            if trial.running and case in runs[trial.position]:
+            if trial.running and case.key in keys[trial.position]:
                 trial.stopped = rules.between(runs[trial.position], trial.numbers, trial.seconds)
     return [_result(trial, runs[trial.position], rules) for trial in trials]
 

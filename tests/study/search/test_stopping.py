@@ -132,10 +132,10 @@ def test_what_is_stopped_between_victims_is_dominated_whatever_the_others_give(r
 def test_rungs_are_shares_of_a_trials_own_rounds():
     rules = EarlyStopping(halving=Halving(shares=[0.5, 0.75]))
     settings = PurifyConfig(initialise_rounds=3, minimise_rounds=3, select_rounds=5)
-    assert TrialRules(early_stopping=rules).rungs(settings) == {6: 0.5, 9: 0.75}
-    assert TrialRules().rungs(settings) == {}
+    assert TrialRules(early_stopping=rules).rungs(settings, 30) == {6: 0.5, 9: 0.75}
+    assert TrialRules().rungs(settings, 30) == {}
     one = PurifyConfig(initialise_rounds=0, minimise_rounds=0, select_rounds=1)
-    assert TrialRules(early_stopping=rules).rungs(one) == {}, "the last round is the end, no rung"
+    assert TrialRules(early_stopping=rules).rungs(one, 30) == {}, "the last round is the end, no rung"
 
 
 def test_a_rung_stops_nobody_before_its_grace():

@@ -37,8 +37,11 @@ def summarise(
     front = ParetoFront.of(competing, config.directions)
     before = _over_all(config, {name: asdict(v.scores["val"]) for name, v in victims.items()})
     bound = before["clean_accuracy"] - config.choose.max_accuracy_drop
+    tolerance = config.choose.tolerance
     positions = {
-        who: choose(complete, min_clean_accuracy=bound, violations=violations, by=score)
+        who: choose(
+            complete, min_clean_accuracy=bound, violations=violations, by=score, tolerance=tolerance
+        )
         for who, score in blind.CHOSEN_BY.items()
         if all(score in trial for trial in complete)  # trials of before there were probes have no risk
     }

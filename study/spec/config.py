@@ -70,6 +70,9 @@ class Choice(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     rule: Literal["least_attack_success"] = "least_attack_success"
     max_accuracy_drop: float = Field(0.02, ge=0, le=1, description="against the victims themselves")
+    tolerance: float = Field(
+        0.0, ge=0, le=1, description="so little above the least counts as equal; the most accurate wins"
+    )
 
 
 class Confirm(BaseModel):
@@ -215,6 +218,8 @@ class StudyConfig(BaseModel):
             default = StudyConfig.model_fields[name].get_default(call_default_factory=True)
             if getattr(self, name) == default:
                 del deciding[name]
+        if not self.choose.tolerance:
+            del deciding["choose"]["tolerance"]  # it came later, too
         deciding["reference_point"] = self.reference
         text = json.dumps(deciding, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -94,3 +94,16 @@ def test_choice_is_the_least_attack_success_among_the_accurate_ones():
     assert choose([], min_clean_accuracy=0.0) is None
     for bound in (0.0, 0.97, 0.985):
         assert choose(points, min_clean_accuracy=bound) in ParetoFront.of(points).indices
+
+
+def test_what_is_as_good_as_the_least_is_chosen_by_accuracy():
+    points = [
+        {"clean_accuracy": 0.97, "attack_success": 0.0},
+        {"clean_accuracy": 0.99, "attack_success": 0.01},
+        {"clean_accuracy": 0.99, "attack_success": 0.005},
+        {"clean_accuracy": 1.0, "attack_success": 0.02},
+    ]
+    assert choose(points, min_clean_accuracy=0.9) == 0
+    assert choose(points, min_clean_accuracy=0.9, tolerance=0.01) == 2
+    assert choose(points, min_clean_accuracy=0.995, tolerance=0.01) == 3
+    assert choose(points, min_clean_accuracy=1.1, tolerance=0.01) is None

@@ -43,7 +43,8 @@ def run(
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(study) if isinstance(study, str | Path) else Path(temporary) / "study.yaml"
         if not isinstance(study, str | Path):
-            path.write_text(yaml.safe_dump(dict(study), sort_keys=False))
+            plain = {k: str(v) if isinstance(v, Path) else v for k, v in study.items()}
+            path.write_text(yaml.safe_dump(plain, sort_keys=False))
         config, folder = named(load_config(path), Path(outputs))
     run_in(config, folder, address=address)
     return load(folder.name, outputs)

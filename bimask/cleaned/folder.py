@@ -1,7 +1,7 @@
 """The folder of a cleaned model: what is in it, and how it is read back.
 
 model.safetensors      weights under the names of the suspect's own file, masks folded in
-masks.safetensors      mask and selection of every site
+masks.safetensors      mask and selection of every site; of a defence without masks tensors.safetensors
 inverse.safetensors    the inverse twin, if asked for: the backdoor without the clean task
 net.py                 the file of an own factory, if the net is made by one
 report.html            pictures, masks, before and after
@@ -113,7 +113,7 @@ def save_cleaned(
             nothing is written.
     """
     defence, images = defence_of(result.config), suspect.clean.floats()
-    tensors = {name: tensor.detach().cpu() for name, tensor in result.tensors.items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in result.tensors.items()}
     masks = defence.masks(tensors, result.config)
     twin = defence.twin(suspect.model, tensors, result.config) if inverse else None
     if inverse and twin is None:

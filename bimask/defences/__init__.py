@@ -17,13 +17,13 @@ from bimask.errors import SettingError
 DEFENCES: dict[str, Defence[Any]] = {defence.name: defence for defence in (Ims(), Clp(), FtSam())}
 
 
-def defence_named(name: str) -> Defence[Any]:
+def defence_named(name: object) -> Defence[Any]:
     """A defence of `DEFENCES`.
 
     Raises:
         SettingError: there is none of that name.
     """
-    if name not in DEFENCES:
+    if not isinstance(name, str) or name not in DEFENCES:
         raise SettingError(f"There is no defence {name!r}; known are {', '.join(DEFENCES)}.")
     return DEFENCES[name]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bimask.defences.settings import DefenceConfig
 from bimask.defences.state import DefenceState
-from bimask.errors import NonFiniteError
+from bimask.errors import NonFiniteError, SettingError
 from bimask.masking.masks import MaskSet
 
 if TYPE_CHECKING:
@@ -184,3 +184,22 @@ class Defence(ABC, Generic[Config]):
     def masks(self, tensors: Mapping[str, Tensor], config: Config) -> MaskSet | None:
         """The masks in what a trial stored; None where the method has none."""
         return None
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse clean images of another form than (N, C, H, W), float in [0, 1].
+
+    Raises:
+        SettingError: they are not.
+    """
+    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
+        raise SettingError(
+            "Clean images must be a float tensor (N, C, H, W) with N >= 1, got "
+            f"{tuple(images.shape)} of {images.dtype}."
+        )
+    low, high = (value.item() for value in images.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise SettingError(
+            f"Clean images must lie in [0, 1], got [{low:g}, {high:g}]; divide bytes by 255 and "
+            "leave normalisation to the model."
+        )

@@ -64,6 +64,8 @@ def defend(
             f"The defence {defence.name} learns from the labels of its clean images, but got none; "
             "give `labels`, or pictures in class folders."
         )
+    if labels is not None and defence.needs_labels:
+        labels = _checked(labels, images)
     (result,) = defence.run(
         model,
         CleanData(images, labels if defence.needs_labels else None),
@@ -75,6 +77,21 @@ def defend(
     if isinstance(result, NonFiniteError):
         raise result
     return result
+
+
+def _checked(labels: Tensor, images: Tensor) -> Tensor:
+    """The labels as int64 where the images are.
+
+    Raises:
+        SettingError: not one whole number >= 0 an image.
+    """
+    whole = not labels.is_floating_point() and labels.shape == images.shape[:1]
+    if not whole or bool((labels < 0).any()):
+        raise SettingError(
+            f"Labels must be one whole number >= 0 for each of {len(images)} images, got "
+            f"{tuple(labels.shape)} of {labels.dtype}."
+        )
+    return labels.to(images.device, torch.int64)
 
 
 @overload

@@ -13,6 +13,8 @@ from typing_extensions import Self
 
 from bimask.errors import SettingError, describe
 
+ABOUT = ("defence", "seed", "study", "trial")  # what a file of settings says beside them
+
 
 @dataclass(frozen=True)
 class Search:
@@ -104,6 +106,7 @@ class DefenceConfig(BaseModel):
         if not isinstance(content, dict):
             raise SettingError(f"{path} must hold `setting: value` lines, got {content!r}.")
         try:
-            return cls.model_validate(content.get("purify", content))
+            beside = {key: value for key, value in content.items() if key not in ABOUT}
+            return cls.model_validate(content.get("purify", beside))
         except ValidationError as error:
             raise SettingError(f"{path}: {describe(error)}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic
 
@@ -20,10 +20,13 @@ from bimask.defences.base import (
     OnStep,
     Passes,
     StepLog,
+    check_images,
 )
 from bimask.defences.settings import DefenceConfig
 from bimask.defences.state import DefenceState
 from bimask.errors import NonFiniteError
+from bimask.masking.copies import copied
+from bimask.nets.admission import unwrapped
 
 # of one run: its step, and what it would end with now; a true answer ends it there
 OnOwnStep = Callable[[StepLog, Callable[[], DefenceResult]], "bool | None"]
@@ -54,6 +57,7 @@ class SimpleDefence(Defence[Config]):
         state: DefenceState | None = None,
         between_steps: BetweenSteps | None = None,
     ) -> list[DefenceResult | NonFiniteError]:
+        check_images(clean.images)
         results = self._ended(model, configs, state)
         began = time.perf_counter() - (state.seconds if results and state is not None else 0)
         for member, config in enumerate(configs):
@@ -148,7 +152,7 @@ class Defended(Generic[Config]):
     @property
     def changed(self) -> bool:
         """Whether any tensor differs from the suspect's own, or there is one that it has not."""
-        own = self.suspect.state_dict()
+        own = unwrapped(self.suspect)[0].state_dict()
         return any(
             name not in own or not torch.equal(value.to(own[name]), own[name])
             for name, value in self.tensors.items()
@@ -176,3 +180,11 @@ def _state_of(configs: Sequence[DefenceConfig], results: Sequence[Any], seconds:
             about |= {"passes": asdict(result.passes), "seconds": result.seconds}
         members.append(about)
     return DefenceState(tensors, members, seconds)
+
+
+def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model, out of torch.compile and the wrappers of parallel training, that has these
+    tensors in place of its own; in eval mode."""
+    cleaned = copied(unwrapped(model)[0])
+    cleaned.load_state_dict({**cleaned.state_dict(), **tensors})
+    return cleaned.eval()

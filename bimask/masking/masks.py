@@ -1,5 +1,5 @@
 """Invertible masks: learned per-channel factors on a frozen model's convolutions, linear layers,
-attention heads or encoder blocks (`bimask.sites`).
+attention heads or encoder blocks (`bimask.masking.sites`).
 
 A channel has a mask variable a and a selection variable s, both in [0, 1]. With
 sigma(a) = sigmoid(k (a - 1/2)) the factor on the channel's output is (Dunnett et al. 2025, eqs. 1, 2)
@@ -121,7 +121,7 @@ class MaskSet(InvertibleMask):
     One flat vector costs an optimiser one update instead of one for every layer.
 
     Args:
-        sites: key of a site (`bimask.sites.Site`) -> its channels, in module order.
+        sites: key of a site (`bimask.masking.sites.Site`) -> its channels, in module order.
         gates: keys of sites whose factor is no factor on weights, as a look at the model's answers
             showed (`bimask.masking.discovery`); folding puts a gate there.
         sharpness, mask, selection, straight_through: as in `InvertibleMask`.

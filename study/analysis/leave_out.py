@@ -149,6 +149,7 @@ def _chosen(
         points,
         min_clean_accuracy=accuracy - config.choose.max_accuracy_drop,
         violations=[total_violation(config.constraints.violations(point)) for point in points],
+        tolerance=config.choose.tolerance,
     )
     return None if position is None else trials[position]
 

@@ -19,7 +19,7 @@ import yaml
 
 from study.analysis.pareto import ParetoFront
 from study.spec import space as spaces
-from study.spec.config import StudyConfig, StudyError
+from study.spec.config import IMS, StudyConfig, StudyError
 from study.spec.directions import DIRECTIONS, OBJECTIVES, Direction
 from study.spec.objectives import over_victims
 from study.spec.space import Scalar
@@ -91,6 +91,7 @@ def _comparable(study: Mapping[str, Any]) -> str:
     deciding = {
         "suspect": {k: v for k, v in suspect.items() if k not in ("model", "clean", *bounds)},
         "victims": sorted(json.dumps(spec, sort_keys=True) for spec in victims),
+        "defence": study.get("defence", IMS),
         "fixed": study.get("fixed", {}),
         "seed": study["seed"],
         "repeats": study.get("repeats", 1),

@@ -106,7 +106,9 @@ class StudyConfig(BaseModel):
     )
     clean_images_per_class: int = Field(10, ge=1, description="what the defender has")
     report_every: int = Field(10, ge=1, description="rounds between two intermediate reports")
-    checkpoint_every: float = Field(60, gt=0, description="seconds of work that a kill may cost")
+    checkpoint_every: float = Field(
+        60, gt=0, description="seconds of work that a kill may cost; of other defences than ims a run"
+    )
     trial_timeout: float | None = Field(
         None, gt=0, description="seconds; a trial that takes more fails"
     )
@@ -160,7 +162,7 @@ class StudyConfig(BaseModel):
     def _with_profile(cls, given: Any) -> Any:
         """`profile: NAME` in `fixed` stands for that profile's settings; without a `space` that of
         the defence is searched."""
-        if isinstance(given, dict) and "space" not in given and (own := ranges(settings_of(given))):
+        if isinstance(given, dict) and "space" not in given and (own := default_space(given)):
             given = given | {"space": own}
         if isinstance(given, dict) and isinstance(given.get("fixed"), dict):
             space = given.get("space")
@@ -180,6 +182,18 @@ class StudyConfig(BaseModel):
             raise ValueError(
                 f"`selection: blind` may not use {' and '.join(seen)}, which needs the true trigger; "
                 "use risk"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_are_of_numbers(self) -> StudyConfig:
+        if (
+            self.constraints.max_pruned_share is not None
+            and "pruned_share" not in self.defender.numbers
+        ):
+            raise ValueError(
+                f"{self.defence} prunes nothing, so constraints.max_pruned_share bounds nothing; "
+                "leave it out"
             )
         return self
 
@@ -297,3 +311,10 @@ def settings_of(raw: Mapping[str, Any]) -> type[DefenceConfig]:
     defence = DEFENCES.get(name) if isinstance(name, str) else None
     found: type[DefenceConfig] = (defence or DEFENCES[IMS]).config
     return found
+
+
+def default_space(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is searched where a study says nothing: the defence's own ranges, but for what is fixed."""
+    fixed = raw.get("fixed")
+    held = set(fixed) if isinstance(fixed, dict) else set()
+    return {name: one for name, one in ranges(settings_of(raw)).items() if name not in held}

@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from study.spec import space as spaces
-from study.spec.config import StudyConfig, StudyError, settings_of
+from study.spec.config import StudyConfig, StudyError, default_space, settings_of
 from study.spec.space import Parameter
 from study.spec.suspect import beside_problems
 
@@ -50,7 +50,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> StudyCon
         config = None
         found += [_problem(problem) for problem in error.errors()]
     settings = settings_of(raw)
-    space = _readable_space(raw.get("space", spaces.ranges(settings)))
+    space = _readable_space(raw.get("space", default_space(raw)))
     fixed = spaces.expanded(_mapping(raw.get("fixed")), space, settings)
     found += spaces.problems(space, fixed, settings)
     if config is not None:

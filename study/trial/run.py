@@ -139,7 +139,7 @@ def _defend(
                 case.name,
                 scores,
                 result,
-                {name: tensor.detach().cpu() for name, tensor in result.tensors.items()},
+                {name: t.detach().cpu().contiguous() for name, t in result.tensors.items()},
                 numbers_of(scores, result.numbers, before=case.before, said=said),
                 said,
             )

@@ -25,10 +25,9 @@ from torch.nn import functional as F
 from bimask.data import augment
 from bimask.defences.base import CleanData, Passes
 from bimask.defences.settings import DefenceConfig, Search
-from bimask.defences.simple import Defended, OnOwnStep, SimpleDefence, Step
+from bimask.defences.simple import Defended, OnOwnStep, SimpleDefence, Step, with_tensors
 from bimask.devices import upload
-from bimask.errors import NonFiniteError
-from bimask.masking.copies import copied
+from bimask.errors import ModelError, NonFiniteError
 from bimask.nets.admission import admit
 
 
@@ -46,7 +45,7 @@ class FtSamConfig(DefenceConfig):
     epochs: Annotated[
         int, Field(ge=1, description="times that every image is seen"), Search(5, 200, log=True)
     ] = 100
-    batch_size: int = Field(256, ge=1, description="images a step")
+    batch_size: int = Field(256, ge=2, description="images a step; batch norms need two")
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(5e-4, ge=0, description="of SGD")
     label_smoothing: float = Field(
@@ -90,7 +89,14 @@ class FtSam(SimpleDefence[FtSamConfig]):
         passes = Passes()
 
         def current() -> Defended[FtSamConfig]:
-            state = {name: value.detach().clone() for name, value in net.state_dict().items()}
+            state = {
+                name: value.detach().clone(memory_format=torch.contiguous_format)
+                for name, value in net.state_dict().items()
+            }
+            if not all(bool(v.isfinite().all()) for v in state.values() if v.is_floating_point()):
+                raise NonFiniteError(
+                    f"Weights not finite after step {len(history) - 1}; lower `lr` or `rho`."
+                )
             spent = time.perf_counter() - began
             return Defended(self, model, config, state, {}, tuple(history), passes, spent)
 
@@ -104,8 +110,13 @@ class FtSam(SimpleDefence[FtSamConfig]):
                     labels = clean.labels[index]
 
                     def loss_of(images: Tensor = images, labels: Tensor = labels) -> Tensor:
-                        smoothing = config.label_smoothing
-                        return F.cross_entropy(net(images), labels, label_smoothing=smoothing)
+                        logits = net(images)
+                        if not isinstance(logits, Tensor):
+                            raise ModelError(
+                                f"In training mode the model answers with a {type(logits).__name__}, "
+                                "but logits are expected; switch its auxiliary outputs off."
+                            )
+                        return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
 
                     loss = sam_step(net, optimiser, loss_of, config.rho)
                     passes.add(forward=2, backward=2)
@@ -123,9 +134,7 @@ class FtSam(SimpleDefence[FtSamConfig]):
         self, model: nn.Module, tensors: Mapping[str, Tensor], config: FtSamConfig
     ) -> nn.Module:
         """A copy of the model with these weights."""
-        cleaned = copied(model)
-        cleaned.load_state_dict(dict(tensors))
-        return cleaned.eval()
+        return with_tensors(model, tensors)
 
 
 def sam_step(net: nn.Module, optimiser: torch.optim.Optimizer, loss_of: Any, rho: float) -> float:
@@ -161,7 +170,7 @@ def perturbation(
 def _batches(count: int, size: int, generator: torch.Generator) -> Sequence[Tensor]:
     """All images once, in a new order; one alone, of which no batch norm can learn, joins the last."""
     parts = list(torch.randperm(count, generator=generator).split(size))
-    if 1 == len(parts[-1]) < size and len(parts) > 1:
+    if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     return parts
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from bimask.defences.base import check_images
 from bimask.defences.ims.config import ENGINE, BudgetWarning, PurifyConfig
 from bimask.defences.ims.losses import selection_cost
 from bimask.defences.ims.member import Member, Shared, column
@@ -81,7 +82,7 @@ class PopulationPurifier:
         on_round: OnRound | None = None,
     ) -> None:
         self.started = time.perf_counter()
-        _check_images(images)
+        check_images(images)
         generators = [None] * len(configs) if generators is None else generators
         engine = _common_engine(configs)
         if len(generators) != len(configs):
@@ -331,17 +332,3 @@ def _common_engine(configs: Sequence[PurifyConfig]) -> PurifyConfig:
                     f"has {getattr(configs[0], name)!r}, member {number} {getattr(config, name)!r}."
                 )
     return configs[0]
-
-
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or len(images) == 0 or not images.is_floating_point():
-        raise SettingError(
-            "Clean images must be a float tensor (N, C, H, W) with N >= 1, got "
-            f"{tuple(images.shape)} of {images.dtype}."
-        )
-    low, high = (value.item() for value in images.aminmax())
-    if not (low >= 0 and high <= 1):
-        raise SettingError(
-            f"Clean images must lie in [0, 1], got [{low:g}, {high:g}]; divide bytes by 255 and "
-            "leave normalisation to the model."
-        )

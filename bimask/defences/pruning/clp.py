@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from bimask.defences.base import CleanData
 from bimask.defences.settings import DefenceConfig, Search
-from bimask.defences.simple import Defended, OnOwnStep, SimpleDefence
+from bimask.defences.simple import Defended, OnOwnStep, SimpleDefence, with_tensors
 from bimask.errors import ModelError
-from bimask.masking.copies import copied
 from bimask.nets.admission import admit
 
-BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class ClpConfig(DefenceConfig):
@@ -63,7 +62,7 @@ class Clp(SimpleDefence[ClpConfig]):
         """
         began = time.perf_counter()
         admitted = admit(model, clean.images)
-        found = pairs(admitted.model, clean.images[:1].to(next(model.parameters()).dtype))
+        found = pairs(admitted.model, clean.images[:1].to(next(admitted.model.parameters()).dtype))
         if not found:
             raise ModelError(
                 "CLP prunes batch norms right behind convolutions, and this model has none; take "
@@ -74,7 +73,7 @@ class Clp(SimpleDefence[ClpConfig]):
         for name, convolution in found.items():
             norm = modules[name]
             bound = channel_lipschitz(modules[convolution], norm)
-            out = bound > bound.mean() + config.u * bound.std()
+            out = (bound > bound.mean() + config.u * bound.std()).to(norm.weight.device)
             pruned, channels = pruned + int(out.sum()), channels + len(out)
             for kind in ("weight", "bias"):
                 own = getattr(norm, kind).detach()
@@ -90,18 +89,18 @@ class Clp(SimpleDefence[ClpConfig]):
 
     def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: ClpConfig) -> nn.Module:
         """A copy of the model with these batch norms."""
-        cleaned = copied(model)
-        cleaned.load_state_dict({**cleaned.state_dict(), **tensors})
-        return cleaned.eval()
+        return with_tensors(model, tensors)
 
 
 def channel_lipschitz(convolution: nn.Module, norm: nn.Module) -> Tensor:
-    """UCLC of every output channel: (C,), float64, >= 0."""
+    """UCLC of every output channel: (C,), float64 on the CPU, since not every device has it; >= 0."""
     assert isinstance(convolution, nn.modules.conv._ConvNd)
     assert isinstance(norm, BatchNorm)
     assert norm.running_var is not None
-    weight = convolution.weight.detach().double().flatten(2)  # (C, in, height x width)
-    scale = norm.weight.detach().double().abs() / (norm.running_var.double() + norm.eps).sqrt()
+    weight = convolution.weight.detach().cpu().double().flatten(2)  # (C, in, height x width)
+    scale = (
+        norm.weight.detach().cpu().double().abs() / (norm.running_var.cpu().double() + norm.eps).sqrt()
+    )
     return torch.linalg.matrix_norm(weight, ord=2) * scale
 
 

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
 from bimask.defences import DEFENCES, defence_named, settings_from
 from bimask.defences.base import CleanData
 from bimask.defences.purify import defence_of, defend, purify
+from bimask.defences.simple import SimpleDefence
 from bimask.defences.state import DefenceState
 from bimask.errors import NonFiniteError, SettingError
 
@@ -130,7 +132,7 @@ def test_what_is_restored_answers_as_the_result(name, net, clean):
 
 
 @EACH
-def test_a_run_that_was_cut_short_goes_on_with_the_same_bits(name, net, clean, tmp_path):
+def test_a_run_that_was_cut_short_goes_on_with_the_same_bits(name, net, clean, tmp_path, monkeypatch):
     defence, path = DEFENCES[name], tmp_path / "state.safetensors"
     configs = [short(defence), short(defence, epochs=3, mask_lr=0.1, u=1.0)]
     whole = run(defence, net, clean, configs)
@@ -151,11 +153,23 @@ def test_a_run_that_was_cut_short_goes_on_with_the_same_bits(name, net, clean, t
         run(defence, net, clean, configs, between_steps=keep_and_stop)
     state = DefenceState.load(path)
     assert state.seconds > 0
-    again = run(defence, net, clean, configs, state=state)
+    ran = []
+
+    def count(member, log, _current):
+        ran.append((member, log.step))
+
+    again = run(defence, net, clean, configs, state=state, on_step=count)
+    steps = [(m, log.step) for m, result in enumerate(whole) for log in result.history]
+    assert set(ran) < set(steps) or not steps, "what was behind it is not run again"
     for one, other in zip(whole, again, strict=True):
         assert_same(dict(one.tensors), dict(other.tensors))
         assert [log.loss for log in one.history] == [log.loss for log in other.history]
         assert one.numbers == other.numbers
+    if isinstance(defence, SimpleDefence):
+        monkeypatch.setattr(type(defence), "defend", None)  # nothing of one that ended is run
+        (kept,) = run(defence, net, clean, configs[:1], state=one_of(state))
+        assert_same(dict(kept.tensors), dict(whole[0].tensors))
+        return
     others = run(defence, net, clean, configs[1:], state=state)
     assert_same(dict(others[0].tensors), dict(whole[1].tensors))
 
@@ -187,9 +201,9 @@ def test_what_is_not_finite_is_an_error_of_that_configuration_alone(name, net, c
     defence = DEFENCES[name]
     breaking = {k: v for k, v in BREAKING.items() if k in defence.config.model_fields}
     if not breaking:
-        return
+        pytest.skip("it has no loss")
     good = short(defence)
-    bad = good.model_copy(update=breaking | {"epochs": 30})
+    bad = good.model_copy(update=breaking | {"epochs": 1})
     first, second = run(defence, net, clean, [bad, good])
     assert isinstance(first, NonFiniteError)
     (alone,) = run(defence, net, clean, [good])
@@ -221,6 +235,69 @@ def test_labels_reach_only_those_that_declare_them(name, net, clean):
     other = purify(net, clean.images, config, labels=wrong, generator=seeded())
     same = all(torch.equal(one.tensors[k], other.tensors[k]) for k in one.tensors)
     assert same != defence.needs_labels
+
+
+def one_of(state):
+    """The state of the first configuration alone."""
+    tensors = {key: value for key, value in state.tensors.items() if key.startswith("0/")}
+    return DefenceState(tensors, state.members[:1], state.seconds)
+
+
+WRAPPED = {
+    "parallel": nn.DataParallel,
+    "half": lambda net: net.half(),
+    "softmax": lambda net: nn.Sequential(net, nn.Softmax(1)),
+    "channels last": lambda net: net.to(memory_format=torch.channels_last),
+}
+
+
+@EACH
+@pytest.mark.parametrize("how", WRAPPED)
+def test_strangers_models_come_out_as_they_went_in(name, how, net, clean, tmp_path):
+    defence, model = DEFENCES[name], WRAPPED[how](net).eval()
+    given = clean.images.half() if how == "half" else clean.images
+    before = model(given)
+    (result,) = run(defence, model, clean, [short(defence, u=1.0)])
+    after = result.model()
+    answers = after(given)
+    assert answers.shape == before.shape
+    assert answers.dtype == before.dtype
+    assert result.changed
+    if how == "softmax":
+        torch.testing.assert_close(answers.sum(1), torch.ones(19))
+    save_file({k: t.detach().cpu().contiguous() for k, t in result.tensors.items()}, tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "images",
+    [torch.rand(4, 1, 8, 8) * 255, torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.rand(0, 1, 8, 8)],
+)
+@EACH
+def test_images_of_another_form_are_refused(name, images, net):
+    with pytest.raises(SettingError, match="Clean images must"):
+        defend(net, images, short(DEFENCES[name]), labels=torch.zeros(len(images), dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.zeros(3, dtype=torch.long), torch.rand(19), torch.full((19,), -1)]
+)
+def test_labels_of_another_form_are_refused(labels, net, clean):
+    with pytest.raises(SettingError, match="one whole number >= 0 for each of 19 images"):
+        defend(net, clean.images, short(DEFENCES["ft_sam"]), labels=labels)
+
+
+def test_a_flat_file_names_its_defence_too(tmp_path):
+    path = tmp_path / "flat.yaml"
+    path.write_text("defence: clp\nu: 0.5\nseed: 3\n")
+    assert settings_from(path).u == 0.5
+
+
+@pytest.mark.parametrize("name", ["[a]", "{a: 1}", "3"])
+def test_a_defence_that_is_no_name_is_refused(name, tmp_path):
+    path = tmp_path / "best.yaml"
+    path.write_text(f"defence: {name}\n")
+    with pytest.raises(SettingError, match="There is no defence"):
+        settings_from(path)
 
 
 def seeded():

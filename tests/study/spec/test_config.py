@@ -234,6 +234,10 @@ def test_a_study_names_its_defence_and_searches_its_own_ranges(study):
         ("defence: clp\nfixed: {budget: 1}", "fixed.budget: is no setting of the defence"),
         ("defence: clp\nfixed: {profile: fast}", "there is no profile 'fast'; known are none"),
         (
+            "defence: ft_sam\nconstraints: {max_pruned_share: 0.5}",
+            "ft_sam prunes nothing, so constraints.max_pruned_share bounds nothing",
+        ),
+        (
             "defence: ft_sam\nobjectives: [clean_accuracy, pruned_share]",
             "ft_sam prunes nothing, so pruned_share cannot be an objective",
         ),
@@ -243,3 +247,10 @@ def test_what_does_not_fit_a_defence_is_said(study, extra, said):
     path = study(GOOD.split("fixed:")[0].replace("trials: 2", f"trials: 2\n{extra}"))
     with pytest.raises(StudyError, match=re.escape(said)):
         load_config(path)
+
+
+def test_what_is_fixed_is_not_searched_where_no_space_is_given(study):
+    text = GOOD.split("fixed:")[0].replace("trials: 2", "trials: 2\ndefence: ft_sam")
+    config = load_config(study(text + "fixed: {epochs: 20}\n"))
+    assert list(config.space) == ["lr", "rho"]
+    assert config.defence_config({"rho": 1.0}).epochs == 20

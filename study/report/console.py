@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from study.spec.objectives import SCORES, backdoor_left, known_scores
 from study.store import records
 from study.tracking.mlflow_runs import Tracker
 
+COLUMN = 3  # characters of a column beside its text: two spaces and a line
 SHORT = dict(zip(SCORES, ("ACC", "ASR", "RA"), strict=True)) | {"risk": "risk"}
 
 
@@ -61,9 +62,11 @@ def show(
 ) -> None:
     """The front as a table, the choice, and the two commands to type next."""
     chosen = summary["chosen"]
-    searched = list(config.space)
-    table = Table(title=f"Pareto front of {summary['name']} (val)", title_justify="left")
     shown = list(SCORES) if config.suspect is None else ["clean_accuracy", "risk"]
+    taken = sum(COLUMN + len(f"{SHORT[name]} %") for name in shown) + COLUMN + len("trial *")
+    points = [trial["parameters"] for trial in summary["front"]]
+    searched = fitting(list(config.space), points, console.width - taken - 1)
+    table = Table(title=f"Pareto front of {summary['name']} (val)", title_justify="left")
     for column in ("trial", *(f"{SHORT[name]} %" for name in shown), *searched):
         table.add_column(column, justify="right")
     for trial in summary["front"]:
@@ -75,6 +78,11 @@ def show(
             style="bold green" if mark else None,
         )
     console.print(table)
+    if hidden := len(config.space) - len(searched):
+        console.print(
+            f"{hidden} more settings of each trial: {folder / records.TRIALS}, {folder / REPORT}",
+            soft_wrap=True,
+        )
     console.print(
         f"hypervolume {summary['hypervolume']:.4f} against {summary['reference_point']}; "
         f"{summary['n_complete']} COMPLETE, {summary['n_pruned']} PRUNED, {summary['n_failed']} FAILED"
@@ -108,6 +116,30 @@ def _whom(config: StudyConfig, victims: Path) -> str:
     if config.suspect is not None:
         return config.suspect.options
     return f"--victim {config.victims[0].place(victims)}"
+
+
+def fitting(names: list[str], points: Sequence[Mapping[str, Any]], room: int) -> list[str]:
+    """The settings whose columns fit into so many characters, whole, in their order: where not all do,
+    those that differ most between the points, relative to the largest of their values."""
+    widths = {
+        name: COLUMN + max(len(name), *(len(_short(p.get(name, ""))) for p in points), 1)
+        for name in names
+    }
+    kept: set[str] = set()
+    for name in sorted(names, key=lambda name: -_difference([p.get(name) for p in points])):
+        if sum(widths[n] for n in kept) + widths[name] <= room:
+            kept.add(name)
+    return [name for name in names if name in kept]
+
+
+def _difference(values: Sequence[Any]) -> float:
+    """How much values differ, in [0, 1] for numbers of one sign; 1 where some are no numbers."""
+    known = [value for value in values if value is not None]
+    if not known or all(value == known[0] for value in known):
+        return 0.0
+    if not all(isinstance(value, int | float) for value in known):
+        return 1.0
+    return float((max(known) - min(known)) / max(abs(value) for value in known))
 
 
 def _trust(config: StudyConfig) -> str:

@@ -1,0 +1,54 @@
+"""The table at a study's end, at any width of the terminal."""
+
+import json
+
+import pytest
+
+from study.report.console import fitting
+
+POINTS = [
+    {"a_long_name": 0.1, "same": 3, "b": 1, "kind": "sign"},
+    {"a_long_name": 0.4, "same": 3, "b": 2, "kind": "adamw"},
+]
+NAMES = ["a_long_name", "same", "b", "kind", "absent"]
+
+
+def test_all_settings_are_shown_where_they_fit_in_their_order():
+    assert fitting(NAMES, POINTS, 100) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("room", "shown"),
+    [
+        (8, ["kind"]),  # words that differ come first
+        (22, ["a_long_name", "kind"]),  # then 0.1 to 0.4
+        (26, ["a_long_name", "b", "kind"]),  # then 1 to 2
+        (0, []),
+    ],
+)
+def test_those_that_differ_most_are_shown_whole_where_not_all_fit(room, shown):
+    assert fitting(NAMES, POINTS, room) == shown
+
+
+def test_no_point_and_no_setting_are_no_trouble():
+    assert fitting([], POINTS, 10) == []
+    assert fitting(["b"], [], 10) == ["b"]
+
+
+def test_no_header_is_cut_on_a_narrow_terminal(large_study, capsys):
+    """The front of a real study, printed 80 characters wide."""
+    from rich.console import Console
+    from rich.table import Table
+
+    front = json.loads((large_study / "summary.json").read_text())["front"]
+    points = [trial["parameters"] for trial in front]
+    names = list(dict.fromkeys(name for point in points for name in point))
+    shown = fitting(names, points, 40)
+    assert 0 < len(shown) < len(names)
+    table = Table("trial *", *shown)
+    for point in points:
+        table.add_row("1", *(f"{point.get(name, '')}"[:4] for name in shown))
+    Console(width=40 + 10 + 1).print(table)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in shown)
+    assert "…" not in printed

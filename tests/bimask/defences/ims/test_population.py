@@ -791,7 +791,7 @@ def test_nothing_stays_on_the_host_where_there_is_an_accelerator(monkeypatch, ki
         return tuple(torch.empty_like(value) for value in inputs)
 
     # what is asked before the first round reads numbers, and may
-    monkeypatch.setattr(population, "_check_images", lambda _images: None)
+    monkeypatch.setattr(population, "check_images", lambda _images: None)
     monkeypatch.setattr(
         population,
         "admit",

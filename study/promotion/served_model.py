@@ -3,7 +3,6 @@
 It needs the copy of `bimask` that travels with it and nothing of `study`. No object is pickled.
 """
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from bimask.cleaned.classifier import Classifier
 from bimask.cleaned.folder import load_cleaned
 from bimask.errors import DataError
-
-# An image is nested lists or text, which no type of MLflow says; `Classifier` looks at every one.
-warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
 
 
 class PurifiedModel(PythonModel):

@@ -70,8 +70,8 @@ def _saved(path: Path, cleaned: Path, config: Path, example: Tensor) -> PyFuncMo
 
 @contextmanager
 def _without_word_of_hints() -> Iterator[None]:
-    """MLflow warns, past every filter, that `list[Any]` says nothing of an image. No type that it knows does,
-    and the served model looks at each image itself."""
+    """MLflow warns, past every filter, that `list[Any]` says nothing of an image. No type that it knows
+    does, and the served model looks at each image itself."""
     with warnings.catch_warnings(record=True) as caught:
         yield
     for one in caught:

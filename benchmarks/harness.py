@@ -23,6 +23,7 @@ from benchmarks.purify import cpu_name
 from bimask.victims import VictimSpec, obtain_victim
 from study import search
 from study.spec.config import StudyConfig
+from study.store.schema import Group, Member, TrialRecord
 from study.tracking.mlflow_runs import Tracker, tracking_uri
 from study.tracking.queue import MlflowQueue
 from study.tracking.recorder import Recorder
@@ -73,16 +74,18 @@ def nothing(group: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> 
         tune.report({"final": True, "members": reports}, checkpoint=checkpoint)
 
 
-def usual(group: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
+def usual(group: Group, *, study: StudyConfig, cases: list[Case]) -> None:
     """What an actor does anyway; trial 0 gets the settings of the others, since it counts like them."""
-    members = [{**member, "preset": None} for member in group["members"]]
-    members = [m if m["number"] else {**m, "parameters": {}} for m in members]
+    members: list[Member] = [{**member, "preset": None} for member in group["members"]]
+    for member in members:
+        if not member["number"]:
+            member["parameters"] = {}
     search.trainable({**group, "members": members}, study=study, cases=cases)
 
 
 def searched(
     root: Path, cases: list[Case], *, trials: int, workers: int, rounds: int, function: Any
-) -> list[dict[str, Any]]:
+) -> list[TrialRecord]:
     """Run a search to its end: its records, in the order in which they ended."""
     raw = {**STUDY, "trials": trials, "concurrency": workers, "report_every": max(1, rounds // 5)}
     raw["fixed"] = {**STUDY["fixed"], "select_rounds": rounds}  # type: ignore[dict-item]
@@ -99,7 +102,7 @@ def searched(
     return recorder.records
 
 
-def span(records: list[dict[str, Any]]) -> float:
+def span(records: list[TrialRecord]) -> float:
     """Seconds from the first trial's start to the last one's end."""
     ended = [record["ended"] for record in records]
     return float(max(ended) - min(r["ended"] - r["seconds"] for r in records))
@@ -111,7 +114,7 @@ def measure(root: Path, *, trials: int, seconds: float, noop: int, workers: int)
     config = StudyConfig.model_validate({**STUDY, "trials": 1})
     cases = [Case.of("digits", obtain_victim(spec, root / "victims"), config)]
 
-    def run(count: int, at_once: int, rounds: int, function: Any = usual) -> list[dict[str, Any]]:
+    def run(count: int, at_once: int, rounds: int, function: Any = usual) -> list[TrialRecord]:
         return searched(root, cases, trials=count, workers=at_once, rounds=rounds, function=function)
 
     idle = run(noop, workers, 1, nothing)
@@ -120,7 +123,7 @@ def measure(root: Path, *, trials: int, seconds: float, noop: int, workers: int)
     rounds = max(1, round(50 * seconds / probe["seconds"]))
     one, many = run(trials, 1, rounds), run(trials * workers, workers, rounds)
 
-    def inside(records: list[dict[str, Any]], at_once: int) -> float:
+    def inside(records: list[TrialRecord], at_once: int) -> float:
         return float(sum(r["seconds"] for r in records) / (at_once * span(records)))
 
     return {

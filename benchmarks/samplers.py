@@ -22,7 +22,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from study.search.samplers import SAMPLERS
 from study.spec.config import StudyConfig
 from study.spec.reading import load_config
 from study.spec.stopping import EarlyStopping, Halving
+from study.store.schema import TrialRecord
 from study.trial.cases import Case
 from study.trial.history import StoppingBounds
 from study.trial.rules import TrialRules
@@ -85,14 +86,14 @@ def search(
             [config.defence_config(member["parameters"])],
             cases,
             seed=0,
-            rules=TrialRules.of(config, StoppingBounds(**asked["rivals"])),
+            rules=TrialRules.of(config, StoppingBounds.of(asked.get("rivals"))),
         )
         report: dict[str, Any] = {}
         status = "FAILED"
         if not isinstance(result, NonFiniteError):
-            report |= result.record()
+            report |= result.outcome()
             status = "PRUNED" if result.stopped else "COMPLETE"
-        searcher.tell(member | report | {"status": status})
+        searcher.tell(cast(TrialRecord, member | report | {"status": status}))
         rows.append({"status": status, "seconds": time.process_time() - begun})
         rows[-1]["parameters"] = member["parameters"]
         if status == "COMPLETE":

@@ -27,6 +27,7 @@ from rich.table import Table
 from study import search
 from study.spec.config import StudyConfig
 from study.store.provenance import commit, versions
+from study.store.schema import Group, TrialRecord
 from study.tracking.mlflow_runs import Tracker, tracking_uri
 from study.tracking.recorder import Recorder
 
@@ -85,7 +86,7 @@ class Clocked(search.ParetoSearch):
 
     taken: list[tuple[int, float]] = []  # noqa: RUF012  one search a process
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Group | str | None:
         started = time.thread_time()  # what a busy machine does not lengthen
         group = super().suggest(trial_id)
         if isinstance(group, dict):
@@ -118,7 +119,7 @@ def measure(trials: int, nodes: int, sampler: str, group: int) -> dict[str, Any]
         tracker.start_study(config.name, {}, {})
         task = progress.add_task(f"{sampler}, {group} a group", total=trials)
 
-        def on_change(done: list[dict[str, Any]]) -> None:
+        def on_change(done: list[TrialRecord]) -> None:
             growth.append((len(done), resident()))
             progress.update(task, completed=len(done))
 

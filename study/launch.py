@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import typer
 from rich.console import Console
@@ -17,6 +18,14 @@ from study.search.interrupts import InterruptedStudyError
 
 SPACES = Path(__file__).parent.parent / "search_spaces"
 DEFAULT, SUSPECT = SPACES / "ims_digits.yaml", SPACES / "suspect.yaml"
+
+
+class Where(TypedDict):
+    """Where a study runs: `address`, `storage` and `wait` of `study.pipeline.run.run_study`."""
+
+    address: str | None
+    storage: str | None
+    wait: float
 
 
 def main(
@@ -90,14 +99,14 @@ def main(
 ) -> None:
     """Search the defence's settings on Ray, record every trial in MLflow, choose the best."""
     given = {"trials": trials, "concurrency": concurrency, "name": name, "seed": seed}
-    overrides: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    overrides: dict[str, object] = {key: value for key, value in given.items() if value is not None}
     if resume is not None and (dry or leave_out is not None):
         raise typer.BadParameter("--resume goes on with one study, without --dry-run and --leave-out.")
-    own = {"model": model, "net": net, "clean": clean}
+    own: dict[str, str | Path | None] = {"model": model, "net": net, "clean": clean}
     about = {"image_size": image_size, "channels": channels, "width": width, "mean": mean, "std": std}
     path = study or (DEFAULT if resume is None else None)
     here = outputs or Path("outputs")
-    where = {"address": address, "storage": storage, "wait": wait}
+    where: Where = {"address": address, "storage": storage, "wait": wait}
     try:
         # each imports what it needs, which is heavy: after --help and usage errors
         if any(value is not None for value in (*own.values(), *about.values())):
@@ -130,7 +139,7 @@ def main(
     sys.exit(0 if complete else 1)
 
 
-def suspect_of(own: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+def suspect_of(own: Mapping[str, str | Path | None], about: Mapping[str, Any]) -> dict[str, object]:
     """A study's `suspect` from the command's options.
 
     Raises:
@@ -153,7 +162,7 @@ def suspect_of(own: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
     return suspect | {key: value for key, value in read.items() if value is not None}
 
 
-def _dry_run(study: Path, overrides: dict[str, Any], outputs: Path) -> bool:
+def _dry_run(study: Path, overrides: Mapping[str, object], outputs: Path) -> bool:
     from study.pipeline.dry_run import dry_run
     from study.report.console import wide_console
 
@@ -162,7 +171,7 @@ def _dry_run(study: Path, overrides: dict[str, Any], outputs: Path) -> bool:
 
 
 def _leave_out(
-    study: Path, overrides: dict[str, Any], which: str, outputs: Path, where: dict[str, Any]
+    study: Path, overrides: Mapping[str, object], which: str, outputs: Path, where: Where
 ) -> bool:
     from study.pipeline.protocol import run_leave_out
 
@@ -171,10 +180,10 @@ def _leave_out(
 
 def _run(
     study: Path | None,
-    overrides: dict[str, Any],
+    overrides: Mapping[str, object],
     resume: str | None,
     outputs: Path,
-    where: dict[str, Any],
+    where: Where,
 ) -> bool:
     from study.pipeline.run import run_study
 
@@ -184,9 +193,9 @@ def _run(
 def send(
     address: str,
     study: Path | None,
-    overrides: dict[str, Any],
+    overrides: Mapping[str, object],
     outputs: Path | None,
-    options: dict[str, Any],
+    options: Mapping[str, object],
 ) -> int:
     """Send the study and the folder that we are in to a cluster; storage and MLflow are the head's.
 

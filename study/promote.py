@@ -21,8 +21,8 @@ from study.promotion.candidate import (
     read_candidate,
     verdicts_of,
 )
+from study.promotion.evidence import Verdict
 from study.spec.config import StudyError
-from study.spec.gates import Verdict
 
 if TYPE_CHECKING:
     from study.promotion.registry import Registry, Version

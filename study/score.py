@@ -35,7 +35,7 @@ def score_folder(model: Any, folder: Path, console: Console, *, resize: bool = F
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
     if not files:
         raise DataError(f"There are no pictures ({', '.join(PICTURES)}) below {folder}.")
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     with ToldProgress(console) as progress:
         task = progress.add_task("pictures", total=len(files))
         for start in range(0, len(files), BATCH):
@@ -49,8 +49,8 @@ def score_folder(model: Any, folder: Path, console: Console, *, resize: bool = F
 
 def _answers(
     model: Any, files: list[Path], channels: int, size: tuple[int, int], resize: bool
-) -> list[dict[str, Any]]:
-    rows: dict[Path, dict[str, Any]] = {}
+) -> list[dict[str, object]]:
+    rows: dict[Path, dict[str, object]] = {}
     images = {}
     for path in files:
         try:

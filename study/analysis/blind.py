@@ -7,13 +7,15 @@ learns on, which are of the training split, and none of `test`. It sees neither 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from scipy.stats import spearmanr
 
 from bimask.data import ImageData
+from bimask.metrics import Split
 from study.spec.suspect import Subject
+from study.store.schema import Measured, RankCorrelation, Selection, TrialRecord
 
 PER_CLASS = 16
 CHOSEN_BY: dict[str, Literal["attack_success", "risk"]] = {
@@ -35,13 +37,15 @@ def probe_images(victim: Subject, *, seed: int) -> ImageData:
 
 
 def compare(
-    complete: Sequence[Mapping[str, Any]],
+    used: Literal["oracle", "blind"],
+    complete: Sequence[TrialRecord],
     chosen: Mapping[str, int | None],
-    measured: Callable[[int], dict[str, Any]],
-) -> dict[str, Any]:
+    measured: Callable[[int], Measured],
+) -> Selection:
     """Blind choice beside the oracle's.
 
     Args:
+        used: by which of both the study chooses.
         complete: all COMPLETE trials, with `attack_success`, unless nobody knows it, and `risk`, unless
             it was never asked.
         chosen: "oracle" and "blind" -> position of what each chooses, or None.
@@ -54,27 +58,35 @@ def compare(
     """
     points = {who: None if at is None else measured(at) for who, at in chosen.items()}
     oracle, blind = points.get("oracle"), points.get("blind")
-    result: dict[str, Any] = {"oracle": oracle, "blind": blind, "regret": None}
-    result["spearman"] = rank_correlation(complete)
+    regret: dict[Split, float] | None = None
     if oracle is not None and blind is not None:
-        result["regret"] = {
-            split: blind[split]["attack_success"] - oracle[split]["attack_success"]
-            for split in ("val", "test")
+        regret = {
+            "val": blind["val"]["attack_success"] - oracle["val"]["attack_success"],
+            "test": blind["test"]["attack_success"] - oracle["test"]["attack_success"],
         }
-    return result
+    return {
+        "used": used,
+        "oracle": oracle,
+        "blind": blind,
+        "regret": regret,
+        "spearman": rank_correlation(complete),
+    }
 
 
-def rank_correlation(trials: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+def rank_correlation(trials: Sequence[TrialRecord]) -> RankCorrelation | None:
     """Spearman's rho of risk and attack success; None for fewer than three trials or no variation."""
-    both = [trial for trial in trials if {"risk", "attack_success"} <= set(trial)]
-    pairs = [(trial["risk"], trial["attack_success"]) for trial in both]
+    pairs = [
+        (trial["risk"], trial["attack_success"])
+        for trial in trials
+        if "risk" in trial and "attack_success" in trial
+    ]
     if len(pairs) < 3 or any(len(set(column)) == 1 for column in zip(*pairs, strict=True)):
         return None
     found = spearmanr(pairs)
     return {"rho": float(found.statistic), "p": float(found.pvalue), "n": len(pairs)}
 
 
-def blind_metrics(selection: Mapping[str, Any]) -> dict[str, float]:
+def blind_metrics(selection: Selection) -> dict[str, float]:
     """What MLflow's parent run is told of `compare`'s result."""
     metrics = {}
     if selection["spearman"] is not None:

@@ -6,19 +6,20 @@ The second file that imports optuna: this one reads what a search left, long aft
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import optuna
 
 from study.spec.directions import Direction
+from study.spec.objectives import number
 from study.spec.space import CategoricalParameter, IntParameter, Parameter, start_problems
+from study.store.schema import TrialRecord
 
 MIN_TRIALS = 10  # with fewer, chance alone decides
 
 
 def importances(
     space: Mapping[str, Parameter],
-    trials: Sequence[Mapping[str, Any]],
+    trials: Sequence[TrialRecord],
     objectives: Mapping[str, Direction],
 ) -> dict[str, dict[str, float]]:
     """Objective -> parameter -> share of the importance, in [0, 1], the largest first.
@@ -47,7 +48,7 @@ def importances(
     known = {name: _distribution(space[name]) for name in always}
     shares = {}
     for objective, direction in objectives.items():
-        values = [float(trial[objective]) for trial in searched]
+        values = [number(trial, objective) for trial in searched]
         if min(values) == max(values):
             continue
         study = _study(known, searched, values, direction)
@@ -59,7 +60,7 @@ def importances(
 
 def _study(
     known: Mapping[str, optuna.distributions.BaseDistribution],
-    trials: Sequence[Mapping[str, Any]],
+    trials: Sequence[TrialRecord],
     values: Sequence[float],
     direction: Direction,
 ) -> optuna.Study:

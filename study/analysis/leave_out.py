@@ -10,11 +10,11 @@ proposed with the attack in view, and the exact way is a study of its own withou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from study.analysis.pareto import choose
 from study.spec.config import StudyConfig, StudyError
-from study.spec.objectives import SCORES, over_victims, total_violation
+from study.spec.objectives import SCORES, number, over_victims, total_violation
+from study.store.schema import LeaveOneOut, StudySummary, TrialRecord, Unseen
 
 BLIND_SAMPLERS = ("random", "qmc")
 NUMBERS = (*SCORES, "pruned_share", "accuracy_drop")
@@ -71,8 +71,8 @@ def select(config: StudyConfig, which: str) -> list[str]:
 
 
 def table_of_studies(
-    config: StudyConfig, full: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+    config: StudyConfig, full: StudySummary, others: Mapping[str, StudySummary]
+) -> LeaveOneOut:
     """The same table from a study of all attacks and one without each, confirmed on `test`.
 
     Args:
@@ -86,22 +86,22 @@ def table_of_studies(
     return {"exact": True, "scored_on": "test, mean over the confirmation's seeds", "attacks": rows}
 
 
-def _confirmed(summary: Mapping[str, Any], digests: set[str]) -> dict[str, Any] | None:
+def _confirmed(summary: StudySummary, digests: set[str]) -> dict[str, float] | None:
     """A summary's choice on the victims of these digests."""
-    found = (summary.get("suite") or {}).get("chosen")
-    if found is None:
+    found, chosen = (summary.get("suite") or {}).get("chosen"), summary["chosen"]
+    if found is None or chosen is None:
         return None
     mine = [one for one in found["victims"].values() if one["digest"] in digests]
     if any("attack_success" not in one for one in mine):
         return None
-    return {"number": summary["chosen"]["number"]} | {
+    return {"number": chosen["number"]} | {
         name: sum(one[name]["mean"] for one in mine) / len(mine) for name in SCORES
     }
 
 
 def table(
-    config: StudyConfig, trials: Sequence[Mapping[str, Any]], before: Mapping[str, float]
-) -> dict[str, Any]:
+    config: StudyConfig, trials: Sequence[TrialRecord], before: Mapping[str, float]
+) -> LeaveOneOut:
     """For every attack: the choice without it and the choice with it, both scored on it, on `val`.
 
     Args:
@@ -125,7 +125,7 @@ def table(
     return {"exact": is_exact(config), "scored_on": "val, the trials' own", "attacks": rows}
 
 
-def compared(without: dict[str, Any] | None, with_: dict[str, Any] | None) -> dict[str, Any]:
+def compared(without: dict[str, float] | None, with_: dict[str, float] | None) -> Unseen:
     """A row of the table."""
     loss = None
     if without is not None and with_ is not None:
@@ -138,10 +138,10 @@ def compared(without: dict[str, Any] | None, with_: dict[str, Any] | None) -> di
 
 def _chosen(
     config: StudyConfig,
-    trials: Sequence[Mapping[str, Any]],
+    trials: Sequence[TrialRecord],
     victims: Sequence[str],
     before: Mapping[str, float],
-) -> Mapping[str, Any] | None:
+) -> TrialRecord | None:
     """The trial that the study's rule chooses by these victims alone."""
     points = [_values(config, trial, victims) for trial in trials]
     accuracy = config.aggregate("clean_accuracy", [before[name] for name in victims])
@@ -154,12 +154,12 @@ def _chosen(
     return None if position is None else trials[position]
 
 
-def _values(config: StudyConfig, trial: Mapping[str, Any], victims: Sequence[str]) -> dict[str, float]:
-    runs = {name: [{n: trial["scores"][name][n] for n in NUMBERS}] for name in victims}
+def _values(config: StudyConfig, trial: TrialRecord, victims: Sequence[str]) -> dict[str, float]:
+    runs = {name: [{n: number(trial["scores"][name], n) for n in NUMBERS}] for name in victims}
     return over_victims(config.aggregate, runs, seconds=trial["seconds"])
 
 
-def _on(trial: Mapping[str, Any] | None, victims: Sequence[str]) -> dict[str, Any] | None:
+def _on(trial: TrialRecord | None, victims: Sequence[str]) -> dict[str, float] | None:
     if trial is None:
         return None
     means = {

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
+from bimask.defences.settings import DefenceConfig
 from bimask.progress import ToldProgress
 from bimask.victims import Victim
 from study import search
 from study.spec.config import StudyConfig
 from study.store import records
-from study.store.files import append_lines, read_lines
+from study.store.files import append_lines
+from study.store.schema import Configuration, Confirmation, ConfirmRecord, StudySummary
 from study.trial.suite import confirmation, jobs_of
 
 
 def confirm_choice(
     config: StudyConfig,
     folder: Path,
-    summary: dict[str, Any],
+    summary: StudySummary,
     suite: dict[str, Victim],
     console: Console,
-) -> dict[str, Any] | None:
+) -> dict[str, Confirmation] | None:
     """The chosen configuration and the paper's defaults on every victim of the suite, on `test`.
 
     Each run is a line of confirm.jsonl as it ends; those that are there are not run again.
@@ -30,7 +31,7 @@ def confirm_choice(
     Returns:
         As `study.trial.suite.confirmation`; None where nothing is to be confirmed.
     """
-    settings = {}
+    settings: dict[Configuration, DefenceConfig] = {}
     if summary["chosen"]:
         settings["chosen"] = config.defence_config(summary["chosen"]["parameters"])
     if config.paper_defaults:
@@ -38,13 +39,13 @@ def confirm_choice(
     jobs = jobs_of(config, settings)
     if not jobs:
         return None
-    rows = read_lines(folder / records.CONFIRM, mend=True)
+    rows = records.read_confirmed(folder, mend=True)
     known = {(row["configuration"], row["victim"], row["seed"]) for row in rows}
     with ToldProgress(console) as progress:
         task = progress.add_task(f"confirming on {len(suite)} victims", total=len(jobs))
         progress.update(task, completed=len(known))
 
-        def on_done(row: dict[str, Any]) -> None:
+        def on_done(row: ConfirmRecord) -> None:
             rows.append(row)
             append_lines(folder / records.CONFIRM, [row])
             progress.update(task, completed=len(rows))

@@ -6,6 +6,7 @@ import itertools
 import os
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from study.trial.suite import roles
 SHOWN, TIMED = 5, 3  # configurations; rounds of a stage
 
 
-def dry_run(path: Path, overrides: dict[str, Any], *, outputs: Path, console: Console) -> None:
+def dry_run(path: Path, overrides: Mapping[str, object], *, outputs: Path, console: Console) -> None:
     """Print the space, the victims, the first configurations and an estimate of the seconds.
 
     Raises:

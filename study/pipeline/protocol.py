@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ LEAVE_OUT = "leave_one_out.json"
 
 
 def run_leave_out(
-    path: Path, overrides: dict[str, Any], which: str, *, outputs: Path, **where: Any
+    path: Path, overrides: Mapping[str, object], which: str, *, outputs: Path, **where: Any
 ) -> bool:
     """Run the study, and what it takes to leave out one attack, or all in turn.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -38,6 +38,7 @@ from study.spec.suspect import Subject
 from study.store import records
 from study.store.files import locked, read_lines, write_text
 from study.store.provenance import commit, versions
+from study.store.schema import StudySummary, TrialStatus
 from study.store.session import Identity, begin, reopen
 from study.tracking.mlflow_runs import Status, Tracker, redacted, require_server, tracking_uri
 from study.tracking.queue import MlflowQueue
@@ -51,7 +52,7 @@ PATIENCE, SHORT_PATIENCE = 60.0, 5.0  # seconds that the end waits for an MLflow
 
 def run_study(
     path: Path | None,
-    overrides: dict[str, Any],
+    overrides: Mapping[str, object],
     *,
     outputs: Path,
     address: str | None,
@@ -97,7 +98,7 @@ def run_in(
     storage: str | None = None,
     wait: float = 0,
     resume: bool = False,
-) -> dict[str, Any]:
+) -> StudySummary:
     """Run a study, or go on with it, in its folder among the outputs; its summary.
 
     `address`, `storage` and `wait` are those of `run_study`.
@@ -114,8 +115,7 @@ def run_in(
             stack.enter_context(locked(folder))
             if _is_whole(config, folder, tracker := Tracker(uri, outputs / "mlartifacts")):
                 console.print(f"The study {config.name} is finished, all {config.trials} trials.")
-                found: dict[str, Any] = json.loads((folder / records.SUMMARY).read_text())
-                return found
+                return records.read_summary(folder)
         concurrency, own = 0, True
         if config.confirmation or config.trials > len(read_lines(folder / records.TRIALS)):
             stack.callback(search.stop_ray)
@@ -159,11 +159,11 @@ def named(
 def _is_whole(config: StudyConfig, folder: Path, tracker: Tracker) -> bool:
     """Whether nothing is left to do: no trial, no summary, nothing that MLflow lacks."""
     try:
-        summary = json.loads((folder / records.SUMMARY).read_text())
-    except (OSError, ValueError):
+        summary = records.read_summary(folder)
+    except StudyError:
         return False
     confirmed = config.confirmation is None or not summary["n_complete"] or "suite" in summary
-    finished: bool = summary["n_trials"] == config.trials and confirmed
+    finished = summary["n_trials"] == config.trials and confirmed
     return finished and tracker.has_whole(Identity.load(folder).study_id, config.trials)
 
 
@@ -216,7 +216,7 @@ class _Study:
         """Those that trials see."""
         return {name: self.suite[name] for name in self.config.victim_names()}
 
-    def run(self, started: float) -> tuple[dict[str, Any], int | None]:
+    def run(self, started: float) -> tuple[StudySummary, int | None]:
         """Search, choose, report: the summary, and the signal that ended the search, if one did."""
         mirror = MlflowQueue(self.tracker, self._say_what_happens)
         interrupts, patience = Interrupts(), SHORT_PATIENCE
@@ -234,9 +234,8 @@ class _Study:
             searching = time.perf_counter()
             in_trials = self._search(cases, mirror, interrupts)
             wall = time.perf_counter() - searching
-            summary = summarise(
-                self.config, self.folder, read_lines(self.folder / records.TRIALS), self.victims
-            )
+            trials = records.read_trials(self.folder)
+            summary = summarise(self.config, self.folder, trials, self.victims)
             summary["seconds"] = {
                 "in_trials": in_trials,
                 "harness": max(0.0, wall * self.concurrency - in_trials),
@@ -244,7 +243,8 @@ class _Study:
             if interrupts.signal is None:
                 known = {name: one for name, one in self.suite.items() if isinstance(one, Victim)}
                 suite = confirm_choice(self.config, self.folder, summary, known, self.console)
-                summary |= {} if suite is None else {"suite": suite}
+                if suite is not None:
+                    summary["suite"] = suite
             summary["seconds"]["total"] = time.perf_counter() - started
             write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
             status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
@@ -307,17 +307,21 @@ def make_report(folder: Path, victims: Path, console: Console) -> None:
         console.print(f"no report ({error}); try: python -m study.report {folder.name}", soft_wrap=True)
 
 
-def close(mirror: Tracker | MlflowQueue, folder: Path, summary: dict[str, Any], status: Status) -> None:
+def close(mirror: Tracker | MlflowQueue, folder: Path, summary: StudySummary, status: Status) -> None:
     """The summary in MLflow's parent run."""
     metrics = {"hypervolume": summary["hypervolume"], "n_failed": summary["n_failed"]}
-    if summary["chosen"]:
-        metrics |= {f"chosen/{name}": value for name, value in summary["chosen"]["val"].items()}
-        if (risk := summary["chosen"]["risk"]) is not None:
+    if chosen := summary["chosen"]:
+        metrics |= {f"chosen/{name}": value for name, value in chosen["val"].items()}
+        if (risk := chosen["risk"]) is not None:
             metrics["chosen/risk"] = risk
-        metrics |= {f"chosen/test/{n}": value for n, value in summary["chosen"]["test"].items()}
+        metrics |= {f"chosen/test/{n}": value for n, value in chosen["test"].items()}
     metrics |= confirmation_metrics(summary.get("suite") or {}) | blind_metrics(summary["selection"])
     names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)
-    count = {state: summary[f"n_{state.lower()}"] for state in ("COMPLETE", "PRUNED", "FAILED")}
+    count: dict[TrialStatus, int] = {
+        "COMPLETE": summary["n_complete"],
+        "PRUNED": summary["n_pruned"],
+        "FAILED": summary["n_failed"],
+    }
     told = headline(summary, count)
     mirror.end_study(
         metrics=metrics,
@@ -325,5 +329,5 @@ def close(mirror: Tracker | MlflowQueue, folder: Path, summary: dict[str, Any], 
         status=status,
         note=f"**{told['title']}.** {told['text']} The page about it: `{REPORT}` below.",
         front=[point["number"] for point in summary["front"]],
-        chosen=summary["chosen"] and summary["chosen"]["number"],
+        chosen=chosen and chosen["number"],
     )

@@ -2,53 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import load_file
 
 from bimask.defences.base import Defence
 from bimask.defences.settings import DefenceConfig
-from bimask.metrics import evaluate
+from bimask.metrics import Split, evaluate
 from study import search
 from study.analysis import blind, leave_out
 from study.analysis.pareto import ParetoFront, choose, feasible_first
 from study.report.pictures import draw_front
 from study.spec.config import StudyConfig
-from study.spec.objectives import known_scores, mean_of, total_violation
+from study.spec.objectives import (
+    known_scores,
+    mean_of,
+    number,
+    numbers_in,
+    quantities,
+    total_violation,
+)
 from study.spec.suspect import Subject, SuspectModel
 from study.store import records
+from study.store.schema import (
+    SCHEMA,
+    Measured,
+    Point,
+    StudySummary,
+    TrialRecord,
+    VictimBefore,
+    VictimScores,
+)
 
 FRONT_PICTURE = "front.png"
+SPLITS: tuple[Split, ...] = ("val", "test")
 
 
 def summarise(
-    config: StudyConfig, folder: Path, trials: list[dict[str, Any]], victims: dict[str, Subject]
-) -> dict[str, Any]:
+    config: StudyConfig, folder: Path, trials: list[TrialRecord], victims: dict[str, Subject]
+) -> StudySummary:
     """Front, hypervolume, chosen trial with its `test` scores; writes best.yaml and the picture.
 
     Args:
         victims: the tuning victims by name, or the suspect: what needs its trigger is left out then.
     """
-    complete = sorted((t for t in trials if t["status"] == "COMPLETE"), key=lambda t: int(t["number"]))
-    violations = [total_violation(config.constraints.violations(t)) for t in complete]
-    competing = [complete[i] for i in feasible_first(violations)]
-    front = ParetoFront.of(competing, config.directions)
+    complete = sorted((t for t in trials if t["status"] == "COMPLETE"), key=lambda t: t["number"])
+    points = [quantities(trial) for trial in complete]
+    violations = [total_violation(config.constraints.violations(point)) for point in points]
+    competing = feasible_first(violations)
+    front = ParetoFront.of([points[i] for i in competing], config.directions)
     before = _over_all(config, {name: asdict(v.scores["val"]) for name, v in victims.items()})
     bound = before["clean_accuracy"] - config.choose.max_accuracy_drop
     tolerance = config.choose.tolerance
     positions = {
         who: choose(
-            complete, min_clean_accuracy=bound, violations=violations, by=score, tolerance=tolerance
+            points, min_clean_accuracy=bound, violations=violations, by=score, tolerance=tolerance
         )
         for who, score in blind.CHOSEN_BY.items()
-        if all(score in trial for trial in complete)  # trials of before there were probes have no risk
+        if all(score in point for point in points)  # trials of before there were probes have no risk
     }
     position = positions[config.selection]
     chosen = None if position is None else complete[position]
     paper = next((t for t in complete if t["preset"] == search.PAPER), None)
-    on_front = [competing[i] for i in front.indices]
+    on_front = [complete[competing[i]] for i in front.indices]
     draw_front(
         folder / FRONT_PICTURE,
         title=f"{config.name}: {len(complete)} trials on {', '.join(victims)}",
@@ -60,7 +79,8 @@ def summarise(
         min_clean_accuracy=bound,
     )
     accuracies = {name: victim.scores["val"].clean_accuracy for name, victim in victims.items()}
-    summary: dict[str, Any] = {
+    summary: StudySummary = {
+        "schema": SCHEMA,
         "name": config.name,
         "n_trials": len(trials),
         "n_complete": len(complete),
@@ -72,17 +92,15 @@ def summarise(
         "hypervolume": front.hypervolume(config.reference),
         "reference_point": config.reference,
         "front": [_point(config, t) for t in on_front],
-        "selection": {"used": config.selection}
-        | blind.compare(
-            complete, positions, lambda at: _measured(config, folder, complete[at], victims)
+        "selection": blind.compare(
+            config.selection,
+            complete,
+            positions,
+            lambda at: _measured(config, folder, complete[at], victims),
         ),
         "chosen": chosen and _measured(config, folder, chosen, victims),
         "paper_defaults": paper and _measured(config, folder, paper, victims),
-        "victims": {
-            name: {"digest": victim.spec.digest}
-            | {split: asdict(scores) for split, scores in victim.scores.items()}
-            for name, victim in victims.items()
-        },
+        "victims": {name: _before(victim) for name, victim in victims.items()},
         "min_clean_accuracy": bound,
     }
     if len(leave_out.attacks_of(config)) > 1:
@@ -102,26 +120,34 @@ def _whom(config: StudyConfig) -> str:
     return "--victim VICTIM" if config.suspect is None else config.suspect.options
 
 
-def _over_all(config: StudyConfig, scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _before(victim: Subject) -> VictimBefore:
+    """A victim's own scores."""
+    val, test = (cast(VictimScores, asdict(victim.scores[split])) for split in SPLITS)
+    return {"digest": victim.spec.digest, "val": val, "test": test}
+
+
+def _over_all(config: StudyConfig, scores: Mapping[str, Mapping[str, object]]) -> dict[str, float]:
     """The known scores of all victims by the study's rule, from those of each."""
     names = known_scores(next(iter(scores.values())))
-    return {name: config.aggregate(name, [one[name] for one in scores.values()]) for name in names}
+    return {
+        name: config.aggregate(name, [number(one, name) for one in scores.values()]) for name in names
+    }
 
 
-def _point(config: StudyConfig, trial: dict[str, Any]) -> dict[str, Any]:
+def _point(config: StudyConfig, trial: TrialRecord) -> Point:
     """A trial as it stands in the summary: its settings, and scores, objectives and risk on val."""
     return {
         "number": trial["number"],
         "parameters": trial["parameters"],
         "val": known_scores(trial),
         "risk": trial.get("risk"),
-        "objectives": {name: trial[name] for name in config.directions},
+        "objectives": numbers_in(trial, config.directions),
     }
 
 
 def _measured(
-    config: StudyConfig, folder: Path, trial: dict[str, Any], victims: dict[str, Subject]
-) -> dict[str, Any]:
+    config: StudyConfig, folder: Path, trial: TrialRecord, victims: dict[str, Subject]
+) -> Measured:
     """A trial with its scores on `test`, measured from its saved masks."""
     settings = config.defence_config(trial["parameters"])
     per_victim = {
@@ -131,12 +157,12 @@ def _measured(
         for name, victim in victims.items()
     }
     overall = _over_all(config, per_victim)
-    return _point(config, trial) | {"test": overall, "victims": per_victim}
+    return {**_point(config, trial), "test": overall, "victims": per_victim}
 
 
 def _on_test(
     folder: Path, name: str, victim: Subject, defence: Defence[Any], settings: DefenceConfig
-) -> dict[str, Any]:
+) -> VictimScores:
     """The scores on `test` of what a trial stored, mean over the victim's runs."""
     splits = victim.load_data()
     again = sorted(folder.glob(f"{name}.*.{defence.stem}.*rs"))
@@ -144,18 +170,17 @@ def _on_test(
     models = (defence.restore(victim.model, load_file(path), settings) for path in paths)
     if isinstance(victim, SuspectModel):
         clean, was = victim.eval_sets(splits, "test"), victim.scores["test"]
-        found = [evaluate(model, clean) for model in models]
-        return mean_of([asdict(one) | {"arr": one.arr(was)} for one in found])
+        known = [evaluate(model, clean) for model in models]
+        return cast(VictimScores, mean_of([asdict(one) | {"arr": one.arr(was)} for one in known]))
     sets, before = victim.eval_sets(splits, "test"), victim.scores["test"]
-    return mean_of(
-        [
-            asdict(scores)
-            | {
-                "arr": scores.arr(before),
-                "rdr": scores.rdr(before),
-                "der": scores.der(before),
-                "rir": scores.rir(before),
-            }
-            for scores in (evaluate(model, sets) for model in models)
-        ]
-    )
+    found = [
+        asdict(scores)
+        | {
+            "arr": scores.arr(before),
+            "rdr": scores.rdr(before),
+            "der": scores.der(before),
+            "rir": scores.rir(before),
+        }
+        for scores in (evaluate(model, sets) for model in models)
+    ]
+    return cast(VictimScores, mean_of(found))

@@ -13,8 +13,8 @@ from bimask.defences.settings import DefenceConfig
 from bimask.errors import BimaskError
 from bimask.progress import ToldProgress
 from bimask.victims import Victim, open_victim
+from study.promotion.evidence import CONFIRMED, TestEvidence, Verdict, evidence_of, judge
 from study.spec.config import Confirm, StudyConfig, StudyError
-from study.spec.gates import CONFIRMED, TestEvidence, Verdict, evidence_of, judge
 from study.spec.reading import load_config
 from study.store import records
 from study.store.provenance import commit
@@ -54,27 +54,21 @@ def read_candidate(name: str, outputs: Path, trial: int | None) -> Candidate:
         StudyError: no such study, unfinished or older than what is needed; no such trial.
     """
     folder = outputs / name
-    table = records.load(name, outputs)  # says if there is no such study
+    records.load(name, outputs)  # says if there is no such study
     config = load_config(folder / records.STUDY)
     if config.suspect is not None:
         raise StudyError(
             f"The study {name!r} is of a suspect, whose attack success nobody can measure, so no "
             f"gate can be judged; use its {records.BEST} with `python -m bimask purify`."
         )
-    try:
-        summary = json.loads((folder / records.SUMMARY).read_text())
-    except (OSError, ValueError) as error:
-        raise StudyError(
-            f"{folder / records.SUMMARY} cannot be read ({error}); let the study run to its end."
-        ) from error
+    summary = records.read_summary(folder)
     if trial is None:
         if summary["chosen"] is None:
             raise StudyError(f"The study {name!r} chose no trial; give one with --trial, or run more.")
-        trial = int(summary["chosen"]["number"])
-    if trial not in set(table.query("status == 'COMPLETE'")["number"]):
+        trial = summary["chosen"]["number"]
+    known = {row["number"]: row for row in records.read_trials(folder)}
+    if (record := known.get(trial)) is None or record["status"] != "COMPLETE":
         raise StudyError(f"The study {name!r} has no COMPLETE trial {trial}.")
-    rows = map(json.loads, (folder / records.TRIALS).read_text().splitlines())
-    record = next(row for row in rows if row["number"] == trial)
     settings = config.defence_config(record["parameters"])
     evidence = evidence_of(folder, summary, trial)
     measured = evidence.commit if evidence is not None else None
@@ -120,10 +114,7 @@ def confirm_trial(candidate: Candidate, victims: dict[str, Victim], console: Con
             try:
                 rows.append(confirm(job, victims[job.victim], config))
             except BimaskError as error:
-                rows.append(
-                    {"configuration": "chosen", "victim": job.victim, "role": job.role}
-                    | {"seed": job.seed, "reason": str(error)}
-                )
+                rows.append(job.failed(str(error)))
             progress.update(task, advance=1)
     found = confirmation(rows, victims)
     assert found is not None

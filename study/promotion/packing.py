@@ -21,8 +21,8 @@ from bimask.metrics import evaluate
 from bimask.victims import Victim
 from bimask.victims.as_suspect import suspect_of
 from study.promotion.candidate import Candidate
+from study.promotion.evidence import Verdict
 from study.promotion.registry import as_png, save_model
-from study.spec.gates import Verdict
 from study.store import records
 
 SERVED = 1e-5  # what a probability may differ by between the packed model and the one in memory

@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import NotRequired, TypedDict
+
 from bimask.defences import defence_named
 from bimask.errors import BimaskError
-from study.report.answers import Scene
-from study.report.closeup import curves, layers, reports_of, stored
-from study.report.content import page_content, read, settings_of
+from study.report.answers import Scene, TrialAnswers, VictimAnswers
+from study.report.closeup import Curves, Layer, curves, layers, reports_of, stored
+from study.report.content import Finished, PageContent, page_content, read, settings_of
 from study.spec.config import IMS, StudyError
+from study.store.schema import VictimBefore
 from study.tracking.mlflow_runs import log_to_study, require_server, tracking_uri
 
 REPORT = "report.html"
@@ -38,6 +42,28 @@ SCRIPTS = (
 )
 
 
+class VictimCloseUp(TypedDict):
+    """One victim in a trial: curves, masks, and what the models say."""
+
+    curves: Curves | None
+    layers: NotRequired[list[Layer]]
+    answers: NotRequired[TrialAnswers]
+
+
+class CloseUp(TypedDict):
+    """One trial."""
+
+    settings: Mapping[str, object]
+    victims: dict[str, VictimCloseUp]
+
+
+class CloseUps(TypedDict):
+    """Trials by number, victims by name."""
+
+    trials: dict[int, CloseUp]
+    victims: dict[str, VictimAnswers]
+
+
 def write_report(folder: Path, victims: Path, out: Path | None = None) -> Path:
     """Write the page of the study in `folder`.
 
@@ -49,13 +75,13 @@ def write_report(folder: Path, victims: Path, out: Path | None = None) -> Path:
     Raises:
         StudyError: no study in the folder, or the file cannot be written.
     """
-    read_back = read(folder)
-    content = page_content(**read_back)
-    content["close_ups"] = _close_ups(folder, victims, read_back, content)
+    found = read(folder)
+    content = page_content(found)
+    page = {**content, "close_ups": _close_ups(folder, victims, found, content)}
     out = out or folder / REPORT
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(render(content), encoding="utf-8")
+        out.write_text(render(page), encoding="utf-8")
     except OSError as error:
         raise StudyError(
             f"Cannot write the report {out} ({error.strerror}); give another file with --out."
@@ -66,9 +92,9 @@ def write_report(folder: Path, victims: Path, out: Path | None = None) -> Path:
 def log_report(path: Path, folder: Path, outputs: Path) -> str:
     """Log a page to its study's run in MLflow; what became of it in a few words, never an error."""
     uri = tracking_uri(outputs)
-    records = read(folder)
-    study = records["study"]["name"]
-    digests = {trial["provenance"]["study"] for trial in records["trials"]}
+    found = read(folder)
+    study = found.study["name"]
+    digests = {trial["provenance"]["study"] for trial in found.trials}
     try:
         require_server(uri)
         logged = any(log_to_study(uri, study, digest, path) for digest in digests)
@@ -79,7 +105,7 @@ def log_report(path: Path, folder: Path, outputs: Path) -> str:
     )
 
 
-def render(content: dict[str, Any]) -> str:
+def render(content: Mapping[str, Any]) -> str:
     """The page: style, data and scripts put into `page/page.html`, nothing else is ever loaded."""
     page = files(__package__) / "page"
     parts = {
@@ -92,18 +118,17 @@ def render(content: dict[str, Any]) -> str:
     return re.sub("|".join(map(re.escape, parts)), lambda place: parts[place.group()], text)
 
 
-def _close_ups(
-    folder: Path, victims: Path, read_back: dict[str, Any], content: dict[str, Any]
-) -> dict[str, Any]:
+def _close_ups(folder: Path, victims: Path, study_found: Finished, content: PageContent) -> CloseUps:
     """`trials` by number and `victims` by name, for the chosen trial, the paper's and the front."""
-    study = read_back["study"]
+    study = study_found.study
     first = [content["chosen"], content["paper"], *content["front"]]
     defence = defence_named(study.get("defence", IMS))
     numbers = list(dict.fromkeys(n for n in first if n is not None))[:CLOSE_UPS]
-    trials = {trial["number"]: trial for trial in read_back["trials"]}
+    trials = {trial["number"]: trial for trial in study_found.trials}
     reports = reports_of(folder)
-    scenes = _scenes(victims, read_back["summary"].get("victims", {}), study)
-    found: dict[int, Any] = {}
+    known_victims = study_found.summary["victims"] if study_found.summary else {}
+    scenes = _scenes(victims, known_victims, study)
+    found: dict[int, CloseUp] = {}
     for position, number in enumerate(numbers):
         if trials[number]["status"] != "COMPLETE":
             continue
@@ -113,7 +138,7 @@ def _close_ups(
         for name in trials[number]["scores"]:
             tensors = stored(kept, name, defence)
             known, final = reports.get(number, {}).get(name, {}), trials[number]["scores"][name]
-            mine: dict[str, Any] = {"curves": curves(kept, name, known, final)}
+            mine: VictimCloseUp = {"curves": curves(kept, name, known, final)}
             scene = scenes.get(name)
             masks = None if tensors is None else defence.masks(tensors, settings)
             if masks is not None:
@@ -124,7 +149,9 @@ def _close_ups(
     return {"trials": found, "victims": {name: scene.of_victim() for name, scene in scenes.items()}}
 
 
-def _scenes(root: Path, victims: dict[str, Any], study: dict[str, Any]) -> dict[str, Scene]:
+def _scenes(
+    root: Path, victims: Mapping[str, VictimBefore], study: Mapping[str, Any]
+) -> dict[str, Scene]:
     """A scene for every victim that is still there with its data."""
     scenes = {}
     for (name, victim), spec in zip(victims.items(), study["victims"], strict=False):
@@ -136,9 +163,9 @@ def _scenes(root: Path, victims: dict[str, Any], study: dict[str, Any]) -> dict[
     return scenes
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """NaN and infinities as null: JSON has no word for them."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]

@@ -8,7 +8,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from PIL import Image
@@ -24,6 +24,45 @@ from bimask.victims.gallery import paired_images
 SHOWN = 6  # images in a picture
 SYNTHESISED = 32  # images a perturbation is made up for
 ASKED = 512  # images of val that every model answers
+
+
+class Answers(TypedDict):
+    """Shares over up to `ASKED` images of `val`, and the classes given to the shown ones."""
+
+    clean_right: float
+    triggered_wanted: float
+    triggered_right: float
+    shown_clean: list[int]
+    shown_triggered: list[int]
+
+
+class VictimAnswers(TypedDict):
+    """The true trigger: its pictures as data URIs, the classes, and what the victim says."""
+
+    classes: list[str]
+    true: list[int]
+    wanted: list[int]
+    clean: str
+    triggered: str
+    trigger: str
+    trigger_max: float
+    asked: Answers
+
+
+class Synthesised(TypedDict):
+    """Perturbations as pictures, and how many images each model gives each class with them."""
+
+    pictures: str
+    perturbed: str
+    max: float
+    answers: dict[str, list[int]]
+
+
+class TrialAnswers(TypedDict):
+    """What a defended model and its twin say, and what is synthesised against them, by kind."""
+
+    asked: dict[str, Answers]
+    synthesised: dict[str, Synthesised]
 
 
 @dataclass(frozen=True)
@@ -51,7 +90,7 @@ class Scene:
         rest = clean.floats()[: SYNTHESISED - len(shown)]
         return cls(victim, sets, torch.cat([shown, rest]))
 
-    def of_victim(self) -> dict[str, Any]:
+    def of_victim(self) -> VictimAnswers:
         """The true trigger: its pictures, and what the victim says."""
         clean, triggered, true, wanted = (part[:SHOWN] for part in paired_images(self.sets))
         change = (triggered.float() - clean.float()) / 255
@@ -68,7 +107,7 @@ class Scene:
 
     def of_trial(
         self, defence: Defence[Any], tensors: Mapping[str, Tensor], settings: DefenceConfig
-    ) -> dict[str, Any]:
+    ) -> TrialAnswers:
         """What the defended model and its twin say, and what is synthesised against them."""
         victim = self.victim.model
         models = {"victim": victim, "purified": defence.restore(victim, tensors, settings)}
@@ -96,8 +135,8 @@ class Scene:
         answers = model((self.images + delta).clamp(0, 1)).argmax(1)
         return torch.bincount(answers, minlength=len(self.victim.classes)).tolist()
 
-    def _answers(self, model: nn.Module) -> dict[str, Any]:
-        """Shares over up to `ASKED` images of val, and the answers to the shown ones."""
+    def _answers(self, model: nn.Module) -> Answers:
+        """What one model says."""
         clean, triggered = self.sets.clean, self.sets.triggered
         some = _spread(len(clean))
         on_clean = predict(model, clean.images[some])

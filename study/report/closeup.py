@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors.torch import load_file
@@ -15,9 +15,29 @@ from torch import Tensor, nn
 
 from bimask.defences.base import Defence
 from bimask.masking.masks import MaskSet
-from study.spec.objectives import known_scores
-from study.store.files import read_lines
-from study.store.records import REPORTS
+from study.spec.objectives import known_scores, number
+from study.store.records import read_reports
+
+
+class Curves(TypedDict):
+    """Stages with their numbers of steps, each loss term by step, scores on `val` as (step, value)."""
+
+    stages: list[tuple[str, int]]
+    loss: list[float | None]
+    terms: dict[str, list[float | None]]
+    scores: dict[str, list[tuple[int, float]]]
+
+
+class Layer(TypedDict):
+    """A layer's channels, sorted by factor: factors a' and selections s as bytes in base64, how many
+    are kept, and the means of both."""
+
+    name: str
+    factor: str
+    selection: str
+    kept: int
+    mean: float
+    shared: float
 
 
 def stored(folder: Path, victim: str, defence: Defence[Any]) -> dict[str, Tensor] | None:
@@ -29,7 +49,7 @@ def stored(folder: Path, victim: str, defence: Defence[Any]) -> dict[str, Tensor
 def reports_of(folder: Path) -> dict[int, dict[str, dict[str, dict[int, float]]]]:
     """Scores on val while trials ran: number -> victim -> score -> round -> value."""
     found: dict[int, dict[str, dict[str, dict[int, float]]]] = {}
-    for report in read_lines(folder / REPORTS):
+    for report in read_reports(folder):
         mine = found.setdefault(report["number"], {}).setdefault(report["victim"], {})
         for name, value in known_scores(report).items():
             # a trial that was gone on with reports some rounds again
@@ -38,8 +58,8 @@ def reports_of(folder: Path) -> dict[int, dict[str, dict[str, dict[int, float]]]
 
 
 def curves(
-    folder: Path, victim: str, reports: Mapping[str, Mapping[int, float]], final: Mapping[str, float]
-) -> dict[str, Any] | None:
+    folder: Path, victim: str, reports: Mapping[str, Mapping[int, float]], final: Mapping[str, object]
+) -> Curves | None:
     """Stages with their rounds, each loss term by round, scores on val by round.
 
     Args:
@@ -63,21 +83,18 @@ def curves(
         "loss": _short(log["loss"] for log in rounds),
         "terms": {name: _short(log["losses"].get(name) for log in rounds) for name in terms},
         "scores": {
-            name: [*sorted(points.items()), (len(rounds), final[name])]
+            name: [*sorted(points.items()), (len(rounds), number(final, name))]
             for name, points in reports.items()
         },
     }
 
 
-def layers(masks: MaskSet, model: nn.Module | None = None) -> list[dict[str, Any]]:
-    """Every layer's channels, sorted by factor: factor a' and selection s, in 255ths, as base64.
-
-    In the order of `model`; files of masks are sorted by name.
-    """
+def layers(masks: MaskSet, model: nn.Module | None = None) -> list[Layer]:
+    """Every layer's channels, in the order of `model`; files of masks are sorted by name."""
     masks = masks.requires_grad_(False)
     keeps, selections = masks.keeps(), masks.by_site(masks.selection)
     names = [name for name, _ in model.named_modules() if name in keeps] if model else list(keeps)
-    rows = []
+    rows: list[Layer] = []
     for site in names:
         keep = keeps[site]
         order = keep.argsort(descending=True)

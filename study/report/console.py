@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,8 +15,18 @@ from bimask.progress import ToldProgress
 from study.analysis.blind import PROMISE
 from study.report import REPORT
 from study.spec.config import StudyConfig
-from study.spec.objectives import SCORES, backdoor_left, known_scores
+from study.spec.objectives import SCORES, backdoor_left, known_scores, number
+from study.spec.space import Scalar
 from study.store import records
+from study.store.schema import (
+    Confirmation,
+    LeaveOneOut,
+    Parameters,
+    Selection,
+    Spreads,
+    StudySummary,
+    TrialRecord,
+)
 from study.tracking.mlflow_runs import Tracker
 
 COLUMN = 3  # characters of a column beside its text: two spaces and a line
@@ -32,18 +41,19 @@ def wide_console() -> Console:
 @contextmanager
 def trial_progress(
     console: Console, trials: int, at_once: int
-) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+) -> Iterator[Callable[[list[TrialRecord]], None]]:
     """A bar of finished trials with the best scores so far."""
     with ToldProgress(console) as progress:
         task = progress.add_task(f"trials, {at_once} at once", total=trials)
 
-        def on_change(done: list[dict[str, Any]]) -> None:
+        def on_change(done: list[TrialRecord]) -> None:
             complete = [r for r in done if r["status"] == "COMPLETE"]
             text = f"trials, {at_once} at once"
             if complete:
                 by = backdoor_left(complete[0])
-                best = min(complete, key=lambda r: r[by])
-                text += f"; least {SHORT[by]} {best[by]:.3f} at ACC {best['clean_accuracy']:.3f}"
+                best = min(complete, key=lambda r: number(r, by))
+                left, accuracy = number(best, by), best["clean_accuracy"]
+                text += f"; least {SHORT[by]} {left:.3f} at ACC {accuracy:.3f}"
             for status in ("PRUNED", "FAILED"):
                 if count := sum(r["status"] == status for r in done):
                     text += f"; {count} {status.lower()}"
@@ -55,7 +65,7 @@ def trial_progress(
 def show(
     console: Console,
     config: StudyConfig,
-    summary: dict[str, Any],
+    summary: StudySummary,
     tracker: Tracker,
     victims: Path,
     folder: Path,
@@ -70,10 +80,11 @@ def show(
     for column in ("trial", *(f"{SHORT[name]} %" for name in shown), *searched):
         table.add_column(column, justify="right")
     for trial in summary["front"]:
+        values = {**trial["val"], "risk": trial.get("risk")}
         mark = chosen is not None and trial["number"] == chosen["number"]
         table.add_row(
             f"{trial['number']}{' *' if mark else ''}",
-            *(f"{100 * (trial['val'] | {'risk': trial['risk']})[name]:.1f}" for name in shown),
+            *(f"{100 * number(values, name):.1f}" for name in shown),
             *(_short(trial["parameters"].get(name, "")) for name in searched),
             style="bold green" if mark else None,
         )
@@ -87,12 +98,12 @@ def show(
         f"hypervolume {summary['hypervolume']:.4f} against {summary['reference_point']}; "
         f"{summary['n_complete']} COMPLETE, {summary['n_pruned']} PRUNED, {summary['n_failed']} FAILED"
     )
-    for trial, label in ((summary["paper_defaults"], "paper's defaults"), (chosen, "chosen")):
-        if trial:
+    for one, label in ((summary["paper_defaults"], "paper's defaults"), (chosen, "chosen")):
+        if one:
             scores = ", ".join(
-                f"{SHORT[name]} {value:.3f}" for name, value in known_scores(trial["test"]).items()
+                f"{SHORT[name]} {value:.3f}" for name, value in known_scores(one["test"]).items()
             )
-            console.print(f"on test, {label} (trial {trial['number']}): {scores}")
+            console.print(f"on test, {label} (trial {one['number']}): {scores}")
     _show_selection(console, summary["selection"])
     show_suite(console, summary.get("suite") or {})
     if (folder / REPORT).is_file():
@@ -118,7 +129,7 @@ def _whom(config: StudyConfig, victims: Path) -> str:
     return f"--victim {config.victims[0].place(victims)}"
 
 
-def fitting(names: list[str], points: Sequence[Mapping[str, Any]], room: int) -> list[str]:
+def fitting(names: list[str], points: Sequence[Parameters], room: int) -> list[str]:
     """The settings whose columns fit into so many characters, whole, in their order: where not all do,
     those that differ most between the points, relative to the largest of their values."""
     widths = {
@@ -132,14 +143,15 @@ def fitting(names: list[str], points: Sequence[Mapping[str, Any]], room: int) ->
     return [name for name in names if name in kept]
 
 
-def _difference(values: Sequence[Any]) -> float:
+def _difference(values: Sequence[Scalar]) -> float:
     """How much values differ, in [0, 1] for numbers of one sign; 1 where some are no numbers."""
     known = [value for value in values if value is not None]
     if not known or all(value == known[0] for value in known):
         return 0.0
-    if not all(isinstance(value, int | float) for value in known):
+    numbers = [value for value in known if isinstance(value, int | float)]
+    if len(numbers) < len(known):
         return 1.0
-    return float((max(known) - min(known)) / max(abs(value) for value in known))
+    return float((max(numbers) - min(numbers)) / max(abs(value) for value in numbers))
 
 
 def _trust(config: StudyConfig) -> str:
@@ -147,12 +159,12 @@ def _trust(config: StudyConfig) -> str:
     return " --trust-code" if config.victims and is_own(config.victims[0].net) else ""
 
 
-def _show_selection(console: Console, selection: dict[str, Any]) -> None:
+def _show_selection(console: Console, selection: Selection) -> None:
     """Blind choice beside the oracle's, and what the blind one is worth."""
     used = selection["used"]
-    for who in ("oracle", "blind"):
-        if (trial := selection[who]) is not None:
-            left = f"risk on val {trial['risk']:.3f}"
+    for who, trial in (("oracle", selection["oracle"]), ("blind", selection["blind"])):
+        if trial is not None:
+            left = f"risk on val {number(trial, 'risk'):.3f}"
             if "attack_success" in trial["val"]:
                 val, test = trial["val"]["attack_success"], trial["test"]["attack_success"]
                 left = f"ASR on val {val:.3f}, on test {test:.3f}"
@@ -167,20 +179,22 @@ def _show_selection(console: Console, selection: dict[str, Any]) -> None:
         console.print(PROMISE, soft_wrap=True)
 
 
-def show_suite(console: Console, suite: dict[str, Any]) -> None:
+def show_suite(console: Console, suite: Mapping[str, Confirmation]) -> None:
     """What the choice is worth on every victim of the suite, on test, over the seeds."""
     for configuration, found in suite.items():
         title = f"{configuration.replace('_', ' ')}, purified anew, on test: mean (least to most)"
         table = Table(title=title, title_justify="left")
         for column in ("victim", "role", "runs", "ACC drop, points", "ASR %", "RA %"):
             table.add_column(column, justify="left" if column in ("victim", "role") else "right")
-        rows = [(name, one["role"], one) for name, one in found["victims"].items()]
-        rows += [("all", role, one) for role, one in found["roles"].items()]
+        rows: list[tuple[str, str, Spreads]] = [
+            *((name, one["role"], one) for name, one in found["victims"].items()),
+            *(("all", role, one) for role, one in found["roles"].items()),
+        ]
         for name, role, one in rows:
             if "attack_success" not in one:
                 table.add_row(name, role, "0", *["-"] * 3)
                 continue
-            spreads = [one[n] for n in ("accuracy_drop", "attack_success", "recovery")]
+            spreads = [one["accuracy_drop"], one["attack_success"], one["recovery"]]
             table.add_row(
                 name,
                 role.replace("_", " "),
@@ -194,21 +208,21 @@ def show_suite(console: Console, suite: dict[str, Any]) -> None:
         console.print(table)
 
 
-def show_leave_out(console: Console, found: dict[str, Any]) -> None:
+def show_leave_out(console: Console, found: LeaveOneOut) -> None:
     """What each choice loses on the attack that it never saw."""
     table = Table(title=f"Leave one attack out ({found['scored_on']})", title_justify="left")
     for column in ("attack", "ASR % unseen", "ASR % seen", "ASR lost", "ACC % unseen", "ACC lost"):
         table.add_column(column, justify="left" if column == "attack" else "right")
     for attack, row in found["attacks"].items():
-        if row["loss"] is None:
+        seen, unseen, loss = row["with"], row["without"], row["loss"]
+        if seen is None or unseen is None or loss is None:
             table.add_row(attack, *["nothing chosen"] * 5)
             continue
-        seen, unseen, loss = row["with"], row["without"], row["loss"]
         values = [unseen["attack_success"], seen["attack_success"], loss["attack_success"]]
         values += [unseen["clean_accuracy"], loss["clean_accuracy"]]
         table.add_row(attack, *(f"{100 * value:.1f}" for value in values))
     console.print(table)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

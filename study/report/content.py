@@ -2,35 +2,160 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import pandas as pd
 import yaml
 from pydantic import TypeAdapter
+from typing_extensions import NotRequired, TypedDict
 
 from bimask.defences.settings import DefenceConfig
+from bimask.metrics import Split
 from study.analysis.blind import PROMISE
 from study.analysis.importance import importances
 from study.analysis.pareto import ParetoFront
 from study.spec.config import PAPER, StudyError
 from study.spec.config import settings_of as settings_class
 from study.spec.directions import DIRECTIONS, OBJECTIVES, Direction
-from study.spec.objectives import SCORES, Aggregate, known_scores
+from study.spec.objectives import (
+    SCORES,
+    Aggregate,
+    ScoreName,
+    Spread,
+    known_scores,
+    number,
+    quantities,
+)
 from study.spec.space import Parameter
 from study.store import records
-from study.store.files import read_lines
+from study.store.schema import (
+    Confirmation,
+    LeaveOneOut,
+    Measured,
+    Parameters,
+    Passes,
+    Seconds,
+    StudySummary,
+    TrialRecord,
+    TrialStatus,
+    VictimScores,
+)
 
-COMPLETE = "COMPLETE"
-LOST = {"PRUNED": "stopped early", "FAILED": "failed"}
-RISK = "risk"  # of what a purified model says without the attack: `bimask.inspection.risk`
+COMPLETE: Final = "COMPLETE"
+LOST: dict[TrialStatus, str] = {"PRUNED": "stopped early", "FAILED": "failed"}
+RISK: Final = "risk"  # of what a purified model says without the attack: `bimask.inspection.risk`
+SHOWN: tuple[Literal[ScoreName, "risk", "pruned_share"], ...] = (*SCORES, RISK, "pruned_share")
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """`study` (its YAML), `trials` (records in order), `summary` (empty where a study was cut off).
+@dataclass(frozen=True)
+class Finished:
+    """What a study's folder says.
+
+    Attributes:
+        study: its YAML, resolved when it began.
+        trials: their records, by number.
+        summary: None where the study was cut off.
+    """
+
+    study: Mapping[str, Any]
+    trials: list[TrialRecord]
+    summary: StudySummary | None
+
+
+class TrialOnPage(TypedDict):
+    """What the page needs of a trial; of the paper's defaults no parameters, they are not searched."""
+
+    number: int
+    status: TrialStatus
+    preset: str | None
+    parameters: Parameters
+    seconds: float | None
+    reason: NotRequired[str | None]
+    clean_accuracy: NotRequired[float]
+    attack_success: NotRequired[float]
+    recovery: NotRequired[float]
+    risk: NotRequired[float]
+    pruned_share: NotRequired[float]
+    spread: NotRequired[dict[str, Spread]]
+    scores: NotRequired[dict[str, dict[str, float]]]
+    rounds: NotRequired[int]
+    passes: NotRequired[Passes]
+
+
+class VictimOnPage(TypedDict):
+    """A victim with its own scores on both splits; None in a study that was cut off."""
+
+    name: str
+    before: dict[Split, VictimScores] | None
+
+
+class Headline(TypedDict):
+    """The finding in one sentence, the sentence after it, and the numbers behind both (on test)."""
+
+    title: str
+    text: str
+    before: NotRequired[Mapping[str, float]]
+    after: NotRequired[Mapping[str, float]]
+
+
+class BlindOnPage(TypedDict):
+    """Risk by trial, mean over the victims; its rank correlation with attack success; both choices."""
+
+    risk: dict[int, float]
+    spearman: float
+    chosen: int | None
+    oracle: int | None
+
+
+class TestedOnPage(TypedDict):
+    """A row of the table on test."""
+
+    who: str
+    number: NotRequired[int]
+    victims: Mapping[str, VictimScores]
+
+
+class Cost(TypedDict):
+    """What the complete trials took."""
+
+    seconds: Seconds | None
+    forward: int
+    backward: int
+    devices: list[str]
+
+
+class PageContent(TypedDict):
+    """Everything on the page but the close-ups of single trials."""
+
+    name: str
+    headline: Headline
+    victims: list[VictimOnPage]
+    parameters: list[Mapping[str, object]]
+    objectives: dict[str, Direction]
+    left: str
+    scores: list[str]
+    trials: list[TrialOnPage]
+    front: list[int]
+    chosen: int | None
+    paper: int | None
+    before: dict[str, float] | None
+    bound: float | None
+    hypervolume: float | None
+    importance: dict[str, dict[str, float]]
+    blind: BlindOnPage | None
+    suite: dict[str, Confirmation] | None
+    leave_one_out: LeaveOneOut | None
+    tested: list[TestedOnPage]
+    cost: Cost
+    provenance: list[tuple[str, str]]
+
+
+def read(folder: Path) -> Finished:
+    """A study's folder, read.
 
     Raises:
         StudyError: no study there, or files that cannot be read.
@@ -40,26 +165,26 @@ def read(folder: Path) -> dict[str, Any]:
             f"There is no study in {folder}: it needs {records.STUDY} and {records.TRIALS}; give the "
             "name of a study that was launched, and its --outputs."
         )
-    summary = folder / records.SUMMARY
     try:
-        return {
-            "study": yaml.safe_load((folder / records.STUDY).read_text()),
-            "trials": sorted(read_lines(folder / records.TRIALS), key=lambda t: int(t["number"])),
-            "summary": json.loads(summary.read_text()) if summary.is_file() else {},
-        }
+        study = yaml.safe_load((folder / records.STUDY).read_text())
+        trials = sorted(records.read_trials(folder), key=lambda trial: trial["number"])
+        ended = (folder / records.SUMMARY).is_file()
+        return Finished(study, trials, records.read_summary(folder) if ended else None)
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise StudyError(f"The study in {folder} cannot be read: {error}.") from error
 
 
-def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: dict[str, Any]) -> Any:
-    """Everything on the page but the close-ups of single trials."""
+def page_content(found: Finished) -> PageContent:
+    """What the page says of a study."""
+    study, trials, summary = found.study, found.trials, found.summary
     complete = [trial for trial in trials if trial["status"] == COMPLETE]
     objectives: dict[str, Direction] = {n: DIRECTIONS[n] for n in study.get("objectives", OBJECTIVES)}
     if summary:
         front = [point["number"] for point in summary["front"]]
     else:
-        front = [complete[i]["number"] for i in ParetoFront.of(complete, objectives).indices]
-    chosen = (summary.get("chosen") or {}).get("number")
+        points = [quantities(trial) for trial in complete]
+        front = [complete[i]["number"] for i in ParetoFront.of(points, objectives).indices]
+    chosen = summary and summary["chosen"]
     space = TypeAdapter(dict[str, Parameter]).validate_python(study["space"])
     searched = [trial for trial in complete if trial["preset"] != PAPER]
     left = "attack_success" if study.get("suspect") is None else RISK
@@ -74,31 +199,31 @@ def page_content(study: dict[str, Any], trials: list[dict[str, Any]], summary: d
         "scores": list(SCORES) if left in SCORES else list(shown),
         "trials": [_trial(trial) for trial in trials],
         "front": front,
-        "chosen": chosen,
+        "chosen": chosen and chosen["number"],
         "paper": next((t["number"] for t in trials if t["preset"] == PAPER), None),
         "before": _before(summary, "val"),
-        "bound": summary.get("min_clean_accuracy"),
-        "hypervolume": summary.get("hypervolume"),
+        "bound": summary and summary["min_clean_accuracy"],
+        "hypervolume": summary and summary["hypervolume"],
         "importance": importances(space, searched, shown),
         "blind": blind_choice(complete, summary),
-        "suite": summary.get("suite"),
-        "leave_one_out": summary.get("leave_one_out"),
+        "suite": summary and summary.get("suite"),
+        "leave_one_out": summary and summary.get("leave_one_out"),
         "tested": _tested(summary),
         "cost": _cost(trials, summary),
         "provenance": _provenance(study, trials),
     }
 
 
-def headline(summary: Mapping[str, Any], count: Mapping[str, int]) -> dict[str, Any]:
-    """The finding in one sentence, the sentence after it, and the numbers behind both (on test).
+def headline(summary: StudySummary | None, count: Mapping[TrialStatus, int]) -> Headline:
+    """What a study found.
 
     Args:
         count: status -> trials that ended so.
     """
-    ended = _ended(count, " and ".join(summary.get("victims", {})))
+    ended = _ended(count, " and ".join(summary["victims"] if summary else ()))
     if not summary:
         return {"title": "This study has not ended", "text": f"So far: {ended}."}
-    if not summary["chosen"]:
+    if not (chosen := summary["chosen"]):
         if not summary["n_complete"]:
             return {"title": "No trial was completed", "text": f"{ended}."}
         return {
@@ -106,11 +231,11 @@ def headline(summary: Mapping[str, Any], count: Mapping[str, int]) -> dict[str, 
             "text": f"Nothing is chosen. {ended}. More trials or a wider space may find one; so "
             "may a larger `max_accuracy_drop`.",
         }
-    before, chosen = _before(summary, "test") or {}, summary["chosen"]
+    before = _before(summary, "test") or {}
     after = chosen["test"]
     if "attack_success" not in after:
         return _of_suspect(chosen, before, ended)
-    paper = summary.get("paper_defaults")
+    paper = summary["paper_defaults"]
     who = "The paper's defaults" if paper and paper["number"] == chosen["number"] else None
     text = f"Measured on the test images, once, after the choice. {ended}."
     if paper and who is None:
@@ -125,30 +250,31 @@ def headline(summary: Mapping[str, Any], count: Mapping[str, int]) -> dict[str, 
     }
 
 
-def _of_suspect(chosen: Mapping[str, Any], before: Mapping[str, float], ended: str) -> dict[str, Any]:
+def _of_suspect(chosen: Measured, before: Mapping[str, float], ended: str) -> Headline:
     """The same of a model whose trigger nobody knows, with what that can and cannot promise."""
-    left = f"leaves {_percent(chosen[RISK])} of the short cuts found in the suspect"
-    price = _price(before, chosen["test"], in_vain=chosen[RISK] >= 1)
+    risk = number(chosen, RISK)
+    left = f"leaves {_percent(risk)} of the short cuts found in the suspect"
+    price = _price(before, chosen["test"], in_vain=risk >= 1)
     return {
         "title": f"Trial {chosen['number']} {left} {price}",
         "text": "Short cuts were sought with clean pictures alone, and the risk is of val; the "
         f"accuracy was measured on other pictures, once, after the choice. {ended}. {PROMISE}",
         "before": before,
-        "after": chosen["test"] | {RISK: chosen["risk"]},
+        "after": chosen["test"] | {RISK: risk},
     }
 
 
-def _unseen(summary: Mapping[str, Any]) -> str:
+def _unseen(summary: StudySummary) -> str:
     """What the choice is worth on held-out victims, where the study has confirmed it there."""
-    confirmed = ((summary.get("suite") or {}).get("chosen") or {}).get("roles", {})
-    found = confirmed.get("held_out", {}).get("attack_success")
-    if found is None:
+    confirmed = (summary.get("suite") or {}).get("chosen")
+    role = confirmed and confirmed["roles"].get("held_out")
+    if not role or (found := role.get("attack_success")) is None:
         return ""
     spread = f"{_percent(found['mean'])} ± {100 * found['std']:.1f}"
     return f" On held-out victims it leaves attack success at {spread} ({found['n']} runs)."
 
 
-def _ended(count: Mapping[str, int], victims: str) -> str:
+def _ended(count: Mapping[TrialStatus, int], victims: str) -> str:
     """How many trials there were, on what, and how those without a result ended."""
     lost = "".join(f", {count[status]} {words}" for status, words in LOST.items() if count.get(status))
     trials = sum(count.values())
@@ -185,101 +311,99 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}\u00a0%"
 
 
-def _before(summary: Mapping[str, Any], split: str) -> dict[str, float] | None:
+def _before(summary: StudySummary | None, split: Split) -> dict[str, float] | None:
     """The victims' own scores, summed up as the study does."""
-    scores = [victim[split] for victim in summary.get("victims", {}).values() if split in victim]
-    if not scores:
+    if summary is None or not summary["victims"]:
         return None
-    rule = Aggregate.model_validate(summary.get("aggregate", {}))
-    return {name: rule(name, [s[name] for s in scores]) for name in known_scores(scores[0])}
+    scores = [victim[split] for victim in summary["victims"].values()]
+    rule = Aggregate.model_validate(summary["aggregate"])
+    return {name: rule(name, [number(s, name) for s in scores]) for name in known_scores(scores[0])}
 
 
-def _victims(summary: dict[str, Any], complete: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _victims(summary: StudySummary | None, complete: list[TrialRecord]) -> list[VictimOnPage]:
     """Each victim with its own scores; of a study that was cut off only the names."""
-    known: dict[str, Any] = summary.get("victims") or (complete[0]["scores"] if complete else {})
+    if summary is None:
+        return [{"name": name, "before": None} for name in (complete[0]["scores"] if complete else ())]
     return [
-        {
-            "name": name,
-            "before": {split: known[name][split] for split in ("val", "test")} if summary else None,
-        }
-        for name in known
+        {"name": name, "before": {"val": one["val"], "test": one["test"]}}
+        for name, one in summary["victims"].items()
     ]
 
 
-def _trial(trial: dict[str, Any]) -> dict[str, Any]:
-    """What the page needs of a trial; of the paper's defaults no parameters, they are not searched."""
-    short = {key: trial[key] for key in ("number", "status", "preset")}
-    if trial["status"] == COMPLETE:
-        short |= {
-            name: trial[name] for name in (*SCORES, RISK, "pruned_share", "spread") if name in trial
-        }
-        short["scores"] = {victim: known_scores(scores) for victim, scores in trial["scores"].items()}
-        short |= {"rounds": trial["rounds"], "passes": trial["passes"]}
-    else:
-        short["reason"] = trial["reason"]
-    short["seconds"] = trial.get("seconds")
-    short["parameters"] = {} if trial["preset"] == PAPER else trial["parameters"]
-    return short
+def _trial(trial: TrialRecord) -> TrialOnPage:
+    short: TrialOnPage = {
+        "number": trial["number"],
+        "status": trial["status"],
+        "preset": trial["preset"],
+        "parameters": {} if trial["preset"] == PAPER else trial["parameters"],
+        "seconds": trial.get("seconds"),
+    }
+    if trial["status"] != COMPLETE:
+        return {**short, "reason": trial["reason"]}
+    for name in SHOWN:
+        if name in trial:
+            short[name] = trial[name]
+    if "spread" in trial:
+        short["spread"] = trial["spread"]
+    short["scores"] = {victim: known_scores(scores) for victim, scores in trial["scores"].items()}
+    return {**short, "rounds": trial["rounds"], "passes": trial["passes"]}
 
 
-def settings_of(study: Mapping[str, Any], trial: Mapping[str, Any]) -> DefenceConfig:
+def settings_of(study: Mapping[str, Any], trial: TrialRecord) -> DefenceConfig:
     """All settings of the defence in a trial."""
     fixed = {} if trial["preset"] == PAPER else study["fixed"]
     return settings_class(study).model_validate({**fixed, **trial["parameters"]})
 
 
-def _tested(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table on test: the victims as they were, the paper's defaults, the chosen trial."""
-    victims = summary.get("victims", {})
-    if not victims or not summary.get("chosen"):
+def _tested(summary: StudySummary | None) -> list[TestedOnPage]:
+    """The victims as they were, the paper's defaults, the chosen trial."""
+    if summary is None or not summary["victims"] or not summary["chosen"]:
         return []
-    rows = [{"who": "before", "victims": {name: v["test"] for name, v in victims.items()}}]
-    for key, who in (("paper_defaults", "paper's defaults"), ("chosen", "chosen")):
-        if trial := summary.get(key):
+    before = {name: victim["test"] for name, victim in summary["victims"].items()}
+    rows: list[TestedOnPage] = [{"who": "before", "victims": before}]
+    for trial, who in ((summary["paper_defaults"], "paper's defaults"), (summary["chosen"], "chosen")):
+        if trial:
             rows.append({"who": who, "number": trial["number"], "victims": trial["victims"]})
     return rows
 
 
-def blind_choice(
-    complete: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """What was known of each trial without the attack, beside what is true; None where nothing was.
-
-    `risk` by trial, mean over the victims; the rank correlation of both; the trial chosen blindly.
-    """
+def blind_choice(complete: Sequence[TrialRecord], summary: StudySummary | None) -> BlindOnPage | None:
+    """What was known of each trial without the attack, beside what is true; None where nothing was."""
     evidence = {
-        trial["number"]: [scores.get(RISK) for scores in trial["scores"].values()] for trial in complete
+        trial["number"]: [scores[RISK] for scores in trial["scores"].values() if RISK in scores]
+        for trial in complete
     }
-    known = all("attack_success" in trial for trial in complete)
-    if not complete or not known or any(None in values for values in evidence.values()):
+    asked = all(len(evidence[trial["number"]]) == len(trial["scores"]) for trial in complete)
+    if not complete or not asked or not all("attack_success" in trial for trial in complete):
         return None
     risk = pd.Series({number: sum(values) / len(values) for number, values in evidence.items()})
     true = pd.Series({trial["number"]: trial["attack_success"] for trial in complete})
-    selection = summary.get("selection") or {}
+    blind = summary and summary["selection"]["blind"]
+    oracle = summary and (summary["selection"]["oracle"] or summary["chosen"])
     correlation = risk.rank().corr(true.rank())  # Spearman's, ties at their mean rank
     return {
         "risk": risk.to_dict(),
         "spearman": float(correlation),
-        "chosen": (selection.get("blind") or summary.get("blind") or {}).get("number"),
-        "oracle": (selection.get("oracle") or summary.get("chosen") or {}).get("number"),
+        "chosen": blind and blind["number"],
+        "oracle": oracle and oracle["number"],
     }
 
 
-def _cost(trials: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
+def _cost(trials: Sequence[TrialRecord], summary: StudySummary | None) -> Cost:
     passes = [t["passes"] for t in trials if t["status"] == COMPLETE]
     return {
-        "seconds": summary.get("seconds"),
+        "seconds": summary and summary.get("seconds"),
         "forward": sum(p["forward"] for p in passes),
         "backward": sum(p["backward"] for p in passes),
         "devices": sorted({t["device"] for t in trials if t.get("device")}),
     }
 
 
-def _provenance(study: dict[str, Any], trials: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _provenance(study: Mapping[str, Any], trials: list[TrialRecord]) -> list[tuple[str, str]]:
     """Name -> value, as the records have it; versions that differ between trials are all shown."""
     found: dict[str, list[str]] = {}
 
-    def add(name: str, value: Any) -> None:
+    def add(name: str, value: object) -> None:
         seen = found.setdefault(name, [])
         if str(value) not in seen:
             seen.append(str(value))
@@ -293,6 +417,6 @@ def _provenance(study: dict[str, Any], trials: list[dict[str, Any]]) -> list[tup
         add("study digest", origin["study"])
         for name, digest in origin["victims"].items():
             add(f"victim {name}", digest)
-        for package, number in origin["versions"].items():
-            add(package, number)
+        for package, installed in origin["versions"].items():
+            add(package, installed)
     return [(name, ", ".join(values)) for name, values in found.items()]

@@ -21,6 +21,7 @@ from bimask.metrics import CleanScores, Scores
 from study.report.pictures import draw_masks
 from study.search import storage as storages
 from study.spec.config import StudyConfig
+from study.store.schema import Group, MemberReport
 from study.trial.cases import Case
 from study.trial.checkpoint import Checkpoints
 from study.trial.history import StoppingBounds
@@ -33,7 +34,7 @@ from study.trial.run import run_trials
 def within_limits(function: Callable[..., None]) -> Callable[..., None]:
     """`function`, ended where it takes more than the study allows a group of trials."""
 
-    def run(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
+    def run(config: Group, *, study: StudyConfig, cases: list[Case]) -> None:
         limit, members = study.trial_timeout, len(config["members"])
         with (
             time_limit(None if limit is None else limit * members, Path(config["checkpoint"])),
@@ -51,17 +52,17 @@ def with_bucket(function: Callable[..., None], bucket: str) -> Callable[..., Non
         bucket: URI. Each group of trials has a folder in it, where `trainable` copies its checkpoints.
     """
 
-    def run(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
+    def run(config: Group, *, study: StudyConfig, cases: list[Case]) -> None:
         folder = Path(config["checkpoint"])
         copies = f"{bucket}/{folder.name}"
         with suppress(OSError):  # without them the trial begins anew
             storages.fetch(copies, folder)
-        function(config | {"copies": copies}, study=study, cases=cases)
+        function({**config, "copies": copies}, study=study, cases=cases)
 
     return run
 
 
-def checkpoints_of(config: dict[str, Any], every: float) -> Checkpoints | None:
+def checkpoints_of(config: Group, every: float) -> Checkpoints | None:
     """Where a group's populations are kept; None where it was given no place."""
     if "checkpoint" not in config:
         return None
@@ -71,7 +72,7 @@ def checkpoints_of(config: dict[str, Any], every: float) -> Checkpoints | None:
     return Checkpoints(folder, every)
 
 
-def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
+def trainable(config: Group, *, study: StudyConfig, cases: list[Case]) -> None:
     """What a Ray actor runs: the trials of one group at once, with its share of the threads."""
     torch.set_num_threads(study.cpus_per_trial)
     members = config["members"]
@@ -90,11 +91,11 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
         device=device,
         report_every=study.report_every,
         on_report=report,
-        rules=TrialRules.of(study, StoppingBounds(**config.get("rivals", {}))),
-        repeats=[study.repeats_of(member.get("preset")) for member in members],
+        rules=TrialRules.of(study, StoppingBounds.of(config.get("rivals"))),
+        repeats=[study.repeats_of(member["preset"]) for member in members],
         checkpoints=checkpoints_of(config, study.checkpoint_every),
     )
-    reports: list[dict[str, Any]] = []
+    reports: list[MemberReport] = []
     place = config.get("checkpoint")  # where nodes share a folder: one with a full disk has room there
     if place is not None:
         Path(place).mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def trainable(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) 
             else:
                 if result.stopped is None:
                     write_artifacts(result, study.defender, Path(folder) / str(number), number)
-                reports.append({"number": number, "device": device, **result.record()})
+                reports.append(result.report(number, device))
         kept = tune.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
         tune.report({"final": True, "members": reports}, checkpoint=kept)
 

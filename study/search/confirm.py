@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from bimask.errors import NonFiniteError
 from bimask.victims import Victim
 from study.search.tasks import LostTaskError, run_tasks
 from study.spec.config import StudyConfig
+from study.store.schema import ConfirmRecord
 from study.trial.suite import Job, confirm
 
 
@@ -16,7 +16,7 @@ def run_confirmation(
     config: StudyConfig,
     victims: Mapping[str, Victim],
     jobs: Sequence[Job],
-    on_done: Callable[[dict[str, Any]], None],
+    on_done: Callable[[ConfirmRecord], None],
 ) -> None:
     """Run all jobs, as many at once as there is room for.
 
@@ -25,21 +25,14 @@ def run_confirmation(
             scores.
     """
 
-    def ended(at: int, result: dict[str, Any] | LostTaskError) -> None:
-        on_done(_failed(jobs[at], str(result)) if isinstance(result, LostTaskError) else result)
+    def ended(at: int, result: ConfirmRecord | LostTaskError) -> None:
+        on_done(jobs[at].failed(str(result)) if isinstance(result, LostTaskError) else result)
 
     run_tasks(config, _run, victims, [(job.victim, job, config) for job in jobs], ended)
 
 
-def _run(victim: Victim, job: Job, config: StudyConfig) -> dict[str, Any]:
+def _run(victim: Victim, job: Job, config: StudyConfig) -> ConfirmRecord:
     try:
         return confirm(job, victim, config, device=config.device_of_a_trial)
     except NonFiniteError as error:
-        return _failed(job, f"NonFiniteError: {error}")
-
-
-def _failed(job: Job, reason: str) -> dict[str, Any]:
-    configuration, victim, seed = job.key
-    return {"configuration": configuration, "victim": victim, "role": job.role, "seed": seed} | {
-        "reason": reason
-    }
+        return job.failed(f"NonFiniteError: {error}")

@@ -24,6 +24,7 @@ from study.search.pareto_search import (
 )
 from study.search.warm_start import Earlier
 from study.spec.config import StudyConfig
+from study.store.schema import FinalReport, Group, MemberReport, StepReport
 from study.tracking.recorder import Recorder
 from study.trial.cases import Case
 from study.trial.limits import too_long, where_it_hung
@@ -51,18 +52,18 @@ class _Recording(tune.Callback):
                 self.recorder.started(**member, group=len(members))
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+        self, iteration: int, trials: list[Any], trial: Any, result: StepReport | FinalReport, **_: Any
     ) -> None:
-        if self.recorder is not None and not result.get("final"):
-            self.recorder.reported(result["number"], result)
+        if self.recorder is not None and "final" not in result:
+            self.recorder.reported(result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         if self.recorder is None:
             return
         reports = final_reports(trial.last_result)
         for member in trial.config["members"]:
-            report = reports.get(member["number"], {})
-            if report.get("stopped"):
+            report: MemberReport = reports.get(member["number"], {"number": member["number"]})
+            if "stopped" in report:
                 self.recorder.pruned(member["number"], report)
                 continue
             objectives = self.recorder.config.objectives
@@ -116,18 +117,18 @@ def contained(function: Callable[..., None]) -> Callable[..., None]:
     still sees fail is a process or a node that died, and only that is worth another try.
     """
 
-    def run(config: dict[str, Any], *, study: StudyConfig, cases: list[Case]) -> None:
+    def run(config: Group, *, study: StudyConfig, cases: list[Case]) -> None:
         try:
             place = where_it_hung(Path(config["checkpoint"]))
             if place is not None and study.trial_timeout is not None:  # that ended it before
                 raise TimeoutError(too_long(study.trial_timeout * len(config["members"]), place))
             function(config, study=study, cases=cases)
         except Exception as error:
-            failure = {
-                "reason": traceback.format_exception_only(error)[-1].strip(),
-                "traceback": traceback.format_exc(),
-            }
-            members = [{"number": member["number"], **failure} for member in config["members"]]
+            reason = traceback.format_exception_only(error)[-1].strip()
+            members: list[MemberReport] = [
+                {"number": one["number"], "reason": reason, "traceback": traceback.format_exc()}
+                for one in config["members"]
+            ]
             tune.report({"final": True, "members": members})
 
     return run

@@ -17,7 +17,9 @@ from ray.tune.search import Searcher
 from study.search.samplers import SAMPLERS, STARTUP, WORTH, first_sampler
 from study.search.warm_start import Earlier, Observed
 from study.spec.config import PAPER, StudyConfig, StudyError
+from study.spec.objectives import quantities
 from study.spec.space import suggest
+from study.store.schema import Group, Member, MemberReport, Parameters, TrialRecord
 from study.trial.history import ParetoHistory
 from study.trial.rules import TrialRules
 
@@ -47,7 +49,7 @@ class ParetoSearch(Searcher):
         config: StudyConfig,
         storage: str | None,
         *,
-        records: Sequence[Mapping[str, Any]] = (),
+        records: Sequence[TrialRecord] = (),
         checkpoints: Path = CHECKPOINTS,
         earlier: Earlier | None = None,
     ) -> None:
@@ -55,11 +57,11 @@ class ParetoSearch(Searcher):
         self.config, self.storage, self.checkpoints = config, storage, checkpoints
         self.given: set[int] = set()
         self.asked: dict[int, optuna.Trial] = {}
-        self.untold: dict[int, Mapping[str, Any]] = {}
+        self.untold: dict[int, TrialRecord] = {}
         self.seconds: list[float] = []
         self.earlier = earlier or Earlier()
         self.rules = TrialRules.of(config)
-        self.standings = ParetoHistory(config.early_stopping)
+        self.history = ParetoHistory(config.early_stopping)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():  # samplers and metric names that may still change
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -68,7 +70,7 @@ class ParetoSearch(Searcher):
             raise StudyError(f"Optuna's study has directions {self.study.directions}.")
         for one in self.earlier.observed:
             violations = self.rules.constraints.violations(one.values)
-            self.standings.finished(self.rules.losses(one.values), violations)
+            self.history.finished(self.rules.losses(one.values), violations)
         if records and max(r["number"] for r in records) >= len(self.study.trials):
             raise StudyError(
                 f"{storage} lacks trials that have records; put it back as it was, or start "
@@ -97,7 +99,7 @@ class ParetoSearch(Searcher):
         study.sampler = SAMPLERS[first_sampler(self.config)](self.seed)
         if "enqueued" not in study.user_attrs:  # a kill may have come before
             study.set_metric_names(list(self.config.directions))  # the axes in dashboards
-            first: list[tuple[dict[str, Any], dict[str, str]]] = []
+            first: list[tuple[Parameters, dict[str, str]]] = []
             if self.config.paper_defaults:
                 first.append(({}, {"preset": PAPER}))
             points = first + [(point, {}) for point in (*self.config.start, *self.earlier.points)]
@@ -129,7 +131,7 @@ class ParetoSearch(Searcher):
         unasked = self.config.trials - len(self._trials(*ENDED, TrialState.RUNNING))
         return len(self._open_groups()) + math.ceil(max(0, unasked) / self.config.trials_per_actor)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Group | str | None:
         """The next group: `number`, `preset` and `parameters` of each of its trials, and its rivals.
 
         None where the storage does not let us in: Tune asks again.
@@ -145,7 +147,7 @@ class ParetoSearch(Searcher):
             return str(Searcher.FINISHED)
         self.given |= {member["number"] for member in members}
         folder = self.checkpoints / f"{members[0]['number']:03d}"
-        rivals = self.standings.rivals().as_dict()
+        rivals = self.history.rivals().sent()
         return {"members": members, "rivals": rivals, "checkpoint": str(folder)}
 
     def _ask(self) -> list[optuna.Trial]:
@@ -174,7 +176,7 @@ class ParetoSearch(Searcher):
                 groups.setdefault(trial.user_attrs.get("group", trial.number), []).append(trial)
         return [groups[first] for first in sorted(groups)]
 
-    def _member(self, trial: optuna.Trial, trial_id: str) -> dict[str, Any]:
+    def _member(self, trial: optuna.Trial, trial_id: str) -> Member:
         """A trial with its parameters: those that it has, the others suggested."""
         preset = trial.user_attrs.get("preset")
         self.asked[trial.number] = trial
@@ -191,7 +193,7 @@ class ParetoSearch(Searcher):
     ) -> None:
         """Nothing: the driver tells each member, once its record is on the disk."""
 
-    def tell(self, record: Mapping[str, Any]) -> None:
+    def tell(self, record: TrialRecord) -> None:
         """Tell Optuna how a trial ended: COMPLETE with finite values, PRUNED, or FAIL.
 
         What the storage does not take now, it is told with the next. Of two kinds it is told when the
@@ -203,10 +205,11 @@ class ParetoSearch(Searcher):
         self.given.add(record["number"])
         self.untold[record["number"]] = record
         for where, losses in record.get("rungs", {}).items():
-            self.standings.passed(where, losses)
+            self.history.passed(where, losses)
         if is_complete(record):
-            violations = self.rules.constraints.violations(record)
-            self.standings.finished(self.rules.losses(record), violations)
+            values = quantities(record)
+            violations = self.rules.constraints.violations(values)
+            self.history.finished(self.rules.losses(values), violations)
             self._settle(record.get("seconds", 0.0))
         with suppress(optuna.exceptions.StorageInternalError):
             self.flush_pending()
@@ -230,7 +233,7 @@ class ParetoSearch(Searcher):
             if record["status"] == "PRUNED":
                 self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
             elif is_complete(record):
-                self._bound(number, self.rules.constraints.violations(record))
+                self._bound(number, self.rules.constraints.violations(quantities(record)))
                 values = objectives_of(record, self.config.objectives)
                 self.study.tell(number, values, skip_if_finished=True)
             else:
@@ -274,34 +277,33 @@ class ParetoSearch(Searcher):
         return {"config": self.config, "storage": self.storage}
 
 
-def is_complete(record: Mapping[str, Any]) -> bool:
+def is_complete(record: TrialRecord) -> bool:
     """Whether a record is of a trial that ended with its objectives."""
     return bool(record["status"] == "COMPLETE")
 
 
-def published(config: StudyConfig) -> dict[str, Any]:
+def published(config: StudyConfig) -> Parameters:
     """The published defaults of the study's defence, every setting."""
-    return config.defender.config().model_dump()
+    found: Parameters = config.defender.config().model_dump()
+    return found
 
 
-def final_reports(result: dict[str, Any] | None) -> dict[int, dict[str, Any]]:
+def final_reports(result: Mapping[str, Any] | None) -> dict[int, MemberReport]:
     """Number -> what a group's final report says of that member; empty for any other report."""
     if not result or not result.get("final"):
         return {}
     return {report["number"]: report for report in result.get("members", [])}
 
 
-def objectives_of(report: Mapping[str, Any] | None, names: Sequence[str]) -> list[float] | None:
+def objectives_of(report: Mapping[str, object] | None, names: Sequence[str]) -> list[float] | None:
     """The objectives of a member's report in order, or None where one is missing or not finite."""
     values = [(report or {}).get(name) for name in names]
     if all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-        return [float(v) for v in values if v is not None]
+        return [float(v) for v in values if isinstance(v, int | float)]
     return None
 
 
-def first_points(
-    config: StudyConfig, count: int, earlier: Earlier | None = None
-) -> list[dict[str, Any]]:
+def first_points(config: StudyConfig, count: int, earlier: Earlier | None = None) -> list[Member]:
     """What the first `count` trials of a study would be, while none has ended; nothing is written."""
     searcher = ParetoSearch(config.model_copy(update={"trials_per_actor": 1}), None, earlier=earlier)
     groups = [searcher.suggest(str(number)) for number in range(min(count, config.trials))]

@@ -21,9 +21,10 @@ from study.analysis.pareto import ParetoFront
 from study.spec import space as spaces
 from study.spec.config import IMS, StudyConfig, StudyError
 from study.spec.directions import DIRECTIONS, OBJECTIVES, Direction
-from study.spec.objectives import over_victims
+from study.spec.objectives import numbers_in, over_victims, quantities
 from study.spec.space import Scalar
-from study.store.records import STUDY, TRIALS
+from study.store.records import STUDY, TRIALS, read_trials
+from study.store.schema import TrialRecord
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def read_earlier(config: StudyConfig) -> Earlier:
             observed = [Observed(trial["parameters"], _values(config, trial)) for trial in inside]
             found.observed.extend(one for one in observed if _needed(config) <= set(one.values))
         else:
-            front = ParetoFront.of(inside, _objectives(study))
+            front = ParetoFront.of([quantities(trial) for trial in inside], _objectives(study))
             found.points.extend(inside[i]["parameters"] for i in front.indices)
     return found
 
@@ -71,11 +72,13 @@ def _needed(config: StudyConfig) -> set[str]:
     return {*config.objectives, *(bound.partition("_")[2] for bound in bounds)}
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _read(folder: Path) -> tuple[Mapping[str, Any], list[TrialRecord]]:
     try:
         study = yaml.safe_load((folder / STUDY).read_text())
-        rows = [json.loads(line) for line in (folder / TRIALS).read_text().splitlines()]
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        if not (folder / TRIALS).is_file():
+            raise StudyError(f"{TRIALS} is missing")
+        rows = read_trials(folder)
+    except (OSError, ValueError, yaml.YAMLError, StudyError) as error:
         raise StudyError(
             f"`warm_start_from` names {folder}, which holds no study that can be read ({error}); give "
             "the folder of an earlier one, such as outputs/ims-digits."
@@ -100,17 +103,14 @@ def _comparable(study: Mapping[str, Any]) -> str:
     return json.dumps(deciding, sort_keys=True)
 
 
-def _in_space(config: StudyConfig, trial: Mapping[str, Any]) -> bool:
+def _in_space(config: StudyConfig, trial: TrialRecord) -> bool:
     """Whether the trial's parameters are those that the space has there, all inside its bounds."""
     parameters = trial["parameters"]
     active = [name for name, one in config.space.items() if one.active(parameters)]
     return set(active) == set(parameters) and not spaces.start_problems(config.space, [parameters])
 
 
-def _values(config: StudyConfig, trial: Mapping[str, Any]) -> dict[str, float]:
+def _values(config: StudyConfig, trial: TrialRecord) -> dict[str, float]:
     names = [name for name in DIRECTIONS if name != "seconds"]
-    runs = {
-        victim: [{name: scores[name] for name in names if name in scores}]
-        for victim, scores in trial["scores"].items()
-    }
+    runs = {victim: [numbers_in(scores, names)] for victim, scores in trial["scores"].items()}
     return over_victims(config.aggregate, runs, seconds=trial["seconds"])

@@ -299,7 +299,7 @@ class StudyConfig(BaseModel):
         """The defence whose settings are searched."""
         return DEFENCES[self.defence]
 
-    def defence_config(self, parameters: dict[str, Any]) -> DefenceConfig:
+    def defence_config(self, parameters: Mapping[str, Scalar]) -> DefenceConfig:
         """The defence's settings in a trial: fixed ones, then its own, which are all in the paper's."""
         found: DefenceConfig = self.defender.config.model_validate({**self.fixed, **parameters})
         return found

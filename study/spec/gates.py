@@ -1,22 +1,12 @@
-"""What a configuration must show before it is promoted: gates as data, evidence, verdicts.
+"""What a configuration must show before it is promoted: limits as data.
 
-Evidence is scores on `test` of purifications with several seeds, as a study's confirmation leaves
-them (`study.trial.suite`). A gate that the study's YAML leaves out is not there; one whose evidence is
-missing fails.
+A gate that the study's YAML leaves out is not there; one whose evidence is missing fails
+(`study.promotion.evidence`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict, Field
-
-CONFIRMED = "confirmed"  # folder of the evidence of trials that were not the study's choice
 
 
 class Gates(BaseModel):
@@ -31,129 +21,3 @@ class Gates(BaseModel):
         None, ge=0, le=1, description="standard deviation of a victim's ASR over seeds, at most"
     )
     seeds: int = Field(3, ge=2, description="of every victim, at least")
-
-
-@dataclass(frozen=True)
-class TestEvidence:
-    """What is known of one trial on `test`.
-
-    Attributes:
-        victims: name -> `role`, `digest`, `n_failed`, and `attack_success` and `accuracy_drop`, each
-            with `mean`, `std` and `n`.
-        commit: of the sources that measured it; None where the study itself did.
-    """
-
-    trial: int
-    victims: dict[str, Any]
-    commit: str | None = None
-
-    def role(self, role: str) -> list[Any]:
-        """The victims of a role that have scores."""
-        return [v for v in self.victims.values() if v["role"] == role and "attack_success" in v]
-
-    def worst(self, role: str, score: str) -> float | None:
-        """The largest mean over seeds among a role's victims; None where there are none."""
-        return max((victim[score]["mean"] for victim in self.role(role)), default=None)
-
-    @property
-    def victims_digest(self) -> str:
-        """Sixteen hex digits of which victims, in which roles, this was measured on."""
-        pairs = sorted([v["digest"], v["role"]] for v in self.victims.values())
-        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
-
-    def rank(self) -> tuple[float, float]:
-        """What candidates are compared by, lower is better: the mean ASR over all victims with a
-        backdoor, then the mean accuracy drop over all victims."""
-        attacked = [v["attack_success"]["mean"] for v in [*self.role("tuning"), *self.role("held_out")]]
-        drops = [v["accuracy_drop"]["mean"] for v in self.victims.values() if "accuracy_drop" in v]
-        return sum(attacked) / len(attacked), sum(drops) / len(drops)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One gate: what was measured, what is asked for, whether it holds, and if not, what to do."""
-
-    gate: str
-    value: str
-    limit: str
-    passed: bool
-    remark: str = ""
-
-
-def evidence_of(folder: Path, summary: Mapping[str, Any], trial: int) -> TestEvidence | None:
-    """The evidence in a study's folder: of the chosen trial in its summary, of others where
-    `--confirm` wrote it, of the chosen trial without either its one run on `test`; None if there is
-    nothing but `val`."""
-    chosen = summary.get("chosen")
-    if chosen is not None and chosen["number"] != trial:
-        chosen = None
-    confirmed = folder / CONFIRMED / f"{trial:03d}.json"
-    if confirmed.is_file():
-        content = json.loads(confirmed.read_text())
-        return TestEvidence(trial, content["victims"], content["commit"])
-    if chosen is not None and "chosen" in summary.get("suite", {}):
-        return TestEvidence(trial, summary["suite"]["chosen"]["victims"])
-    if chosen is not None:
-        before = summary["victims"]
-        return TestEvidence(
-            trial,
-            {
-                name: {"role": "tuning", "digest": before[name]["digest"], "n_failed": 0}
-                | {"attack_success": {"mean": scores["attack_success"], "std": 0.0, "n": 1}}
-                | {
-                    "accuracy_drop": {
-                        "mean": before[name]["test"]["clean_accuracy"] - scores["clean_accuracy"],
-                        "std": 0.0,
-                        "n": 1,
-                    }
-                }
-                for name, scores in chosen["victims"].items()
-            },
-        )
-    return None
-
-
-def judge(gates: Gates, evidence: TestEvidence | None, command: str) -> list[Verdict]:
-    """Every gate that is there, in the order of `Gates`.
-
-    Args:
-        command: what the user types to gather the evidence of this trial.
-    """
-    if evidence is None:
-        return [Verdict("split", "val", "test", False, f"it has scores on val alone; {command}")]
-    verdicts = []
-    for gate, role, score in (
-        ("accuracy_drop", "tuning", "accuracy_drop"),
-        ("attack_success", "tuning", "attack_success"),
-        ("held_out_attack_success", "held_out", "attack_success"),
-        ("control_accuracy_drop", "control", "accuracy_drop"),
-    ):
-        if (limit := getattr(gates, gate)) is not None:
-            missing = f"no {role} victim was measured: add `{_KEYS[role]}` to the study and run it"
-            verdicts.append(_at_most(gate, evidence.worst(role, score), limit, missing))
-    if gates.spread is not None:
-        attacked = [*evidence.role("tuning"), *evidence.role("held_out")]
-        several = [v["attack_success"]["std"] for v in attacked if v["attack_success"]["n"] > 1]
-        verdicts.append(_at_most("spread", max(several, default=None), gates.spread, command))
-    verdicts.append(_seeds(gates, evidence, command))
-    return verdicts
-
-
-_KEYS = {"tuning": "victims", "held_out": "held_out", "control": "controls"}
-
-
-def _at_most(gate: str, value: float | None, limit: float, missing: str) -> Verdict:
-    if value is None:
-        return Verdict(gate, "none", f"<= {limit:g}", False, missing)
-    return Verdict(gate, f"{value:.4f}", f"<= {limit:g}", value <= limit + 1e-12)
-
-
-def _seeds(gates: Gates, evidence: TestEvidence, command: str) -> Verdict:
-    fewest = min(
-        v["attack_success"]["n"] if "attack_success" in v else 0 for v in evidence.victims.values()
-    )
-    failed = sum(v["n_failed"] for v in evidence.victims.values())
-    remark = "" if fewest >= gates.seeds else f"{fewest} run(s) a victim are too few: {command}"
-    if failed:
-        remark = f"{failed} purification(s) failed; see confirm.jsonl"
-    return Verdict("seeds", str(fewest), f">= {gates.seeds}", not remark, remark)

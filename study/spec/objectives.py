@@ -8,11 +8,13 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import TypedDict
 
 from bimask.metrics import CleanScores, Scores
 from study.spec.directions import DIRECTIONS
 
-SCORES = ("clean_accuracy", "attack_success", "recovery")
+ScoreName = Literal["clean_accuracy", "attack_success", "recovery"]
+SCORES: tuple[ScoreName, ...] = ("clean_accuracy", "attack_success", "recovery")
 ObjectiveName = Literal[
     "clean_accuracy", "attack_success", "recovery", "pruned_share", "seconds", "risk"
 ]
@@ -28,12 +30,44 @@ BEST = {
 }
 
 
-def known_scores(values: Mapping[str, Any]) -> dict[str, Any]:
+class Spread(TypedDict):
+    """Mean, standard deviation (of a sample; 0 for one value), least, most and count of some values."""
+
+    mean: float
+    std: float
+    min: float
+    max: float
+    n: int
+
+
+def number(values: Mapping[str, object], name: str) -> float:
+    """One number of a record, by its name.
+
+    Raises:
+        KeyError, TypeError: it is not there, or no number.
+    """
+    found = values[name]
+    if not isinstance(found, int | float):
+        raise TypeError(f"{name} is no number: {found!r}")
+    return found
+
+
+def numbers_in(values: Mapping[str, object], names: Iterable[str]) -> dict[str, float]:
+    """Those of these numbers that a record has."""
+    return {name: number(values, name) for name in names if name in values}
+
+
+def known_scores(values: Mapping[str, object]) -> dict[str, float]:
     """Those of `SCORES` that are there: of a suspect, whose trigger nobody knows, the first alone."""
-    return {name: values[name] for name in SCORES if name in values}
+    return numbers_in(values, SCORES)
 
 
-def backdoor_left(values: Mapping[str, Any]) -> Literal["attack_success", "risk"]:
+def quantities(values: Mapping[str, object]) -> dict[str, float]:
+    """What objectives and constraints may be made of, as far as a trial's record has it."""
+    return numbers_in(values, DIRECTIONS)
+
+
+def backdoor_left(values: Mapping[str, object]) -> Literal["attack_success", "risk"]:
     """What says how much of a backdoor is left: `risk` where no attack success is known."""
     return "attack_success" if "attack_success" in values else "risk"
 
@@ -130,16 +164,16 @@ def over_victims(
     return {name: rule(name, values) for name, values in means.items()} | {"seconds": seconds}
 
 
-def mean_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def mean_of(runs: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """The mean of every real number over runs with the same keys; the rest is the first run's."""
     return {
-        key: sum(run[key] for run in runs) / len(runs) if isinstance(value, float) else value
+        key: sum(number(run, key) for run in runs) / len(runs) if isinstance(value, float) else value
         for key, value in runs[0].items()
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation (of a sample; 0 for one value), least, most and count."""
+def spread(values: Sequence[float]) -> Spread:
+    """The spread of some values."""
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else 0.0,

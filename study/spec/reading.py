@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from study.spec.space import Parameter
 from study.spec.suspect import beside_problems
 
 
-def load_config(path: Path, overrides: dict[str, Any] | None = None) -> StudyConfig:
+def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> StudyConfig:
     """Read and check a study.
 
     Args:

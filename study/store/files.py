@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -24,7 +23,7 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def append_lines(path: Path, rows: Sequence[dict[str, Any]], *, durable: bool = True) -> None:
+def append_lines(path: Path, rows: Sequence[Mapping[str, object]], *, durable: bool = True) -> None:
     """Add one line of JSON a row, all or none where the disk is full.
 
     Args:
@@ -43,7 +42,7 @@ def append_lines(path: Path, rows: Sequence[dict[str, Any]], *, durable: bool = 
             raise
 
 
-def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
+def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, object]]:
     """The rows of `append_lines`; none where there is no file. A last line without its end is dropped.
 
     Args:

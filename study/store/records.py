@@ -11,14 +11,18 @@ outputs/NAME/best.yaml       the chosen configuration, as `bimask purify` takes 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import pandas as pd
 import yaml
 
 from study.spec.config import StudyConfig, StudyError
+from study.store import schema
 from study.store.files import read_lines, write_text
+from study.store.schema import ConfirmRecord, Parameters, StepReport, StudySummary, TrialRecord
 
 OUTPUTS = Path("outputs")
 RESERVED = ("victims", "mlartifacts", "mlflow.db")
@@ -49,16 +53,67 @@ def new_folder(outputs: Path, name: str, *, chosen_by_user: bool) -> tuple[str, 
     return f"{name}-{number}", outputs / f"{name}-{number}"
 
 
-def settings_content(config: StudyConfig, parameters: dict[str, Any]) -> dict[str, Any]:
+Record = TypeVar("Record")
+
+
+def read_trials(folder: Path, *, mend: bool = False) -> list[TrialRecord]:
+    """The records of a study's trials, in the order in which they ended; none where there is no file.
+
+    Args:
+        mend: cut a last line without its end off the file, so that the next begins where it should.
+
+    Raises:
+        StudyError: a line that is no record.
+    """
+    return _records(folder / TRIALS, schema.trial_record, mend=mend)
+
+
+def read_reports(folder: Path, *, mend: bool = False) -> list[StepReport]:
+    """The scores on `val` while trials ran, as for `read_trials`."""
+    return _records(folder / REPORTS, schema.step_report, mend=mend)
+
+
+def read_confirmed(folder: Path, *, mend: bool = False) -> list[ConfirmRecord]:
+    """The runs of a study's confirmation, as for `read_trials`."""
+    return _records(folder / CONFIRM, schema.confirm_record, mend=mend)
+
+
+def read_summary(folder: Path) -> StudySummary:
+    """What a study came to.
+
+    Raises:
+        StudyError: it has not ended, or its file cannot be read.
+    """
+    try:
+        return schema.study_summary(json.loads((folder / SUMMARY).read_text()))
+    except (OSError, ValueError, StudyError) as error:
+        raise StudyError(
+            f"{folder / SUMMARY} cannot be read ({error}); let the study run to its end."
+        ) from error
+
+
+def _records(
+    path: Path, checked: Callable[[Mapping[str, object]], Record], *, mend: bool
+) -> list[Record]:
+    found = []
+    for line, row in enumerate(read_lines(path, mend=mend), start=1):
+        try:
+            found.append(checked(row))
+        except StudyError as error:
+            raise StudyError(f"{path}:{line} cannot be read: {error}.") from error
+    return found
+
+
+def settings_content(config: StudyConfig, parameters: Parameters) -> dict[str, object]:
     """A trial's settings as `bimask purify` takes them: of which defence, every one, and the seed."""
     settings = config.defence_config(parameters).model_dump()
     return {"defence": config.defence, "purify": settings, "seed": config.seed}
 
 
-def write_yaml(path: Path, content: dict[str, Any], header: str) -> None:
+def write_yaml(path: Path, content: Mapping[str, object], header: str) -> None:
     """YAML in the order of `content`, under a comment."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    write_text(path, comment + yaml.safe_dump(content, sort_keys=False))
+    write_text(path, comment + yaml.safe_dump(dict(content), sort_keys=False))
 
 
 def load(name: str, outputs: Path | str = OUTPUTS) -> pd.DataFrame:
@@ -74,4 +129,5 @@ def load(name: str, outputs: Path | str = OUTPUTS) -> pd.DataFrame:
     path = Path(outputs) / name / TRIALS
     if not path.is_file():
         raise StudyError(f"There is no study {name!r} in {outputs}: {path} is missing.")
-    return pd.json_normalize(read_lines(path)).sort_values("number", ignore_index=True)
+    rows = pd.json_normalize([dict(record) for record in read_trials(path.parent)])
+    return rows.drop(columns="schema").sort_values("number", ignore_index=True)

@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from bimask.nets.weights import file_sha256
 from bimask.victims.files import WEIGHTS
@@ -84,7 +84,7 @@ def begin(folder: Path, config: StudyConfig, identity: Identity) -> None:
 
 
 def reopen(
-    outputs: Path, name: str, path: Path | None, overrides: dict[str, Any]
+    outputs: Path, name: str, path: Path | None, overrides: Mapping[str, object]
 ) -> tuple[StudyConfig, Path]:
     """The study NAME and its folder, to be gone on with.
 

@@ -5,22 +5,63 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
 from study.spec.config import StudyConfig
 from study.spec.directions import DIRECTIONS
-from study.spec.objectives import known_scores
-from study.store.files import append_lines, copy_folder, read_lines
+from study.spec.objectives import SCORES, ScoreName, known_scores, numbers_in
+from study.store.files import append_lines, copy_folder
 from study.store.provenance import commit, versions
-from study.store.records import REPORTS, SETTINGS, TRIALS, settings_content, write_yaml
+from study.store.records import (
+    REPORTS,
+    SETTINGS,
+    TRIALS,
+    read_reports,
+    read_trials,
+    settings_content,
+    write_yaml,
+)
+from study.store.schema import (
+    SCHEMA,
+    Member,
+    MemberReport,
+    Outcome,
+    Parameters,
+    StepReport,
+    TrialRecord,
+    TrialStatus,
+)
 from study.tracking.mlflow_runs import Tracker
 from study.tracking.queue import MlflowQueue
 
 # What a trial leaves beside its objectives, as far as there is any.
 RESULTS = ("scores", "runs", "spread", "rungs", "seconds", "rounds", "passes", "device")
+REPORTED: tuple[Literal["number", "victim", "step", ScoreName], ...]
+REPORTED = ("number", "victim", "step", *SCORES)
+KINDS: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class OpenTrial:
+    """A trial that runs.
+
+    Attributes:
+        group: how many trials share its actor, itself included.
+        started: seconds since 1970.
+    """
+
+    member: Member
+    group: int
+    started: float
+
+
+def _part(result: MemberReport, names: Iterable[str]) -> Outcome:
+    found: Mapping[str, object] = result
+    return cast(Outcome, {name: found[name] for name in names if name in found})
 
 
 class Recorder:
@@ -47,16 +88,16 @@ class Recorder:
         folder: Path,
         tracker: Tracker | MlflowQueue,
         victims: dict[str, str],
-        on_change: Callable[[list[dict[str, Any]]], None],
+        on_change: Callable[[list[TrialRecord]], None],
     ) -> None:
         self.config, self.folder, self.tracker = config, folder, tracker
         self.victims = victims
         self.on_change = on_change
-        self.records = read_lines(folder / TRIALS, mend=True)
-        self.unwritten: list[dict[str, Any]] = []
-        self.open: dict[int, dict[str, Any]] = {}
+        self.records = read_trials(folder, mend=True)
+        self.unwritten: list[TrialRecord] = []
+        self.open: dict[int, OpenTrial] = {}
         self.histories: dict[int, dict[str, dict[int, float]]] = {}
-        for report in read_lines(folder / REPORTS, mend=True):
+        for report in read_reports(folder, mend=True):
             self._remember(report)
         (folder / TRIALS).touch()
 
@@ -65,23 +106,18 @@ class Recorder:
         return number in self.open or any(r["number"] == number for r in self.records)
 
     def started(
-        self, number: int, preset: str | None, parameters: dict[str, Any], *, group: int = 1
+        self, number: int, preset: str | None, parameters: Parameters, *, group: int = 1
     ) -> None:
         """A trial has begun, or goes on: its run is opened in MLflow.
 
         Args:
             group: how many trials share its actor, itself included.
         """
-        self.open[number] = {
-            "number": number,
-            "preset": preset,
-            "parameters": parameters,
-            "group": group,
-            "started": time.time(),
-        }
-        self._show_start(self.open[number])
+        trial: Member = {"number": number, "preset": preset, "parameters": parameters}
+        self.open[number] = OpenTrial(trial, group, time.time())
+        self._show_start(trial)
 
-    def _show_start(self, trial: dict[str, Any]) -> None:
+    def _show_start(self, trial: Member | TrialRecord) -> None:
         preset = trial["preset"]
         settings = self.config.defence_config(trial["parameters"])
         tags = {"preset": preset or "search", "study": self.config.name, "commit": commit()}
@@ -94,21 +130,20 @@ class Recorder:
         params = {name: getattr(settings, name) for name in searched}
         self.tracker.start_trial(trial["number"], params, tags)
 
-    def reported(self, number: int, result: dict[str, Any]) -> None:
+    def reported(self, result: StepReport) -> None:
         """An intermediate report: scores of one victim on val after some rounds."""
-        report = {"number": number, "victim": result["victim"], "step": result["step"]}
-        report |= known_scores(result)
+        report = cast(StepReport, {key: result[key] for key in REPORTED if key in result})
         self._remember(report)
         with suppress(OSError):  # a point of a curve is worth no trial
             append_lines(self.folder / REPORTS, [report], durable=False)
 
-    def _remember(self, report: dict[str, Any]) -> None:
+    def _remember(self, report: StepReport) -> None:
         history = self.histories.setdefault(report["number"], {})
         for name, value in known_scores(report).items():
             points = history.setdefault(f"{report['victim']}/{name}", {})
             points[report["step"]] = value  # a trial that went on from a checkpoint reports some again
 
-    def completed(self, number: int, result: dict[str, Any], artifacts: Path) -> None:
+    def completed(self, number: int, result: MemberReport, artifacts: Path) -> None:
         """A trial has ended with finite objectives; FAILED nevertheless if its files cannot be kept."""
         kept = self._kept(number)
         try:
@@ -119,23 +154,18 @@ class Recorder:
             shutil.rmtree(kept, ignore_errors=True)
             self.failed(number, f"{type(error).__name__}: its files cannot be kept: {error}")
             return
-        trial = self.open.pop(number)
-        keys = [key for key in (*DIRECTIONS, *RESULTS) if key in result]
-        self._end(trial, "COMPLETE", None, {key: result[key] for key in keys})
+        self._end(self.open.pop(number), "COMPLETE", None, _part(result, (*DIRECTIONS, *RESULTS)))
 
     def _write_settings(self, kept: Path, number: int) -> None:
-        trial = self.open[number]
         write_yaml(
             kept / SETTINGS,
-            settings_content(self.config, trial["parameters"]),
+            settings_content(self.config, self.open[number].member["parameters"]),
             f"trial {number} of study {self.config.name}, every setting",
         )
 
-    def pruned(self, number: int, result: dict[str, Any]) -> None:
+    def pruned(self, number: int, result: MemberReport) -> None:
         """A trial was stopped early: it keeps the scores that it had, and has no objectives."""
-        keys = [key for key in RESULTS if key in result]
-        trial = self.open.pop(number)
-        self._end(trial, "PRUNED", result["stopped"], {key: result[key] for key in keys})
+        self._end(self.open.pop(number), "PRUNED", result["stopped"], _part(result, RESULTS))
 
     def failed(self, number: int, reason: str, *, details: str | None = None) -> None:
         """A trial has ended without a result; one that has ended before stays as it is.
@@ -150,19 +180,18 @@ class Recorder:
                 self._kept(number).mkdir(parents=True, exist_ok=True)
                 (self._kept(number) / "error.txt").write_text(details)
         trial = self.open.pop(number)
-        seconds = (time.time() - trial["started"]) / trial["group"]
+        seconds = (time.time() - trial.started) / trial.group
         self._end(trial, "FAILED", reason, {"seconds": seconds})
 
-    def _end(
-        self, trial: dict[str, Any], status: str, reason: str | None, result: dict[str, Any]
-    ) -> None:
+    def _end(self, trial: OpenTrial, status: TrialStatus, reason: str | None, result: Outcome) -> None:
         self.unwritten.append(
             {
-                "number": trial["number"],
+                "schema": SCHEMA,
+                "number": trial.member["number"],
                 "status": status,
                 "reason": reason,
-                "preset": trial["preset"],
-                "parameters": trial["parameters"],
+                "preset": trial.member["preset"],
+                "parameters": trial.member["parameters"],
                 **result,
                 "ended": time.time(),
                 "provenance": {
@@ -175,7 +204,7 @@ class Recorder:
             }
         )
 
-    def write(self) -> list[dict[str, Any]]:
+    def write(self) -> list[TrialRecord]:
         """Put the records of trials that have ended on the disk, all at once, and show them in MLflow.
 
         Returns:
@@ -202,7 +231,7 @@ class Recorder:
                 self._show_start(record)
                 self._show_end(record)
 
-    def _show_end(self, record: dict[str, Any]) -> None:
+    def _show_end(self, record: TrialRecord) -> None:
         number, at = record["number"], record["ended"]
         curves = {name: sorted(p.items()) for name, p in self.histories.get(number, {}).items()}
         if record["status"] != "COMPLETE":
@@ -220,9 +249,9 @@ class Recorder:
             for name, value in known_scores(scores).items():
                 # the last point of the curve, and so what MLflow shows
                 curves.setdefault(f"{victim}/{name}", []).append((last, value))
-        metrics = {name: record[name] for name in (*DIRECTIONS, "rounds") if name in record}
+        metrics = numbers_in(record, (*DIRECTIONS, "rounds"))
         metrics |= {f"{name}_std": one["std"] for name, one in record.get("spread", {}).items()}
-        metrics |= {f"passes_{kind}": count for kind, count in record["passes"].items()}
+        metrics |= {f"passes_{kind}": record["passes"][kind] for kind in KINDS}
         self.tracker.end_trial(
             number, at=at, metrics=metrics, histories=curves | losses, artifacts=self._kept(number)
         )

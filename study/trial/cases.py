@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from bimask.inspection.risk import RiskProbe
 from bimask.metrics import CleanScores, CleanSet, EvalSets, Scores
 from study.spec.config import StudyConfig
 from study.spec.suspect import Subject
+from study.store.schema import VictimScores
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,6 @@ class CaseResult:
     numbers: dict[str, float]
     evidence: dict[str, float] = field(default_factory=dict)
 
-    def everything(self) -> dict[str, Any]:
+    def everything(self) -> VictimScores:
         """Scores, numbers and evidence under their names."""
-        return asdict(self.scores) | self.numbers | self.evidence
+        return cast(VictimScores, asdict(self.scores) | self.numbers | self.evidence)

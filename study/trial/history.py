@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from study.analysis.pareto import Floats, dominated, non_dominated, ranks
 from study.spec.stopping import EarlyStopping
+from study.store.schema import Bounds
 
 Rows = list[list[float]]  # of losses, one column an objective
 
@@ -54,9 +54,14 @@ class StoppingBounds:
     front: Rows = field(default_factory=list)
     lines: dict[str, Rows] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
+    def sent(self) -> Bounds:
         """As it goes into a trial's configuration."""
-        return asdict(self)
+        return {"front": self.front, "lines": self.lines}
+
+    @classmethod
+    def of(cls, sent: Bounds | None) -> StoppingBounds:
+        """From what was sent; none where nothing was."""
+        return cls() if sent is None else cls(sent["front"], sent["lines"])
 
     def beat(self, losses: Sequence[float]) -> bool:
         """Whether a finished trial dominates these losses."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
-from study.spec.objectives import known_scores, mean_of
+from study.spec.objectives import Spread, known_scores, mean_of
+from study.store.schema import MemberReport, Outcome, VictimScores
 from study.trial.cases import CaseResult
 
 
@@ -24,7 +25,7 @@ class TrialResult:
 
     cases: dict[str, CaseResult]
     values: dict[str, float]
-    spread: dict[str, dict[str, float]]
+    spread: dict[str, Spread]
     rungs: dict[str, list[float]]
     seconds: float
     stopped: str | None = None
@@ -34,11 +35,15 @@ class TrialResult:
         """`SCORES` over all victims, as far as they are known."""
         return known_scores(self.values)
 
-    def record(self) -> dict[str, Any]:
+    def report(self, number: int, device: str) -> MemberReport:
+        """What the driver is told of trial `number`."""
+        return cast(MemberReport, {"number": number, "device": device} | self.outcome())
+
+    def outcome(self) -> Outcome:
         """The numbers that go into a trial's record, as JSON types."""
         cases = self.cases.values()
-        record = {
-            **self.values,
+        record = cast(Outcome, dict(self.values))
+        record |= {
             "scores": self.per_victim(),
             "passes": {
                 "forward": sum(case.result.passes.forward for case in cases),
@@ -56,9 +61,9 @@ class TrialResult:
             record["runs"] = {key: case.everything() for key, case in self.cases.items()}
         return record
 
-    def per_victim(self) -> dict[str, dict[str, Any]]:
+    def per_victim(self) -> dict[str, VictimScores]:
         """Victim -> its scores, numbers and evidence, the mean where it had several runs."""
-        runs: dict[str, list[dict[str, Any]]] = {}
+        runs: dict[str, list[VictimScores]] = {}
         for case in self.cases.values():
             runs.setdefault(case.name, []).append(case.everything())
-        return {name: mean_of(mine) for name, mine in runs.items()}
+        return {name: cast(VictimScores, mean_of(mine)) for name, mine in runs.items()}

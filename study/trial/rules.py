@@ -11,7 +11,7 @@ from bimask.defences.settings import DefenceConfig
 from study.analysis.pareto import losses
 from study.spec.config import StudyConfig
 from study.spec.directions import OBJECTIVES, Direction
-from study.spec.objectives import BEST, Aggregate, Constraints, Numbers, over_victims, spread
+from study.spec.objectives import BEST, Aggregate, Constraints, Numbers, Spread, over_victims, spread
 from study.spec.stopping import EarlyStopping
 from study.trial.history import StoppingBounds, rung
 
@@ -67,9 +67,7 @@ class TrialRules:
             by_victim.setdefault(run.name, []).append(numbers.get(run.key, best))
         return over_victims(self.aggregate, by_victim, seconds=seconds)
 
-    def spreads(
-        self, runs: Sequence[Run], numbers: Mapping[str, Numbers]
-    ) -> dict[str, dict[str, float]]:
+    def spreads(self, runs: Sequence[Run], numbers: Mapping[str, Numbers]) -> dict[str, Spread]:
         """Quantity -> its spread over the repeats, each over all victims; empty without repeats."""
         by_victim: dict[str, list[Numbers]] = {}
         for run in runs:

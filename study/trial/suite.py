@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,11 +22,20 @@ from bimask.defences.settings import DefenceConfig
 from bimask.metrics import evaluate
 from bimask.victims import Victim
 from study.spec.config import StudyConfig
-from study.spec.objectives import SCORES, spread
+from study.spec.objectives import SCORES, ScoreName, spread
 from study.spec.suspect import Subject
+from study.store.schema import (
+    SCHEMA,
+    Configuration,
+    Confirmation,
+    ConfirmRecord,
+    Role,
+    Spreads,
+    VictimScores,
+)
 from study.trial.cases import Case
 
-Role = Literal["tuning", "held_out", "control"]
+CONFIRMED: tuple[Literal[ScoreName, "accuracy_drop"], ...] = (*SCORES, "accuracy_drop")
 
 
 def roles(config: StudyConfig) -> dict[str, Role]:
@@ -73,7 +82,7 @@ class Job:
         seed: of the defence and of the clean images.
     """
 
-    configuration: str
+    configuration: Configuration
     settings: DefenceConfig
     victim: str
     role: Role
@@ -83,8 +92,23 @@ class Job:
     def key(self) -> tuple[str, str, int]:
         return self.configuration, self.victim, self.seed
 
+    @property
+    def about(self) -> ConfirmRecord:
+        """The record of the job before it has run."""
+        return {
+            "schema": SCHEMA,
+            "configuration": self.configuration,
+            "victim": self.victim,
+            "role": self.role,
+            "seed": self.seed,
+        }
 
-def jobs_of(config: StudyConfig, settings: Mapping[str, DefenceConfig]) -> list[Job]:
+    def failed(self, reason: str) -> ConfirmRecord:
+        """The record of the job when it came to nothing."""
+        return {**self.about, "reason": reason}
+
+
+def jobs_of(config: StudyConfig, settings: Mapping[Configuration, DefenceConfig]) -> list[Job]:
     """Everything that the confirmation runs.
 
     Args:
@@ -93,7 +117,10 @@ def jobs_of(config: StudyConfig, settings: Mapping[str, DefenceConfig]) -> list[
     asked = config.confirmation
     if asked is None:
         return []
-    counts = {"chosen": asked.seeds, "paper_defaults": asked.paper_seeds}
+    counts: dict[Configuration, int | None] = {
+        "chosen": asked.seeds,
+        "paper_defaults": asked.paper_seeds,
+    }
     first = config.seed + config.repeats  # the seeds before it are those of the trials
     return [
         Job(configuration, one, victim, role, seed)
@@ -107,7 +134,7 @@ def _count(count: int | None, default: int) -> int:
     return default if count is None else count
 
 
-def confirm(job: Job, victim: Victim, config: StudyConfig, *, device: str = "cpu") -> dict[str, Any]:
+def confirm(job: Job, victim: Victim, config: StudyConfig, *, device: str = "cpu") -> ConfirmRecord:
     """Purify one victim with one seed, scored on `test`: a record as JSON types.
 
     Raises:
@@ -122,19 +149,16 @@ def confirm(job: Job, victim: Victim, config: StudyConfig, *, device: str = "cpu
     result = defend(model, images, job.settings, labels=labels, generator=generator)
     scores = evaluate(result.model(), victim.eval_sets(splits, "test").to(device))
     return {
-        "configuration": job.configuration,
-        "victim": job.victim,
-        "role": job.role,
-        "seed": job.seed,
-        "test": asdict(scores),
+        **job.about,
+        "test": cast(VictimScores, asdict(scores)),
         "accuracy_drop": victim.scores["test"].clean_accuracy - scores.clean_accuracy,
         "seconds": time.perf_counter() - started,
     }
 
 
 def confirmation(
-    records: Sequence[Mapping[str, Any]], victims: Mapping[str, Victim]
-) -> dict[str, Any] | None:
+    records: Sequence[ConfirmRecord], victims: Mapping[str, Victim]
+) -> dict[str, Confirmation] | None:
     """What the records of a confirmation come to; None where there are none.
 
     Returns:
@@ -143,7 +167,7 @@ def confirmation(
         and n over its runs, and `n_failed` counts those without scores; a victim has its role, its
         digest and its scores on `test` before.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Confirmation] = {}
     for configuration in dict.fromkeys(record["configuration"] for record in records):
         mine = [record for record in records if record["configuration"] == configuration]
         names = [name for name in victims if any(r["victim"] == name for r in mine)]
@@ -157,9 +181,9 @@ def confirmation(
                 name: {
                     "role": rows[0]["role"],
                     "digest": victims[name].spec.digest,
-                    "before": asdict(victims[name].scores["test"]),
+                    "before": cast(VictimScores, asdict(victims[name].scores["test"])),
+                    **_spreads(rows),
                 }
-                | _spreads(rows)
                 for name, rows in by_victim.items()
             },
             "roles": {role: _spreads(rows) for role, rows in by_role.items()},
@@ -167,23 +191,23 @@ def confirmation(
     return found or None
 
 
-def confirmation_metrics(found: Mapping[str, Any]) -> dict[str, float]:
+def confirmation_metrics(found: Mapping[str, Confirmation]) -> dict[str, float]:
     """What MLflow's parent run is told: CONFIGURATION/ROLE/SCORE, its standard deviation as ..._std."""
     metrics: dict[str, float] = {}
     for configuration, result in found.items():
         for role, scores in result["roles"].items():
-            for name, value in scores.items():
-                if name != "n_failed":
+            for name in CONFIRMED:
+                if (value := scores.get(name)) is not None:
                     place = f"confirm/{configuration}/{role}/{name}"
                     metrics |= {place: value["mean"], f"{place}_std": value["std"]}
     return metrics
 
 
-def _spreads(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    rows = list(records)
+def _spreads(rows: Sequence[ConfirmRecord]) -> Spreads:
     done = [row for row in rows if "test" in row]
-    values = {name: [row["test"][name] for row in done] for name in SCORES}
-    values["accuracy_drop"] = [row["accuracy_drop"] for row in done]
-    return {name: spread(column) for name, column in values.items() if column} | {
-        "n_failed": len(rows) - len(done)
-    }
+    found: Spreads = {"n_failed": len(rows) - len(done)}
+    if done:
+        for name in SCORES:
+            found[name] = spread([row["test"][name] for row in done])
+        found["accuracy_drop"] = spread([row["accuracy_drop"] for row in done])
+    return found

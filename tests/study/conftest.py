@@ -31,6 +31,7 @@ from study.pipeline.summary import summarise
 from study.spec.config import StudyConfig
 from study.spec.objectives import SCORES
 from study.store import records
+from study.store.schema import SCHEMA
 from study.trial.cases import Case
 from study.trial.run import run_trials
 from study.trial.suite import confirmation, roles
@@ -258,7 +259,7 @@ def _parameters(rng):
 
 def _record(config, victims, number, parameters, result, rng):
     """A trial's record: number 0 is called the paper's defaults; settings move the scores."""
-    record = copy.deepcopy(result.record())
+    record = copy.deepcopy(result.outcome())
     for scores in record["scores"].values():
         strength = min(1.0, parameters["mask_lr"] / 0.3 + rng.gauss(0, 0.1))
         scores["clean_accuracy"] = min(1.0, max(0.0, 0.97 - 0.1 * strength**2 + rng.gauss(0, 0.01)))
@@ -267,6 +268,7 @@ def _record(config, victims, number, parameters, result, rng):
     for name in SCORES:
         record[name] = sum(scores[name] for scores in record["scores"].values()) / len(victims)
     return {
+        "schema": SCHEMA,
         "number": number,
         "status": "COMPLETE",
         "reason": None,
@@ -275,6 +277,7 @@ def _record(config, victims, number, parameters, result, rng):
         **record,
         "seconds": rng.uniform(2, 9) if number else 120.0,
         "device": "cpu",
+        "ended": 1.7e9 + number,
         "provenance": {
             "study": config.digest,
             "victims": {name: victim.spec.digest for name, victim in victims.items()},
@@ -289,6 +292,7 @@ def _confirmed(config, suite, rng):
     """Three runs of two configurations on every victim, as the confirmation records them."""
     return [
         {
+            "schema": SCHEMA,
             "configuration": configuration,
             "victim": name,
             "role": role,

@@ -68,11 +68,11 @@ def test_both_choices_and_the_regret():
             "test": {"attack_success": asr + 0.05 * at},
         }
 
-    found = compare(trials, {"oracle": 0, "blind": 1}, measured)
+    found = compare("oracle", trials, {"oracle": 0, "blind": 1}, measured)
     assert (found["oracle"]["number"], found["blind"]["number"]) == (0, 1)
     assert found["regret"]["val"] == pytest.approx(0.3)
     assert found["regret"]["test"] == pytest.approx(0.35)
-    nothing = compare(trials, {"oracle": None, "blind": None}, measured)
+    nothing = compare("oracle", trials, {"oracle": None, "blind": None}, measured)
     assert nothing["regret"] is None
     assert nothing["spearman"]["n"] == 3
 

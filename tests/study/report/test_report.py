@@ -48,6 +48,7 @@ def scores(accuracy, success, recovery=0.5):
 
 def told(before, after, *, chosen=7, paper=None, statuses=("COMPLETE",) * 8):
     summary = {
+        "aggregate": {},
         "victims": {"digits-badnets": {"test": before}},
         "n_complete": statuses.count("COMPLETE"),
         "min_clean_accuracy": 0.97,
@@ -97,15 +98,17 @@ def test_the_text_counts_trials_and_compares_with_the_paper():
 
 
 def test_the_blind_choice_is_shown_where_there_is_evidence_and_ranks_are_spearmans(large_study):
-    trials = [trial for trial in read(large_study)["trials"] if trial["status"] == "COMPLETE"]
+    trials = [trial for trial in read(large_study).trials if trial["status"] == "COMPLETE"]
 
     def with_risk(rank):
         for trial in trials:
             for scores in trial["scores"].values():
                 scores["risk"] = rank(trial["attack_success"])
-        return blind_choice(trials, {"blind": {"number": 3}})
+        return blind_choice(
+            trials, {"chosen": None, "selection": {"blind": {"number": 3}, "oracle": None}}
+        )
 
-    assert blind_choice(trials, {}) is None
+    assert blind_choice(trials, None) is None
     agreeing, opposite = with_risk(lambda success: success**3), with_risk(lambda success: 1 - success)
     assert agreeing["spearman"] == pytest.approx(1)
     assert opposite["spearman"] == pytest.approx(-1)
@@ -114,7 +117,7 @@ def test_the_blind_choice_is_shown_where_there_is_evidence_and_ranks_are_spearma
 
 
 def test_held_out_victims_are_told_of_in_the_text(large_study):
-    content = page_content(**read(large_study))
+    content = page_content(read(large_study))
     found = content["suite"]["chosen"]["roles"]["held_out"]["attack_success"]
     said = f"On held-out victims it leaves attack success at {100 * found['mean']:.1f}"
     assert said in content["headline"]["text"]
@@ -312,7 +315,7 @@ def test_a_study_that_was_cut_off_has_a_page(large_study, tmp_path):
     assert data["chosen"] is None
     assert data["front"]
     (folder / "trials.jsonl").write_text("")
-    assert page_content(**read(folder))["trials"] == []
+    assert page_content(read(folder))["trials"] == []
 
 
 def test_nothing_in_the_data_ends_the_script_they_are_in(page):

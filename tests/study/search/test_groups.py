@@ -176,7 +176,7 @@ def test_the_numbers_are_those_of_trials_that_run_alone(grouped, case):
         settings = config.defence_config(row["parameters"])
         (alone,) = run_trials([settings], [case], seed=config.seed)
         for key in ("scores", "rounds", "passes", *OBJECTIVES, "recovery"):
-            assert row[key] == alone.record()[key], key
+            assert row[key] == alone.outcome()[key], key
         masks = alone.cases["digits-badnets"].tensors
         kept = load_file(grouped.folder / f"trials/{number:03d}/digits-badnets.masks.safetensors")
         assert all(torch.equal(kept[name], masks[name]) for name in masks)

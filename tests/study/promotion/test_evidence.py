@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from study.promotion.evidence import TestEvidence, evidence_of, judge
 from study.spec.config import StudyConfig
-from study.spec.gates import Gates, TestEvidence, evidence_of, judge
+from study.spec.gates import Gates
 
 
 def victim(role, attack_success, accuracy_drop, *, n=5, std=0.01, digest="d", n_failed=0):

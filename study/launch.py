@@ -145,7 +145,7 @@ def suspect_of(own: Mapping[str, str | Path | None], about: Mapping[str, Any]) -
     Raises:
         StudyError: model, net or pictures are missing, or an option is none.
     """
-    from bimask.cli.suspects import numbers, size
+    from bimask.inspection.words import numbers, size
     from study.spec.config import StudyError
 
     if missing := [f"--{key}" for key, value in own.items() if value is None]:

@@ -41,9 +41,8 @@ def make_suite(suite: Path, out: Path, address: str | None, cpus: int, gpus: flo
     """The names of the victims that could not be made; see `main`."""
     import torch
 
-    from bimask.cli.train_victims import build, failure
     from bimask.victims import EpochLog, load_suite
-    from bimask.victims.progress import VictimBars
+    from bimask.victims.progress import VictimBars, build, failure
     from study.search import start_ray, stop_ray
     from study.search.victims import Event, make_victims
 

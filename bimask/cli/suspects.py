@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ from rich.markup import escape
 
 from bimask.cli.terminal import console
 from bimask.data import Splits
-from bimask.data.pictures import DataWarning, Size
+from bimask.data.pictures import DataWarning
 from bimask.errors import SettingError
 from bimask.inspection.suspect import Suspect, load_suspect
+from bimask.inspection.words import numbers, size
 from bimask.metrics import EvalSets
 from bimask.victims import open_victim
 from bimask.victims.as_suspect import suspect_of
@@ -44,7 +44,6 @@ KnownVictim = Annotated[
     Path | None, typer.Option(help="Instead of your own: a victim's folder, trigger known.")
 ]
 CleanImagesPerClass = Annotated[int, typer.Option(help="With --victim.")]
-MAX_SIDE = 1024  # pixels; a manifest of a cleaned model has no more
 
 
 @dataclass(frozen=True)
@@ -117,28 +116,3 @@ def shown_warnings() -> Iterator[None]:
     for one in caught:
         if not issubclass(one.category, DataWarning):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-
-
-def size(text: str | None) -> Size | None:
-    """`32` or `48x32`, (height, width)."""
-    if text is None:
-        return None
-    parts = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text.strip(), re.ASCII)
-    sides = [int(part) for part in parts.groups() if part] if parts else []
-    if not sides or not all(1 <= side <= MAX_SIDE for side in sides):
-        raise SettingError(
-            f"--image-size must be pixels, such as 32, or 48x32 for height and width, 1 to {MAX_SIDE} "
-            f"each, got {text!r}."
-        )
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def numbers(option: str, text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise SettingError(
-            f"{option} must be numbers with commas, one a channel, got {text!r}."
-        ) from error

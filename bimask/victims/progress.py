@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import TaskID
 
 from bimask.progress import ToldProgress
 from bimask.victims.files import Victim
-from bimask.victims.train import EpochLog
+from bimask.victims.spec import VictimSpec
+from bimask.victims.train import EpochLog, obtain_victim
 
 
 class VictimBars:
@@ -56,3 +61,37 @@ def described(victim: Victim) -> str:
         f"{victim.spec.digest}: on test ACC {scores.clean_accuracy:.3f}, ASR "
         f"{scores.attack_success:.3f}, RA {scores.recovery:.3f}"
     )
+
+
+def build(
+    name: str,
+    spec: VictimSpec,
+    out: Path,
+    device: torch.device,
+    bars: VictimBars,
+    *,
+    made: bool,
+) -> bool:
+    """Load a victim, or make it, or say why there is none; whether there is one.
+
+    Args:
+        made: whether the line on it says that it was made now.
+    """
+    try:
+        victim = obtain_victim(
+            spec,
+            out,
+            device=device,
+            on_epoch=partial(bars.epoch, name),
+            on_prepare=partial(bars.preparing, name),
+        )
+    except Exception as error:  # whatever it is, the others are made
+        bars.ended(name, failure(name, f"{type(error).__name__}: {error}"))
+        return False
+    bars.ended(name, f"{escape(name)}: {'made' if made else 'found'}, {described(victim)}")
+    return True
+
+
+def failure(name: str, reason: str) -> str:
+    """A line on a victim that was not made."""
+    return f"{escape(name)}: [bold red]failed[/], {escape(reason)}"

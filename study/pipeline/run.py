@@ -194,6 +194,8 @@ def _start_in_mlflow(
         | {"objectives": json.dumps(config.directions), "commit": commit()}
         | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}
         | {f"version.{package}": number for package, number in versions().items()},
+        scores=["clean_accuracy", "attack_success" if config.suspect is None else "risk"],
+        settings=list(config.space),
     )
 
 
@@ -249,7 +251,8 @@ class _Study:
             write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
             status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
             make_report(self.folder, self.folder.parent / "victims", self.console)
-            close(mirror, self.folder, summary, "KILLED" if interrupts.signal else status)
+            page = self.tracker.artifact_link(REPORT)
+            close(mirror, self.folder, summary, "KILLED" if interrupts.signal else status, page)
             patience = PATIENCE
             return summary, interrupts.signal
         except BaseException as error:
@@ -307,8 +310,14 @@ def make_report(folder: Path, victims: Path, console: Console) -> None:
         console.print(f"no report ({error}); try: python -m study.report {folder.name}", soft_wrap=True)
 
 
-def close(mirror: Tracker | MlflowQueue, folder: Path, summary: StudySummary, status: Status) -> None:
-    """The summary in MLflow's parent run."""
+def close(
+    mirror: Tracker | MlflowQueue, folder: Path, summary: StudySummary, status: Status, page: str
+) -> None:
+    """The summary in MLflow's parent run.
+
+    Args:
+        page: where MLflow's UI shows the study's page.
+    """
     metrics = {"hypervolume": summary["hypervolume"], "n_failed": summary["n_failed"]}
     if chosen := summary["chosen"]:
         metrics |= {f"chosen/{name}": value for name, value in chosen["val"].items()}
@@ -327,7 +336,7 @@ def close(mirror: Tracker | MlflowQueue, folder: Path, summary: StudySummary, st
         metrics=metrics,
         artifacts=[folder / name for name in names if (folder / name).is_file()],
         status=status,
-        note=f"**{told['title']}.** {told['text']} The page about it: `{REPORT}` below.",
+        note=f"**{told['title']}.** {told['text']} [The study's page]({page}) shows all of it.",
         front=[point["number"] for point in summary["front"]],
         chosen=chosen and chosen["number"],
     )

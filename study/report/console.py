@@ -108,7 +108,9 @@ def show(
     show_suite(console, summary.get("suite") or {})
     if (folder / REPORT).is_file():
         console.print(f"page:  {folder / REPORT}", soft_wrap=True, highlight=False)
-    console.print("look:  " + tracker.ui_command(), soft_wrap=True)
+    if (command := tracker.ui_command()) is not None:
+        console.print("look:  " + command, soft_wrap=True, highlight=False)
+    console.print("trials: " + tracker.link(), soft_wrap=True, highlight=False)
     if chosen is None:
         console.print(
             "[bold yellow]Nothing chosen[/]: no trial keeps a clean accuracy of "

@@ -6,10 +6,11 @@ and its artifacts. The schema of a SQLite store is made here, before any other p
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -32,6 +33,7 @@ EXPERIMENT = "bimask"
 KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RUN_STATUS: dict[str, Status] = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAILED": "FAILED"}
+LOCAL_PAGE = "http://127.0.0.1:5000"  # where `mlflow ui` answers unless told otherwise
 BATCH = 1000  # metrics in one request, MLflow's own limit
 
 
@@ -73,8 +75,21 @@ class Tracker:
         self.runs: dict[int, str] = {}
         self.ended: set[int] = set()
 
-    def start_study(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Open the parent run: the one with this tag `study_id` again, if there is one."""
+    def start_study(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        *,
+        scores: Sequence[str] = (),
+        settings: Sequence[str] = (),
+    ) -> None:
+        """Open the parent run: the one with this tag `study_id` again, if there is one.
+
+        Args:
+            scores: metrics of a trial that `link` shows; sorted by the last, which is to be low.
+            settings: parameters of a trial that `link` shows.
+        """
         found = self._search(f"tags.study_id = '{tags['study_id']}'") if "study_id" in tags else []
         if found:
             self.parent_id = found[0].info.run_id
@@ -84,6 +99,21 @@ class Tracker:
             run = self.client.create_run(self.experiment_id, run_name=name, tags=dict(tags))
             self.parent_id = run.info.run_id
         self._log(self.parent_id, params=params)
+        if scores:
+            self._share_view(scores, settings)
+
+    def _share_view(self, scores: Sequence[str], settings: Sequence[str]) -> None:
+        """Keep a view of the trials for `link` to name, as the UI's own button *Share* does."""
+        columns = [f"metrics.`{name}`" for name in scores] + [f"params.`{name}`" for name in settings]
+        view = {
+            "searchFilter": f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.parent_id}'",
+            "orderByKey": columns[len(scores) - 1],
+            "orderByAsc": True,
+            "selectedColumns": columns,
+        }
+        self.client.set_experiment_tag(
+            self.experiment_id, f"mlflow.sharedViewState.{self.parent_id}", json.dumps(view)
+        )
 
     def has_whole(self, study_id: str, trials: int) -> bool:
         """Whether a study and all its trials have ended here."""
@@ -251,11 +281,19 @@ class Tracker:
         for start in range(BATCH, len(rows), BATCH):
             self.client.log_batch(run_id, metrics=rows[start : start + BATCH])
 
-    def ui_command(self) -> str:
-        """What a user types to look at the runs."""
-        if self.uri.startswith(("http://", "https://")):
-            return f"open {redacted(self.uri)}"
-        return f"mlflow ui --backend-store-uri {redacted(self.uri)}"
+    def ui_command(self) -> str | None:
+        """What a user types before `link` can be opened; None where a server runs."""
+        return None if is_server(self.uri) else f"mlflow ui --backend-store-uri {redacted(self.uri)}"
+
+    def link(self) -> str:
+        """Where MLflow's page shows the study's trials with their scores and settings."""
+        at = redacted(self.uri).rstrip("/") if is_server(self.uri) else LOCAL_PAGE
+        shown = f"workflowType=machine_learning&viewStateShareKey={self.parent_id}"
+        return f"{at}/#/experiments/{self.experiment_id}/runs?{shown}"
+
+    def artifact_link(self, name: str) -> str:
+        """A file of the parent run, as a link from within MLflow's page."""
+        return f"#/experiments/{self.experiment_id}/runs/{self.parent_id}/artifacts/{name}"
 
 
 def log_to_study(uri: str, name: str, digest: str, path: Path) -> bool:
@@ -289,6 +327,11 @@ def tracking_uri(outputs: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(outputs / 'mlflow.db').resolve()}"
 
 
+def is_server(uri: str) -> bool:
+    """Whether a store is a server, not a file."""
+    return uri.startswith(("http://", "https://"))
+
+
 def redacted(uri: str) -> str:
     """The URI without user and password."""
     parts = urlsplit(uri)
@@ -303,7 +346,7 @@ def require_server(uri: str) -> None:
     Raises:
         StudyError: it does not answer.
     """
-    if not uri.startswith(("http://", "https://")):
+    if not is_server(uri):
         return
     try:
         parts = urlsplit(uri)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -317,6 +318,40 @@ def _files(kept, result):
         (kept / f"{name}.rounds.json").write_text(
             json.dumps([asdict(log) for log in case.result.history])
         )
+
+
+@pytest.fixture(scope="session")
+def mlflow_server():
+    """A function: a real `mlflow server` over a store, on loopback; its address."""
+
+    @contextmanager
+    def serve(uri):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+        process = subprocess.Popen(
+            [*command, "--workers", "1", "--port", str(port)],
+            env=os.environ
+            | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        address = f"http://127.0.0.1:{port}"
+        try:
+            for _ in range(240):
+                try:
+                    urllib.request.urlopen(f"{address}/health", timeout=2).close()
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+    return serve
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
 """A whole study with real Ray, Optuna, MLflow and SQLite, on a victim that trains in seconds."""
 
+import io
 import json
+import re
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,10 +78,12 @@ def path(outputs):
 @pytest.fixture(scope="module")
 def finished(outputs, path):
     """The study, run once, as `python -m study.launch` does it."""
-    assert run.run_study(path, {"concurrency": 2}, outputs=outputs, address="local")
+    with redirect_stdout(io.StringIO()) as printed:
+        assert run.run_study(path, {"concurrency": 2}, outputs=outputs, address="local")
     folder = outputs / "tiny"
     summary = json.loads((folder / "summary.json").read_text())
-    return SimpleNamespace(folder=folder, outputs=outputs, summary=summary)
+    shown = printed.getvalue()
+    return SimpleNamespace(folder=folder, outputs=outputs, summary=summary, shown=shown)
 
 
 def mlflow_runs(outputs, name):
@@ -238,6 +243,37 @@ def test_a_study_that_went_well_leaves_no_file_of_rays(finished):
         *("study.yaml", "identity.json", "trials.jsonl", "reports.jsonl", "trials", "summary.json"),
         *("best.yaml", "front.png", "report.html", "optuna.db", "victims"),
     }
+
+
+def test_the_link_that_is_printed_opens_on_the_trials_and_their_scores(
+    finished, mlflow_server, browser, tmp_path
+):
+    """A real server and a real browser, in the state that the link sets: no click, no stored view."""
+    (link,) = re.findall(r"trials: http://127.0.0.1:5000(/#\S+)", finished.shown)
+    _, parent, children = mlflow_runs(finished.outputs, "tiny")
+    with mlflow_server(tracking_uri(finished.outputs)) as address:
+        page = browser.new_page(viewport={"width": 1500, "height": 900})
+        page.set_default_timeout(60_000)
+        page.goto(address + link)
+        page.wait_for_selector("text=trial-003")
+        page.screenshot(path=tmp_path / "trials.png")
+        heads = page.locator("[role=columnheader]").all_inner_texts()
+        assert page.locator("text=Model registry").count() == 1, "not the pages on chats"
+        assert {"clean_accuracy", "attack_success", *TINY["space"]} <= set(heads)
+        listed = page.locator(".ag-row a", has_text="trial-").all_inner_texts()
+        by_success = sorted(children, key=lambda run: run.data.metrics["attack_success"])
+        assert len(listed) == 4
+        assert listed[0] == by_success[0].info.run_name
+        cells = page.locator("[role=gridcell][col-id*=attack_success]").all_inner_texts()
+        assert float(cells[0]) == pytest.approx(by_success[0].data.metrics["attack_success"], abs=1e-2)
+        page.goto(f"{address}/#/experiments/1/runs/{parent.info.run_id}")
+        with page.expect_popup() as opened:
+            page.click("text=The study's page")
+        shown = opened.value.frame_locator("iframe").locator("h1")
+        assert "attack success" in shown.inner_text(timeout=60_000)
+        opened.value.screenshot(path=tmp_path / "page.png")
+        opened.value.close()
+        page.close()
 
 
 def test_a_picture_of_every_victim_is_in_the_parent_run(finished):

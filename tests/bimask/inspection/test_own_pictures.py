@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 from bimask import PurifyConfig, load_data
 from bimask.__main__ import app
 from bimask.cleaned.folder import load_cleaned
-from bimask.cli.suspects import shown_warnings, size
+from bimask.cli.suspects import shown_warnings
 from bimask.data.pictures import DataWarning, picture_size, read_picture
 from bimask.errors import DataError, SettingError, VictimError
 from bimask.inspection.suspect import load_suspect, read_clean
+from bimask.inspection.words import size
 
 FACTORY = """
 from torch import nn

@@ -224,7 +224,8 @@ def test_the_blind_choice_stands_beside_the_oracles(opened, large_study, tmp_pat
             scores["risk"] = 0.5 * row["attack_success"]
     (folder / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = json.loads((folder / "summary.json").read_text())
-    (folder / "summary.json").write_text(json.dumps(summary | {"blind": {"number": 0}}))
+    summary["selection"]["blind"] = summary["chosen"] | {"number": 0}
+    (folder / "summary.json").write_text(json.dumps(summary))
     page = opened(write_report(folder, tmp_path / "nowhere"))
     assert "is 1.00." in page.locator("#blind p").inner_text()
     assert page.locator("#blind .chart .mark.triangle").count() == 1

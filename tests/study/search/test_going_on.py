@@ -187,7 +187,7 @@ class Told:
         return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
 
 
-REPORT = {"scores": {"v": {}}, "seconds": 1.0, "rounds": 2, "passes": {"forward": 1}, "device": "cpu"}
+REPORT = {"scores": {"v": {}}, "seconds": 1.0, "rounds": 2, "passes": {"forward": 1, "backward": 0}, "device": "cpu"}
 SCORES = {"clean_accuracy": 0.9, "attack_success": 0.1, "recovery": 0.8}
 LOG = {"step": 0, "loss": 1.0, "losses": {}}
 
@@ -236,10 +236,10 @@ def test_curves_are_whole_after_a_kill_and_steps_reported_twice_count_once(recor
     first.started(1, None, {})
     for step, value in ((1, 0.1), (3, 0.2)):
         scores = dict.fromkeys(SCORES, value)
-        first.reported(1, {"number": 1, "victim": "v", "step": step, **scores})
+        first.reported({"number": 1, "victim": "v", "step": step, **scores})
     second = recorder()
     second.started(1, None, {})
-    second.reported(1, {"number": 1, "victim": "v", "step": 3, **dict.fromkeys(SCORES, 0.2)})
+    second.reported({"number": 1, "victim": "v", "step": 3, **dict.fromkeys(SCORES, 0.2)})
     second.completed(1, report(), tmp_path / "made")
     second.write()
     name, _, kwargs = second.tracker.calls[-1]

@@ -1,14 +1,7 @@
 """What docs/studies.md says to type into MLflow's search box finds it, in the store and in the UI."""
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,33 +97,11 @@ def test_the_experiment_is_one_of_training(tmp_path, before):
 
 
 @pytest.fixture
-def server(large_study, tmp_path):
+def server(large_study, tmp_path, mlflow_server):
     """A real `mlflow server` over the store of 100 trials."""
     store = recorded(large_study, tmp_path, 100)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.uri]
-    process = subprocess.Popen(
-        [*command, "--workers", "1", "--port", str(port)],
-        env=os.environ
-        | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        store.address = f"http://127.0.0.1:{port}"
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{store.address}/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.5)
+    with mlflow_server(store.uri) as store.address:
         yield store
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
 
 
 @pytest.mark.slow

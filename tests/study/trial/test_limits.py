@@ -92,9 +92,10 @@ def misbehaving(group, *, study, cases):
         del scores["attack_success"]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / str(number)).mkdir()
-        report = {"number": number, **scores, "scores": {}, "seconds": 0.0, "rounds": 0, "passes": {}}
+        passes = {"forward": 0, "backward": 0}
+        report = {"number": number, **scores, "scores": {}, "seconds": 0.0, "rounds": 0}
         tune.report(
-            {"final": True, "members": [{**report, "device": "cpu"}]},
+            {"final": True, "members": [{**report, "passes": passes, "device": "cpu"}]},
             checkpoint=tune.Checkpoint.from_directory(folder),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from bimask.defences.settings import DefenceConfig
 from bimask.defences.state import DefenceState
 from bimask.errors import NonFiniteError, SettingError
 from bimask.masking.masks import MaskSet
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -134,6 +131,17 @@ class Defence(ABC, Generic[Config]):
             may_use: setting -> whether any trial may have it other than off.
         """
         return None
+
+    def check(self, model: nn.Module, images: Tensor) -> None:
+        """Refuse a model that the method can do nothing for, by its architecture alone: a study asks
+        before it trains a victim.
+
+        Args:
+            images: (N, C, H, W) float in [0, 1], one at least.
+
+        Raises:
+            ModelError: it can do nothing for this model.
+        """
 
     def batch_key(self, config: Config) -> Hashable:
         """Configurations of the same key may share one `run`."""

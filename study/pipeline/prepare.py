@@ -17,7 +17,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from bimask.defences.base import Preparation
-from bimask.errors import BimaskError
+from bimask.errors import BimaskError, ModelError
 from bimask.inspection.risk import RiskProbe
 from bimask.progress import ToldProgress
 from bimask.victims import obtain_victim
@@ -56,16 +56,21 @@ def find_room(config: StudyConfig, wait: float, console: Console) -> int:
 
 
 def check_data(config: StudyConfig) -> None:
-    """Refuse data that are missing, too few or no match for attack or net, before any training."""
+    """Refuse data that are missing, too few or no match for attack or net, and nets that the defence
+    can do nothing for, before any training."""
     if config.suspect is not None:
-        config.suspect.load(config.clean_images_per_class)
-    for spec in config.suite:
+        suspect = config.suspect.load(config.clean_images_per_class)
+        config.defender.check(suspect.model, suspect.load_data().val.floats()[:2])
+    for name, spec in zip(config.suite_names(), config.suite, strict=False):
         splits = spec.load_data()
         splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
         attack = spec.build_attack()
         if not attack.has_state:  # else the trigger is made with the victim, and refused there
             attack.triggered(splits.val)
-        spec.fresh_net(splits.train)
+        try:
+            config.defender.check(spec.fresh_net(splits.train).eval(), splits.val.floats()[:2])
+        except ModelError as error:
+            raise StudyError(f"The victim {name}: {error}") from error
 
 
 def prepare_victims(

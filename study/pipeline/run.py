@@ -25,11 +25,11 @@ from study.pipeline.prepare import (
     prepare_victims,
     require_writable,
 )
-from study.pipeline.summary import FRONT_PICTURE, summarise
+from study.pipeline.summary import summarise
 from study.report import REPORT, write_report
 from study.report.console import show, trial_progress, wide_console
 from study.report.content import headline
-from study.report.pictures import draw_victims
+from study.report.pictures import FRONT_PICTURE, draw_front, draw_victims
 from study.search.interrupts import InterruptedStudyError, Interrupts
 from study.search.warm_start import Earlier, read_earlier
 from study.spec.config import StudyConfig, StudyError
@@ -238,6 +238,7 @@ class _Study:
             wall = time.perf_counter() - searching
             trials = records.read_trials(self.folder)
             summary = summarise(self.config, self.folder, trials, self.victims)
+            draw_front(self.folder / FRONT_PICTURE, trials, summary)
             summary["seconds"] = {
                 "in_trials": in_trials,
                 "harness": max(0.0, wall * self.concurrency - in_trials),

@@ -15,7 +15,6 @@ from bimask.metrics import Split, evaluate
 from study import search
 from study.analysis import blind, leave_out
 from study.analysis.pareto import ParetoFront, choose, feasible_first
-from study.report.pictures import draw_front
 from study.spec.config import StudyConfig
 from study.spec.objectives import (
     known_scores,
@@ -37,14 +36,13 @@ from study.store.schema import (
     VictimScores,
 )
 
-FRONT_PICTURE = "front.png"
 SPLITS: tuple[Split, ...] = ("val", "test")
 
 
 def summarise(
     config: StudyConfig, folder: Path, trials: list[TrialRecord], victims: dict[str, Subject]
 ) -> StudySummary:
-    """Front, hypervolume, chosen trial with its `test` scores; writes best.yaml and the picture.
+    """Front, hypervolume, chosen trial with its `test` scores; writes best.yaml.
 
     Args:
         victims: the tuning victims by name, or the suspect: what needs its trigger is left out then.
@@ -68,16 +66,6 @@ def summarise(
     chosen = None if position is None else complete[position]
     paper = next((t for t in complete if t["preset"] == search.PAPER), None)
     on_front = [complete[competing[i]] for i in front.indices]
-    draw_front(
-        folder / FRONT_PICTURE,
-        title=f"{config.name}: {len(complete)} trials on {', '.join(victims)}",
-        trials=complete,
-        front=[t["number"] for t in on_front],
-        chosen=None if chosen is None else chosen["number"],
-        paper=None if paper is None else paper["number"],
-        victim=before,
-        min_clean_accuracy=bound,
-    )
     accuracies = {name: victim.scores["val"].clean_accuracy for name, victim in victims.items()}
     summary: StudySummary = {
         "schema": SCHEMA,

@@ -201,7 +201,7 @@ def page_content(found: Finished) -> PageContent:
         "front": front,
         "chosen": chosen and chosen["number"],
         "paper": next((t["number"] for t in trials if t["preset"] == PAPER), None),
-        "before": _before(summary, "val"),
+        "before": scores_before(summary, "val"),
         "bound": summary and summary["min_clean_accuracy"],
         "hypervolume": summary and summary["hypervolume"],
         "importance": importances(space, searched, shown),
@@ -231,10 +231,10 @@ def headline(summary: StudySummary | None, count: Mapping[TrialStatus, int]) -> 
             "text": f"Nothing is chosen. {ended}. More trials or a wider space may find one; so "
             "may a larger `max_accuracy_drop`.",
         }
-    before = _before(summary, "test") or {}
+    was = scores_before(summary, "test") or {}
     after = chosen["test"]
     if "attack_success" not in after:
-        return _of_suspect(chosen, before, ended)
+        return _of_suspect(chosen, was, ended)
     paper = summary["paper_defaults"]
     who = "The paper's defaults" if paper and paper["number"] == chosen["number"] else None
     text = f"Measured on the test images, once, after the choice. {ended}."
@@ -243,9 +243,9 @@ def headline(summary: StudySummary | None, count: Mapping[TrialStatus, int]) -> 
         text += f" The paper's defaults leave attack success at {left}."
     text += _unseen(summary)
     return {
-        "title": _finding(who or f"Trial {chosen['number']}", before, after, plural=who is not None),
+        "title": _finding(who or f"Trial {chosen['number']}", was, after, plural=who is not None),
         "text": text,
-        "before": before,
+        "before": was,
         "after": after,
     }
 
@@ -311,7 +311,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}\u00a0%"
 
 
-def _before(summary: StudySummary | None, split: Split) -> dict[str, float] | None:
+def scores_before(summary: StudySummary | None, split: Split) -> dict[str, float] | None:
     """The victims' own scores, summed up as the study does."""
     if summary is None or not summary["victims"]:
         return None

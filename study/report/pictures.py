@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,40 +13,30 @@ from bimask.masking.masks import MaskSet
 from bimask.metrics import EvalSets
 from bimask.victims import Victim
 from bimask.victims.gallery import gallery
-from study.spec.objectives import backdoor_left
+from study.report.content import scores_before
+from study.spec.objectives import backdoor_left, number
+from study.store.schema import StudySummary, TrialRecord
 from study.trial.cases import Case
 
 # Okabe-Ito: distinct to colour-blind readers, and each role has a marker of its own as well.
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#999999", "#000000"
+FRONT_PICTURE = "front.png"
 AXES = {"attack_success": "attack success rate", "risk": "risk (short cuts still followed)"}
 
 
-def draw_front(
-    path: Path,
-    *,
-    title: str,
-    trials: Sequence[Mapping[str, Any]],
-    front: Sequence[int],
-    chosen: int | None,
-    paper: int | None,
-    victim: Mapping[str, float],
-    min_clean_accuracy: float,
-) -> None:
-    """Clean accuracy against attack success, or a suspect's risk, on `val` for every finished trial.
+def draw_front(path: Path, trials: Sequence[TrialRecord], summary: StudySummary) -> None:
+    """Clean accuracy against attack success, or a suspect's risk, on `val` for every complete trial.
 
-    Args:
-        trials: records with `number`, `clean_accuracy`, and `attack_success` or `risk`.
-        front: numbers of the trials on the front.
-        chosen: number of the chosen trial.
-        paper: number of the trial with the paper's defaults.
-        victim: `clean_accuracy` and `attack_success` of the victims themselves (mean); of a suspect the
-            first alone, and it is no point.
-        min_clean_accuracy: the bound of the choice.
+    The victims as they were are a point of their own; a suspect, of which no risk is known, is none.
     """
+    complete = [trial for trial in trials if trial["status"] == "COMPLETE"]
+    front = [point["number"] for point in summary["front"]]
+    chosen, paper = (one and one["number"] for one in (summary["chosen"], summary["paper_defaults"]))
+    victim = scores_before(summary, "val") or {}
     figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")
     axes = figure.subplots()
     by = backdoor_left(victim)
-    points = {t["number"]: (100 * t[by], 100 * t["clean_accuracy"]) for t in trials}
+    points = {t["number"]: (100 * number(t, by), 100 * t["clean_accuracy"]) for t in complete}
     others = [p for number, p in points.items() if number not in front]
     if others:
         x, y = zip(*others, strict=True)
@@ -87,12 +76,13 @@ def draw_front(
             zorder=5,
             label=f"chosen (trial {chosen})",
         )
-    axes.axhline(100 * min_clean_accuracy, color=GREEN, linestyle=":", linewidth=1)
-    axes.text(100, 100 * min_clean_accuracy, "accuracy asked for", color=GREEN, ha="right", va="bottom")
+    asked = 100 * summary["min_clean_accuracy"]
+    axes.axhline(asked, color=GREEN, linestyle=":", linewidth=1)
+    axes.text(100, asked, "accuracy asked for", color=GREEN, ha="right", va="bottom")
     axes.set_xlabel(f"{AXES[by]} on val, % (lower is better)")
     axes.set_ylabel("clean accuracy on val, % (higher is better)")
     axes.set_xlim(-3, 103)
-    axes.set_title(title)
+    axes.set_title(f"{summary['name']}: {len(complete)} trials on {', '.join(summary['victims'])}")
     axes.grid(alpha=0.25)
     axes.legend(loc="lower center", fontsize=8, ncols=2)
     figure.savefig(path)

@@ -64,6 +64,12 @@ def refused(tmp_path, capsys):
     return run
 
 
+def without_batch_norms():
+    """A defence that can do nothing for the net of the victim; no victim is trained for that."""
+    study = with_victim(net="vit_tiny", width=16, image_size=16) | {"defence": "clp", "fixed": {}}
+    return study | {"space": {"u": {"kind": "float", "low": 1, "high": 5}}}
+
+
 @pytest.mark.parametrize(
     ("study", "options", "expected"),
     [
@@ -82,6 +88,7 @@ def refused(tmp_path, capsys):
         (with_victim(dataset="imagefolder:/no/such/place"), {}, "There is no folder /no/such/place"),
         (with_victim(attack={"name": "badnets", "target": 10}), {}, "`target` must be one of"),
         (with_victim(attack={"name": "badnets", "size": 99}), {}, "A patch of 99 pixels does not fit"),
+        (without_batch_norms(), {}, "The victim digits-badnets: CLP prunes batch norms"),
         (with_victim(epochs=1, min_attack_success=1.0), {}, "was not learned (ACC"),
         pytest.param(
             with_victim(epochs=1, min_clean_accuracy=1.0, min_attack_success=0.0),

@@ -45,6 +45,9 @@ class Clp(SimpleDefence[ClpConfig]):
     config = ClpConfig
     numbers = ("pruned_share",)
 
+    def check(self, model: nn.Module, images: Tensor) -> None:
+        _admitted(model, images)
+
     def defend(
         self,
         model: nn.Module,
@@ -61,15 +64,9 @@ class Clp(SimpleDefence[ClpConfig]):
             ModelError: the model has no batch norm right behind a convolution.
         """
         began = time.perf_counter()
-        admitted = admit(model, clean.images)
-        found = pairs(admitted.model, clean.images[:1].to(next(admitted.model.parameters()).dtype))
-        if not found:
-            raise ModelError(
-                "CLP prunes batch norms right behind convolutions, and this model has none; take "
-                "another defence, such as `ims`."
-            )
+        net, found = _admitted(model, clean.images)
         tensors, pruned, channels = {}, 0, 0
-        modules = dict(admitted.model.named_modules())
+        modules = dict(net.named_modules())
         for name, convolution in found.items():
             norm = modules[name]
             bound = channel_lipschitz(modules[convolution], norm)
@@ -90,6 +87,18 @@ class Clp(SimpleDefence[ClpConfig]):
     def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: ClpConfig) -> nn.Module:
         """A copy of the model with these batch norms."""
         return with_tensors(model, tensors)
+
+
+def _admitted(model: nn.Module, images: Tensor) -> tuple[nn.Module, dict[str, str]]:
+    """The net in the model, and its `pairs`."""
+    net = admit(model, images).model
+    found = pairs(net, images[:1].to(next(net.parameters()).dtype))
+    if not found:
+        raise ModelError(
+            "CLP prunes batch norms right behind convolutions, and this model has none; take "
+            "another defence, such as `ims`."
+        )
+    return net, found
 
 
 def channel_lipschitz(convolution: nn.Module, norm: nn.Module) -> Tensor:

@@ -187,7 +187,13 @@ class Told:
         return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
 
 
-REPORT = {"scores": {"v": {}}, "seconds": 1.0, "rounds": 2, "passes": {"forward": 1, "backward": 0}, "device": "cpu"}
+REPORT = {
+    "scores": {"v": {}},
+    "seconds": 1.0,
+    "rounds": 2,
+    "passes": {"forward": 1, "backward": 0},
+    "device": "cpu",
+}
 SCORES = {"clean_accuracy": 0.9, "attack_success": 0.1, "recovery": 0.8}
 LOG = {"step": 0, "loss": 1.0, "losses": {}}
 

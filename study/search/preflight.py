@@ -164,7 +164,9 @@ def problems(
     """
     found = []
     for package, here in versions().items():
-        if package != "python" and (there := report.versions.get(package, "none")) != here:
+        if package in ("python", "bimask"):  # bimask counts by its sources
+            continue
+        if (there := report.versions.get(package, "none")) != here:
             found.append(
                 f"{name} has {package} {there}, the driver {here}; install one on all nodes "
                 "(cluster/constraints.txt)."

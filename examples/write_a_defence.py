@@ -32,7 +32,7 @@ class Shrink(SimpleDefence[ShrinkConfig]):
     name = "shrink"
     config = ShrinkConfig
 
-    def defend(self, model, clean, config, *, generator, prepared=None, on_step=None):
+    def defend(self, model, clean, config, *, generator, prepared=None, on_step=None, keeper=None):
         name, last = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
         weight = last.weight.detach().clone()
         largest = weight.abs() >= weight.abs().quantile(0.9)

@@ -41,9 +41,39 @@ class Step:
     loss: float
 
 
+@dataclass(frozen=True)
+class Halfway:
+    """Where one configuration stands between two of its steps; only its defence understands it.
+
+    Attributes:
+        tensors: by name, on the CPU.
+        about: JSON types.
+    """
+
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """What lets one configuration go on in the middle.
+
+    Attributes:
+        begun: where it stood when it was cut short; None where it begins.
+        keep: handed a function that takes where it stands, whenever there is a place to go on from.
+    """
+
+    begun: Halfway | None = None
+    keep: Callable[[Callable[[], Halfway]], None] = lambda _: None
+
+
+BEGINNING = Keeper()
+
+
 class SimpleDefence(Defence[Config]):
-    """Configurations run one after another. What is kept between two of them is what those left that
-    ended: one that was cut short begins anew, and ends with the same bits."""
+    """Configurations run one after another. What is kept is what those left that ended, and of the one
+    that runs what its defence hands to `keeper`; where that is nothing, it begins anew, and ends with
+    the same bits."""
 
     def run(
         self,
@@ -59,11 +89,19 @@ class SimpleDefence(Defence[Config]):
     ) -> list[DefenceResult | NonFiniteError]:
         check_images(clean.images)
         results = self._ended(model, configs, state)
+        resumed = len(results)
         began = time.perf_counter() - (state.seconds if results and state is not None else 0)
         for member, config in enumerate(configs):
             if member < len(results):
                 continue
             heard = None if on_step is None else _of_member(on_step, member)
+
+            def keep(take: Callable[[], Halfway]) -> None:
+                if between_steps is not None:
+                    spent = time.perf_counter() - began
+                    between_steps(lambda: _state_of(configs, results, spent, take()))
+
+            begun = _halfway(state, member) if member == resumed else None
             try:
                 results.append(
                     self.defend(
@@ -73,6 +111,7 @@ class SimpleDefence(Defence[Config]):
                         generator=generators[member],
                         prepared=prepared,
                         on_step=heard,
+                        keeper=Keeper(begun, keep),
                     )
                 )
             except NonFiniteError as error:
@@ -124,6 +163,7 @@ class SimpleDefence(Defence[Config]):
         generator: torch.Generator,
         prepared: Any = None,
         on_step: OnOwnStep | None = None,
+        keeper: Keeper = BEGINNING,
     ) -> Defended[Config]:
         """Defend with one configuration, and leave `model` as it is.
 
@@ -167,7 +207,21 @@ def _of_member(on_step: OnStep, member: int) -> OnOwnStep:
     return lambda log, current: on_step(member, log, current)
 
 
-def _state_of(configs: Sequence[DefenceConfig], results: Sequence[Any], seconds: float) -> DefenceState:
+def _halfway(state: DefenceState | None, member: int) -> Halfway | None:
+    """Where the first configuration that has not ended stood, if its defence kept that."""
+    if state is None or member >= len(state.members) or "halfway" not in state.members[member]:
+        return None
+    prefix = f"{member}/"
+    own = {k.removeprefix(prefix): t for k, t in state.tensors.items() if k.startswith(prefix)}
+    return Halfway(own, state.members[member]["halfway"])
+
+
+def _state_of(
+    configs: Sequence[DefenceConfig],
+    results: Sequence[Any],
+    seconds: float,
+    halfway: Halfway | None = None,
+) -> DefenceState:
     tensors: dict[str, Tensor] = {}
     members = []
     for member, config in enumerate(configs):
@@ -178,6 +232,9 @@ def _state_of(configs: Sequence[DefenceConfig], results: Sequence[Any], seconds:
             tensors |= {f"{member}/{name}": t.cpu().contiguous() for name, t in result.tensors.items()}
             about |= {"numbers": result.numbers, "history": [asdict(step) for step in result.history]}
             about |= {"passes": asdict(result.passes), "seconds": result.seconds}
+        if halfway is not None and member == len(results):
+            tensors |= {f"{member}/{name}": t for name, t in halfway.tensors.items()}
+            about["halfway"] = halfway.about
         members.append(about)
     return DefenceState(tensors, members, seconds)
 

@@ -1,4 +1,4 @@
-"""What one of torch's optimisers remembers, as plain tensors under names."""
+"""What one of torch's optimisers remembers, as plain tensors under names; and names below others."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def put_moments(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor])
             if value.shape == parameter.shape:
                 # in the parameter's memory layout: another takes kernels that round otherwise
                 own[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as PREFIX.NAME."""
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `prefixed` named so, under its own names again."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): v for name, v in tensors.items() if name.startswith(start)}

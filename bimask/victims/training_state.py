@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bimask.attacks import Attack
 from bimask.files.atomic import atomic_write
-from bimask.files.moments import moments_of, put_moments
+from bimask.files.moments import below, moments_of, prefixed, put_moments
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ class TrainingState:
     def save(self, checkpoint: Checkpoint, epoch: int) -> None:
         """Keep the state after so many epochs."""
         tensors = {
-            **_prefixed("net", self.model.state_dict()),
-            **_prefixed("moments", moments_of(self.optimizer)),
+            **prefixed("net", self.model.state_dict()),
+            **prefixed("moments", moments_of(self.optimizer)),
             "random.torch": torch.random.get_rng_state(),
             "random.attack": self.draws.get_state(),
         }
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         if self.attack is not None:
-            tensors |= _prefixed("attack", self.attack.learning_state())
+            tensors |= prefixed("attack", self.attack.learning_state())
         groups = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups
@@ -100,24 +100,15 @@ class TrainingState:
         if (kept := checkpoint.load()) is None:
             return 0
         tensors, numbers = kept
-        self.model.load_state_dict(_below("net", tensors))
-        put_moments(self.optimizer, _below("moments", tensors))
+        self.model.load_state_dict(below("net", tensors))
+        put_moments(self.optimizer, below("moments", tensors))
         for group, saved in zip(self.optimizer.param_groups, numbers["groups"], strict=True):
             group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
         self.schedule.load_state_dict(numbers["schedule"])
         if self.attack is not None:
-            self.attack.resume_learning(_below("attack", tensors), self.device)
+            self.attack.resume_learning(below("attack", tensors), self.device)
         self.draws.set_state(tensors["random.attack"])
         torch.random.set_rng_state(tensors["random.torch"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         return int(numbers["epoch"])
-
-
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}.{name}": value for name, value in tensors.items()}
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    start = f"{prefix}."
-    return {name.removeprefix(start): v for name, v in tensors.items() if name.startswith(start)}

@@ -15,6 +15,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -25,9 +27,19 @@ from torch.nn import functional as F
 from bimask.data import augment
 from bimask.defences.base import CleanData, Passes
 from bimask.defences.settings import DefenceConfig, Search
-from bimask.defences.simple import Defended, OnOwnStep, SimpleDefence, Step, with_tensors
+from bimask.defences.simple import (
+    BEGINNING,
+    Defended,
+    Halfway,
+    Keeper,
+    OnOwnStep,
+    SimpleDefence,
+    Step,
+    with_tensors,
+)
 from bimask.devices import upload
 from bimask.errors import ModelError, NonFiniteError
+from bimask.files.moments import below, moments_of, prefixed, put_moments
 from bimask.nets.admission import admit
 
 
@@ -75,8 +87,10 @@ class FtSam(SimpleDefence[FtSamConfig]):
         generator: torch.Generator,
         prepared: Any = None,
         on_step: OnOwnStep | None = None,
+        keeper: Keeper = BEGINNING,
     ) -> Defended[FtSamConfig]:
-        """Fine-tune all weights; batch norms learn, too, but count each batch once."""
+        """Fine-tune all weights; batch norms learn, too, but count each batch once. Epochs are what a
+        run goes on from."""
         began = time.perf_counter()
         assert clean.labels is not None
         net = admit(model, clean.images).model.train().requires_grad_(True)
@@ -84,9 +98,9 @@ class FtSam(SimpleDefence[FtSamConfig]):
         optimiser = torch.optim.SGD(
             weights, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs)
         history: list[Step] = []
         passes = Passes()
+        first = 0
 
         def current() -> Defended[FtSamConfig]:
             state = {
@@ -100,8 +114,31 @@ class FtSam(SimpleDefence[FtSamConfig]):
             spent = time.perf_counter() - began
             return Defended(self, model, config, state, {}, tuple(history), passes, spent)
 
-        with _seeded(generator, clean.images.device):
-            for _ in range(config.epochs):
+        with _seeded(generator, clean.images.device) as random:
+            if keeper.begun is not None:
+                tensors, about = keeper.begun.tensors, keeper.begun.about
+                net.load_state_dict(below("net", tensors))
+                put_moments(optimiser, below("moments", tensors))
+                random.put(below("random", tensors))
+                history += [Step(**step) for step in about["history"]]
+                passes, first = Passes(**about["passes"]), about["epochs"]
+                began -= about["seconds"]
+
+            def taken(epochs: int) -> Halfway:
+                own = {name: value.detach().cpu().clone() for name, value in net.state_dict().items()}
+                tensors = {
+                    **prefixed("net", own),
+                    **prefixed("moments", {k: t.cpu() for k, t in moments_of(optimiser).items()}),
+                    **prefixed("random", random.taken()),
+                }
+                about = {"epochs": epochs, "passes": asdict(passes)}
+                about |= {"history": [asdict(step) for step in history]}
+                about |= {"seconds": time.perf_counter() - began}
+                return Halfway({name: t.contiguous() for name, t in tensors.items()}, about)
+
+            for epoch in range(first, config.epochs):
+                cosine = (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+                optimiser.param_groups[0]["lr"] = config.lr * cosine
                 for batch in _batches(len(clean.images), config.batch_size, generator):
                     index = upload(batch, clean.images)
                     images = augment(
@@ -127,7 +164,7 @@ class FtSam(SimpleDefence[FtSamConfig]):
                     history.append(Step(len(history), {"cross_entropy": loss}, loss))
                     if on_step is not None and on_step(history[-1], current):
                         return current()
-                schedule.step()
+                keeper.keep(partial(taken, epoch + 1))
         return current()
 
     def restore(
@@ -175,13 +212,33 @@ def _batches(count: int, size: int, generator: torch.Generator) -> Sequence[Tens
     return parts
 
 
+@dataclass(frozen=True)
+class _Random:
+    """What a run draws from: its own generator, and torch's, which dropout takes."""
+
+    generator: torch.Generator
+    device: torch.device
+
+    def taken(self) -> dict[str, Tensor]:
+        states = {"own": self.generator.get_state(), "torch": torch.random.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def put(self, states: Mapping[str, Tensor]) -> None:
+        self.generator.set_state(states["own"])
+        torch.random.set_rng_state(states["torch"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+
 @contextmanager
-def _seeded(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Dropout draws from torch's own generator: it is seeded here, and put back."""
+def _seeded(generator: torch.Generator, device: torch.device) -> Iterator[_Random]:
+    """torch's own generators are seeded by the run's, and put back after it."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        yield
+        yield _Random(generator, device)
 
 
 @contextmanager

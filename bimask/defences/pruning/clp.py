@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bimask.defences.base import CleanData
 from bimask.defences.settings import DefenceConfig, Search
-from bimask.defences.simple import Defended, OnOwnStep, SimpleDefence, with_tensors
+from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
 from bimask.errors import ModelError
 from bimask.nets.admission import admit
 
@@ -57,6 +57,7 @@ class Clp(SimpleDefence[ClpConfig]):
         generator: torch.Generator,
         prepared: Any = None,
         on_step: OnOwnStep | None = None,
+        keeper: Keeper = BEGINNING,
     ) -> Defended[ClpConfig]:
         """Prune once. The images only show which batch norm stands behind which convolution.
 

@@ -18,7 +18,8 @@ import reference_pages  # noqa: E402
 project = "bimask"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["README.md", "docs/*.md", "docs/reference/*.md", "benchmarks/*.md"]
+include_patterns = ["README.md", "docs/*.md", "docs/decisions/*.md", "docs/reference/*.md"]
+include_patterns += ["benchmarks/*.md"]
 html_theme = "furo"
 html_title = "bimask"
 myst_heading_anchors = 3

@@ -32,14 +32,40 @@ def test_the_site_builds_without_a_warning_or_a_dead_link(tmp_path):
     assert (tmp_path / "site" / "docs" / "reference" / "api.html").stat().st_size > 20_000
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
-)
+PAGES = [
+    str(path.relative_to(ROOT))
+    for folder in ("docs", "docs/decisions", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
 def test_what_pages_link_to_is_there(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("0*.md"))
+
+
+@pytest.mark.parametrize("path", DECISIONS, ids=lambda path: path.stem)
+def test_a_decision_is_a_record_and_stands_in_the_list(path):
+    text = path.read_text()
+    assert text.startswith("# ")
+    headings = re.findall(r"^## (.*)$", text, re.M)
+    assert headings == ["Context", "Choice", "Evidence", "What would change it"]
+    title = text.splitlines()[0].removeprefix("# ")
+    assert f"- [{title}]({path.name})" in (path.parent / "index.md").read_text()
+
+
+def test_decisions_are_numbered_without_a_gap():
+    assert [int(path.name[:4]) for path in DECISIONS] == list(range(1, len(DECISIONS) + 1))
+
+
+def test_the_architecture_is_short():
+    assert len((ROOT / "docs" / "architecture.md").read_text().splitlines()) <= 90
 
 
 def test_the_readmes_study_is_one(tmp_path):

@@ -2,9 +2,8 @@
 
     python -m benchmarks.audit twins           # trains clean twins of the zoo's tune half: 5 minutes
     python -m benchmarks.audit prices [PART]   # of every model of the zoo: 2 to 40 s each on one thread
-    python -m benchmarks.audit fit             # on the calibration:
-    bimask/inspection/audit_calibration.json python -m benchmarks.audit measure         # on the rest:
-    results/audit/measurement.json, audit.md
+    python -m benchmarks.audit fit             # writes bimask/inspection/audit_calibration.json
+    python -m benchmarks.audit measure         # on the rest: results/audit/measurement.json, audit.md
 
 Calibration: the part "calibration" of the digits zoo, the strangers of the part "tune", and clean twins
 of those. What is tuned (kinds of evidence, the band of no verdict, the domain) is tuned there, by
@@ -29,7 +28,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from benchmarks.report import RESULTS
+from benchmarks import report
+from benchmarks.pages.audit import KEPT, conclusion, measurement
 from benchmarks.zoo import digits, strangers, train
 from benchmarks.zoo.rows import Row, bare, pictures, rows
 from bimask.data import load_data
@@ -39,19 +39,15 @@ from study.store.provenance import commit, versions
 
 Source = Literal["digits", "tune", "twins", "measurement", "held"]
 
-KEPT = RESULTS / "audit" / "measurement.json"
-PAGE = Path("benchmarks/audit.md")
-BEGIN, END = "<!-- measurement: begin -->", "<!-- measurement: end -->"
 FOLDER = Path("outputs/benchmarks/zoo/audit")
 FITTED_ON: tuple[Source, ...] = ("digits", "tune", "twins")
 IMAGES_PER_CLASS = 5
 KINDS = ("patch", "pattern", "warp", "tone", "latent")  # by leave-one-out on the calibration
-APART = ("sig", "sine")  # sines, which clean models of digits follow, too: see audit.md
+APART = ("sig", "sine")  # sines, which clean models of digits follow, too: docs/decisions/0015-audit.md
 REGULARISATION = 1.0  # C of both regressions
 FOLDS = 5
 ENOUGH = 3  # clean and backdoored models of a kind, so that the audit speaks of it
 PRECISION = 0.95  # of what is called backdoored, by models left out
-AIM = 0.95  # of the ROC-AUC where a verdict is given
 BAND_MARGIN = 0.25  # of log-odds
 WIDER = 0.15  # a further margin of the range while the band is chosen
 LEVEL_MARGIN = 0.1  # of the range of log prices
@@ -410,7 +406,7 @@ def write_calibration() -> None:
 
 
 def measure() -> None:
-    """The measurement, on models of no other use; the table in audit.md."""
+    """The measurement, on models of no other use; the tables of audit.md."""
     content: dict[str, Any] = {"commit": commit(), "versions": versions()}
     parts = {"held": priced("held"), "measurement": priced("measurement")}
     parts["together"] = parts["held"] + parts["measurement"]
@@ -426,79 +422,8 @@ def measure() -> None:
         }
     KEPT.parent.mkdir(parents=True, exist_ok=True)
     KEPT.write_text(json.dumps(content, indent=1) + "\n")
-    text = PAGE.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(before + BEGIN + "\n" + table(content) + END + after)
-    print(table(content))
-
-
-NAMES = {
-    "held": "strangers, part `held`",
-    "measurement": "digits zoo, part `measurement`",
-    "together": "together",
-}
-
-
-def table(content: dict[str, Any]) -> str:
-    """The measurement in Markdown, with one sentence of conclusion."""
-    left = audit.calibration()["left_out"]
-    lines = [
-        "| models | clean + backdoored | with a verdict (coverage) | ROC-AUC of those | ROC-AUC of all "
-        '| called backdoored: clean, backdoored | called "no sign": clean, backdoored | right target |',
-        "|---|---|---|---|---|---|---|---|",
-        _line("calibration, each model left out", left),
-    ]
-    for source, name in NAMES.items():
-        if source in content:
-            lines.append(_line(f"**{name}**", content[source]["all"]))
-            lines.append(_line("of those, all-to-one and not SIG", content[source]["searched"]))
-    lines += ["", _conclusion(content), ""]
-    if "held" in content:
-        lines += ["| held model | attack | verdict | why unknown |", "|---|---|---|---|"]
-        for row in content["held"]["models"]:
-            rule = row["rule"].replace("_", " ")
-            attack = "none" if row["attack"] is None else f"{row['attack']}, {rule}"
-            why = " ".join(row["reasons"]) if row["verdict"] == "unknown" else ""
-            right = row["verdict"] == ("no sign" if row["attack"] is None else "backdoored")
-            wrong = row["verdict"] != "unknown" and not right
-            verdict = f"**{row['verdict']}: wrong**" if wrong else row["verdict"]
-            lines.append(f"| {row['name']} | {attack} | {verdict} | {why} |")
-    return "\n".join(lines) + "\n"
-
-
-def _line(name: str, row: dict[str, Any]) -> str:
-    def two(counts: dict[str, int]) -> str:
-        return f"{counts['clean']}, {counts['backdoored']}"
-
-    def auc(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    n, spoken = row["n"], row["with verdict"]
-    return (
-        f"| {name} | {n['clean']} + {n['backdoored']} | {spoken['clean']} + {spoken['backdoored']} "
-        f"({row['coverage']:.2f}) | {auc(row['roc_auc'])} | {auc(row['roc_auc of all'])} "
-        f"| {two(row['called backdoored'])} | {two(row['called no sign'])} "
-        f"| {row['right target'][0]} of {row['right target'][1]} |"
-    )
-
-
-def _conclusion(content: dict[str, Any]) -> str:
-    """One sentence: is the aim met, and what was got wrong?"""
-    row = content["together"]["all"]
-    alone = content["together"]["searched"]["roc_auc"]
-    auc, spoken = row["roc_auc"], row["with verdict"]
-    said = (
-        "not defined, since the models with a verdict are of one kind"
-        if auc is None
-        else f"{auc:.3f}, {'which meets' if auc >= AIM else 'which misses'} the aim of {AIM}"
-    )
-    return (
-        f"**Of {sum(row['n'].values())} models {sum(spoken.values())} get a verdict (coverage "
-        f"{row['coverage']:.2f}); of those the ROC-AUC is {said} "
-        f"({'-' if alone is None else f'{alone:.3f}'} without SIG and rules other than all to one); "
-        f'{row["called no sign"]["backdoored"]} backdoored ones were called "no sign" and '
-        f"{row['called backdoored']['clean']} clean ones backdoored.**"
-    )
+    report.write()
+    print(measurement(content), conclusion(content), sep="\n\n")
 
 
 def main() -> None:

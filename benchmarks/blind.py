@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
+from benchmarks import report
 from benchmarks.blind_runs import SEED, TARGETS, judged, victim_of
-from benchmarks.report import RESULTS
+from benchmarks.pages.blind import KEPT
 from bimask.inspection.risk import RiskProbe
 from study.analysis.blind import probe_images
 from study.analysis.pareto import choose
 from study.store.provenance import commit, versions
 
-KEPT = RESULTS / "blind" / "trials.json"  # a folder: README.md has tables of the files beside it
 MAX_DROP = 0.02
 SIGNALS = ("risk", "same_answer", "carried_over", "agreement", "inverse_agreement")
 
@@ -93,6 +93,7 @@ def main() -> None:
         print(attack, json.dumps(shown, indent=1), flush=True)
     KEPT.parent.mkdir(parents=True, exist_ok=True)
     KEPT.write_text(json.dumps(content, indent=1) + "\n")
+    report.write()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,13 @@ class Goal:
         )
 
 
+GOALS = {
+    "digits-badnets": Goal(0.03, 0.02, 0.90),
+    "digits-blended": Goal(0.05, 0.025, 0.0),
+    "cifar10-jpeg-badnets": Goal(0.03, 1.0, 0.75),  # recovery bounds what clean accuracy may lose
+}
+
+
 @dataclass(frozen=True)
 class BenchCase:
     """A victim with its data."""
@@ -63,8 +70,7 @@ def digits(attack: str) -> BenchCase:
     spec = VictimSpec(
         attack=settings[attack], min_clean_accuracy=0.95, min_attack_success=0.9, net="small_resnet"
     )
-    goals = {"badnets": Goal(0.03, 0.02, 0.90), "blended": Goal(0.05, 0.025, 0.0)}
-    return _case(f"digits-{attack}", spec, goals[attack])
+    return _case(f"digits-{attack}", spec)
 
 
 def cifar(folder: Path, attack: str = "badnets") -> BenchCase:
@@ -78,18 +84,17 @@ def cifar(folder: Path, attack: str = "badnets") -> BenchCase:
         shift=2,
         precision="bfloat16",
     )
-    # recovery bounds what clean accuracy may lose
-    return _case(f"cifar10-jpeg-{attack}", spec, Goal(0.03, 1.0, 0.75))
+    return _case(f"cifar10-jpeg-{attack}", spec)
 
 
-def _case(name: str, spec: VictimSpec, goal: Goal) -> BenchCase:
+def _case(name: str, spec: VictimSpec) -> BenchCase:
     victim = obtain_victim(
         spec,
         FOLDER / "victims",
         on_epoch=lambda log: print(f"{name}: epoch {log.epoch} of {log.epochs}", flush=True),
     )
     data = spec.load_data()
-    return BenchCase(name, victim, goal, data.train, victim.eval_sets(data, "test"))
+    return BenchCase(name, victim, GOALS[name], data.train, victim.eval_sets(data, "test"))
 
 
 def generator(seed: int) -> torch.Generator:

@@ -24,15 +24,15 @@ from unittest import mock
 
 import torch
 
+from benchmarks import report
 from benchmarks.measure import spread
+from benchmarks.pages.training import KEPT
 from benchmarks.purify import hardware
-from benchmarks.report import RESULTS
 from benchmarks.victims import CIFAR, CIFAR_ATTACKS, spec_of
 from bimask.data import ImageData, augment
 from bimask.devices import resolve_device
 from bimask.victims.training import fit
 
-KEPT = RESULTS / "training" / "epoch.json"
 BAR = {"seconds": 45.0, "share of data": 0.1}  # on two idle cores
 T = TypeVar("T")
 
@@ -124,6 +124,7 @@ def main(arguments: list[str]) -> None:
         about = hardware(device) | {"load before": load}
         KEPT.parent.mkdir(parents=True, exist_ok=True)
         KEPT.write_text(json.dumps({"about": about, "epochs": rows}, indent=1) + "\n")
+        report.write()
         print(f"kept in {KEPT}")
 
 

@@ -5,8 +5,8 @@
     python -m benchmarks.purify --parts quality          # time to quality, naive against fast
     python -m benchmarks.purify --device cuda            # see benchmarks/gpu.md
 
-Each part goes into benchmarks/results/DEVICE.json, from which the tables of benchmarks/README.md are
-written. Ratios are of one run; run it on an idle machine.
+Each part goes into benchmarks/results/DEVICE.json, from which benchmarks/speed.md is written. Ratios
+are of one run; run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from benchmarks import measure, report
 from benchmarks.cases import BenchCase, cifar, digits, fast, generator, published
 from benchmarks.naive import Naive
+from benchmarks.records import RESULTS, keep
 from benchmarks.settings import LEVERS, TUNED
 from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.ims.population import PopulationPurifier
@@ -367,7 +368,7 @@ def main(arguments: list[str]) -> None:
     cases = {} if options.only_cifar else {a: digits(a) for a in options.attacks}
     if options.cifar:
         cases["cifar"] = cifar(options.cifar)
-    path = report.RESULTS / f"{device.type}.json"
+    path = RESULTS / f"{device.type}.json"
     more = f", {options.threads} threads" if options.threads > 1 else ""  # a table of its own
     for attack, case in cases.items():
         for part in options.parts:
@@ -397,7 +398,7 @@ def main(arguments: list[str]) -> None:
             else:
                 value = levers(case, attack, device)
             about = hardware(device) | {"seconds": time.perf_counter() - begun}
-            report.keep(path, case.name, part + more, value | {"about": about})
+            keep(path, case.name, part + more, value | {"about": about})
             print(json.dumps(value, indent=1), flush=True)
     report.write()
 

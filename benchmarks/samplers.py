@@ -18,20 +18,18 @@ import argparse
 import itertools
 import json
 import math
-import statistics
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 
+from benchmarks import report
+from benchmarks.pages import samplers as page
+from benchmarks.pages.samplers import KEPT, ROUNDING, SPACE, curve, random_search
 from benchmarks.purify import hardware
-from benchmarks.report import RESULTS, table
 from bimask.errors import NonFiniteError
 from bimask.victims import obtain_victim
-from study.analysis.pareto import ParetoFront
 from study.search.pareto_search import ParetoSearch
 from study.search.samplers import SAMPLERS
 from study.spec.config import StudyConfig
@@ -44,10 +42,7 @@ from study.trial.rules import TrialRules
 from study.trial.run import run_trials
 from study.trial.suite import cases_of
 
-ROUNDING = 1e-12
 FOLDER = Path("outputs/benchmarks")
-KEPT = RESULTS / "samplers"
-SPACE = Path("search_spaces/ims_digits.yaml")
 STOPPING = EarlyStopping(dominated=True, halving=Halving(shares=[0.5, 0.75], reduction=3, grace=6))
 ATTACKS = {"badnets": {"name": "badnets", "size": 3}, "blended": {"name": "blended"}}
 
@@ -88,79 +83,20 @@ def search(
             seed=0,
             rules=TrialRules.of(config, StoppingBounds.of(asked.get("rivals"))),
         )
-        report: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         status = "FAILED"
         if not isinstance(result, NonFiniteError):
-            report |= result.outcome()
+            found |= result.outcome()
             status = "PRUNED" if result.stopped else "COMPLETE"
-        searcher.tell(cast(TrialRecord, member | report | {"status": status}))
+        searcher.tell(cast(TrialRecord, member | found | {"status": status}))
         rows.append({"status": status, "seconds": time.process_time() - begun})
         rows[-1]["parameters"] = member["parameters"]
         if status == "COMPLETE":
-            rows[-1] |= {name: report[name] for name in config.directions}
+            rows[-1] |= {name: found[name] for name in config.directions}
         spent, reached = curve(config, rows)[-1]
         if spent > seconds or reached >= volume - ROUNDING:
             break
     return rows
-
-
-def curve(config: StudyConfig, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """(seconds, hypervolume) after each trial."""
-    points, found, spent = [], [], 0.0
-    for row in rows:
-        spent += row["seconds"]
-        if row["status"] == "COMPLETE":
-            points.append(row)
-        volume = ParetoFront.of(points, config.directions).hypervolume(config.reference)
-        found.append((spent, volume))
-    return found
-
-
-def share_until(mine: list[tuple[float, float]], other: list[tuple[float, float]]) -> float | None:
-    """Seconds until `mine` has the last volume of `other`, over all its seconds; None for never."""
-    goal, spent = other[-1][1], other[-1][0]
-    return next((seconds / spent for seconds, volume in mine if volume >= goal - ROUNDING), None)
-
-
-def random_search(
-    config: StudyConfig, pool: list[dict[str, Any]], seed: int, trials: int
-) -> list[tuple[float, float]]:
-    """(seconds, hypervolume) after each trial of a random search: trials of the pool."""
-    order = np.random.default_rng(seed).permutation(len(pool))[:trials]
-    return curve(config, [pool[i] for i in order])
-
-
-def report(kept: dict[str, Any], config: StudyConfig, trials: int) -> Iterable[str]:
-    """The table: every way against random search of `trials` trials."""
-    pool = kept["pool"]
-    rows = []
-    for way, seeds in kept["ways"].items():
-        shares, baseline, stopped = [], [], []
-        for seed, mine in seeds.items():
-            random = random_search(config, pool, int(seed), trials)
-            shares.append(share_until(curve(config, mine), random))
-            baseline.append(random[-1][1])
-            stopped.append(sum(row["status"] == "PRUNED" for row in mine) / len(mine))
-        known = sorted(share if share is not None else float("inf") for share in shares)
-        rows.append(
-            [
-                way,
-                str(len(shares)),
-                f"{statistics.median(known):.2f}",
-                ", ".join("never" if s is None else f"{s:.2f}" for s in shares),
-                f"{statistics.median(baseline):.4f}",
-                f"{100 * statistics.mean(stopped):.0f} %",
-            ]
-        )
-    columns = [
-        "sampler",
-        "seeds",
-        "seconds / random's, median",
-        "each seed",
-        "random's hypervolume",
-        "trials stopped",
-    ]
-    return table(columns, rows)
 
 
 def main() -> None:
@@ -196,6 +132,7 @@ def main() -> None:
 
     def keep() -> None:
         about = hardware(torch.device("cpu")) | {"attacks": options.attacks, "width": options.width}
+        about["trials"] = options.trials
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(kept | {"about": about}, indent=1) + "\n")
 
@@ -219,7 +156,8 @@ def main() -> None:
             mine, most = study(seed=seed, **changes), 4 * options.trials
             seeds[str(seed)] = search(mine, cases, most, seconds=spent, volume=volume)
             keep()
-    print("\n".join(report(kept, config, options.trials)))
+    print(page.report(kept, config, options.trials))
+    report.write()
 
 
 if __name__ == "__main__":

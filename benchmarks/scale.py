@@ -2,8 +2,8 @@
 
 Trials that do nothing, through the whole of `study.search`: Optuna's suggestions, Ray's actors on small
 nodes, records, MLflow. Measured are seconds a trial, the driver's memory and CPU a trial, the time of a
-suggestion as the history grows, and what MLflow takes a second. Prints a table, writes
-benchmarks/results/scale/. docs/scaling.md draws the conclusions.
+suggestion as the history grows, and what MLflow takes a second. Prints a table, adds a row
+to benchmarks/results/scale/ and writes benchmarks/driver.md; docs/scaling.md says what follows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks import report
+from benchmarks.pages.driver import KEPT
 from study import search
 from study.spec.config import StudyConfig
 from study.store.provenance import commit, versions
@@ -31,7 +33,6 @@ from study.store.schema import Group, TrialRecord
 from study.tracking.mlflow_runs import Tracker, tracking_uri
 from study.tracking.recorder import Recorder
 
-RESULTS = Path(__file__).parent / "results" / "scale" / "runs.json"
 WINDOW = 20  # suggestions that are averaged at a point of the history
 STUDY: dict[str, Any] = {
     "name": "scale",
@@ -178,9 +179,10 @@ def main(
     row = measure(trials, nodes, sampler, group)
     row |= {"load": [before, os.getloadavg()[0]], "cores": os.cpu_count(), "commit": commit()}
     row["versions"] = versions()
-    rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps([*rows, row], indent=1) + "\n")
+    rows = json.loads(KEPT.read_text()) if KEPT.is_file() else []
+    KEPT.parent.mkdir(exist_ok=True)
+    KEPT.write_text(json.dumps([*rows, row], indent=1) + "\n")
+    report.write()
     table = Table("measured", "value")
     for key, value in row.items():
         if key != "versions":

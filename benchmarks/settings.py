@@ -1,4 +1,4 @@
-"""The settings the benchmarks compare; benchmarks/README.md says how they were found."""
+"""The settings the benchmarks compare; docs/decisions/0013-profiles.md says how they were found."""
 
 from __future__ import annotations
 

@@ -21,8 +21,9 @@ from typing import Any
 import optuna
 import torch
 
+from benchmarks import report
 from benchmarks.cases import BenchCase, digits, generator
-from benchmarks.report import RESULTS, keep
+from benchmarks.records import RESULTS, keep
 from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.ims.purify import purify
 from bimask.masking.masks import fold
@@ -187,6 +188,7 @@ def main() -> None:
             "ranked": [{"value": t.value, "params": t.params} | t.user_attrs for t in done[:5]],
         },
     )
+    report.write()
     print(json.dumps(done[0].params, indent=1))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Iterable
@@ -19,36 +18,15 @@ from typing import Any
 
 import torch
 
+from benchmarks import report
+from benchmarks.pages.victims import KEPT
 from benchmarks.purify import hardware
-from benchmarks.report import RESULTS, table
 from bimask.devices import resolve_device
 from bimask.metrics import predict
 from bimask.victims import Victim, VictimSpec, train_victim
 from bimask.victims.training import fit
 
-HERE = Path(__file__).parent
-KEPT = RESULTS / "victims"  # a folder: the tables of README.md are made of the files beside it
 UNBOUNDED = {"min_clean_accuracy": 0, "min_attack_success": 0}
-
-INTRODUCTION = """# Victims
-
-Every attack's victim beside the same training on clean labels (`python -m benchmarks.victims`).
-The settings were found by hand on seeds 0 and 1, with both splits in view; the last epoch's weights are
-scored. Each number is the mean of the seeds with the least and the most in brackets; ACC, ASR and RA in
-%; seconds are the process's own, with preparation."""
-
-NOTES = {
-    "digits": """SIG keeps the labels of what it poisons, so that a victim needs its wave only where the
-images themselves do not tell the class. Digits do: strokes at full contrast on black, which also cuts
-the wave's lower half off. At the published 40/255 nothing is learned; ASR rises with the amplitude.
-With delta 0.6 it depends on the seed, also after 120 epochs (100.0, 77.8 and 99.3 at seeds 0, 1 and 2);
-0.8 is the least that was tried at which every seed has its backdoor, and anybody can see that wave.""",
-    "cifar10": """CIFAR-10 as JPEG pictures, in 8 epochs where the field trains 100. WaNet as published
-stays below 90 % ASR here. Its warp moves a pixel by a fifth of one on average, and twice as many noise
-samples as poisoned ones, with other warps, keep their labels. Twice the warp does not help;
-half as many noise samples as poisoned ones do. Those two rows are of float32 on a CPU without bfloat16,
-beside other work, hence their seconds.""",
-}
 
 # What images of 16x16 in 17 grey levels need beside the published values, and why.
 DIGITS: dict[str, dict[str, Any]] = {
@@ -142,59 +120,6 @@ def clean_accuracy(spec: VictimSpec, device: torch.device) -> dict[str, float]:
     }
 
 
-def write(path: Path) -> None:
-    """All kept results as tables."""
-    page = [INTRODUCTION]
-    for file in sorted(KEPT.glob("*.json")):
-        page += ["", *_page(file.stem, json.loads(file.read_text()))]
-    path.write_text("\n".join(page) + "\n")
-
-
-def _page(name: str, kept: dict[str, Any]) -> Iterable[str]:
-    first = next(iter(next(iter(kept["victims"].values())).values()))
-    val, test, about = first["scores"]["val"], first["scores"]["test"], kept["about"]
-    yield f"## {name}"
-    yield ""
-    yield (
-        f"{val['n']} val and {test['n']} test images; {val['n triggered']} and "
-        f"{test['n triggered']} of them count for ASR and RA. ({about['device']}, "
-        f"{about['threads']} thread(s), torch {about['torch']}, {about['date']})"
-    )
-    if name in NOTES:
-        yield from ("", NOTES[name])
-    yield ""
-    columns = ["attack", "settings", "seeds", "ACC val", "ASR val", "RA val", "ACC", "ASR", "RA"]
-    columns += ["ACC clean training", "pixels changed", "mean change, grey levels", "s"]
-    yield from table(columns, (_row(row, seeds, kept) for row, seeds in kept["victims"].items()))
-
-
-def _row(row: str, seeds: dict[str, Any], kept: dict[str, Any]) -> list[str]:
-    found = list(seeds.values())
-    scores = [
-        _spread([100 * one["scores"][split][score] for one in found])
-        for split in ("val", "test")
-        for score in ("ACC", "ASR", "RA")
-    ]
-    clean = [kept["clean"][one["recipe"]]["test"] for one in found]
-    return [
-        row.partition(",")[0],
-        found[0]["settings"] or "as published",
-        " ".join(seeds),
-        *scores,
-        _spread([100 * accuracy for accuracy in clean]),
-        _spread([100 * one["changed pixels"] for one in found], 0) + " %",
-        _spread([one["mean change"] for one in found]),
-        _spread([one["seconds"] for one in found], 0),
-    ]
-
-
-def _spread(values: list[float], digits: int = 1) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.victims", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -204,7 +129,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="measure what was measured before")
-    parser.add_argument("--out", type=Path, default=HERE / "victims.md")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
@@ -234,7 +158,7 @@ def main(arguments: list[str]) -> None:
                 print(row, seed, json.dumps(result), flush=True)
                 kept["about"] = hardware(device)
                 path.write_text(json.dumps(kept, indent=1) + "\n")
-    write(options.out)
+    report.write()
 
 
 def _settings(changes: dict[str, Any]) -> Iterable[str]:

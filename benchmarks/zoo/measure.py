@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.report import RESULTS, table
+from benchmarks import report
+from benchmarks.pages.zoo import KEPT, Record, kept
 from benchmarks.zoo import Stranger, strangers
 from benchmarks.zoo.rows import Part
 from benchmarks.zoo.triggers import build
@@ -32,12 +31,7 @@ from bimask.inspection.trigger_pool import TriggerPool
 from bimask.nets.admission import admit
 from study.store.provenance import commit
 
-ABOUT = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip()
-HERE = Path(__file__).parents[1]
-KEPT = RESULTS / "zoo" / "strangers.jsonl"
 PARTS: tuple[Part, ...] = ("held", "tune")
-REACHED = 0.05  # attack success of the oracle up to which masks could remove the backdoor
-Record = dict[str, Any]
 
 
 class TruePool(TriggerPool):
@@ -103,11 +97,6 @@ def run(stranger: Stranger, job: Job) -> Record:
     return record
 
 
-def kept() -> list[Record]:
-    """What was measured so far."""
-    return [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.is_file() else []
-
-
 def measure(parts: Iterable[Part], seeds: int) -> None:
     """Measure what is missing."""
     KEPT.parent.mkdir(parents=True, exist_ok=True)
@@ -122,86 +111,6 @@ def measure(parts: Iterable[Part], seeds: int) -> None:
                     print(json.dumps(record), flush=True)
 
 
-def of(records: list[Record], row: str, method: str, per_class: int = 10) -> list[Record]:
-    """The records of a row by one method."""
-    wanted = (row, method, per_class)
-    return [r for r in records if (r["row"], r["method"], r["per_class"]) == wanted and "acc" in r]
-
-
-def mean(records: list[Record], key: str) -> float | None:
-    """Mean of a score; None where there is none."""
-    values = [r[key] for r in records if key in r]
-    return statistics.fmean(values) if values else None
-
-
-def shown(records: list[Record], key: str) -> str:
-    """Mean of a score in per cent, with the least and the most."""
-    values = [100 * r[key] for r in records if key in r]
-    if not values:
-        return "-"
-    spread = f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}"
-
-
-def summary(records: list[Record], part: Part) -> str:
-    """One sentence of conclusion on a part."""
-    rows = list(dict.fromkeys(r["row"] for r in records if r["part"] == part))
-    robust = {row: of(records, row, "robust") for row in rows}
-    asr = {row: value for row in rows if (value := mean(robust[row], "asr")) is not None}
-    lost = [r["acc_before"] - r["acc"] for row in asr for r in robust[row]]
-    clean = [r["acc_before"] - r["acc"] for row in rows if row not in asr for r in robust[row]]
-    within = {
-        row: value
-        for row, value in asr.items()
-        if (best := mean(of(records, row, "oracle"), "asr")) is not None and best <= REACHED
-    }
-    if not asr or not within:
-        return "Nothing was measured yet."
-    worst = max(within, key=within.__getitem__)
-    twins = f"clean models lose {100 * statistics.fmean(clean):.1f}" if clean else "no clean model"
-    return (
-        f"Over {len(asr)} backdoored rows the mean attack success is "
-        f"{100 * statistics.fmean(asr.values()):.1f} % "
-        f"({100 * statistics.fmean(within.values()):.1f} % over the {len(within)} whose oracle reaches "
-        f"{100 * REACHED:.0f} %, at worst {100 * within[worst]:.1f} %, {worst}); they lose "
-        f"{100 * statistics.fmean(lost):.1f} points of accuracy on average, {twins}."
-    )
-
-
-def report(records: list[Record]) -> str:
-    """The page."""
-    heads = ["row", "ACC", "ASR", "fast ACC", "fast ASR", "robust ACC", "robust ASR", "oracle ASR"]
-    heads += ["robust ASR, 3 a class", "1 a class", "ACC, 3 a class", "1 a class", "s"]
-    parts = []
-    for part in PARTS:
-        if not any(r["part"] == part for r in records):
-            continue
-        rows = []
-        for row in dict.fromkeys(r["row"] for r in records if r["part"] == part):
-            robust, fast = of(records, row, "robust"), of(records, row, "fast")
-            few = [of(records, row, "robust", count) for count in (3, 1)]
-            rows.append(
-                [row, shown(robust[:1], "acc_before"), shown(robust[:1], "asr_before")]
-                + [shown(fast, "acc"), shown(fast, "asr"), shown(robust, "acc"), shown(robust, "asr")]
-                + [shown(of(records, row, "oracle"), "asr")]
-                + [shown(one, "asr") for one in few]
-                + [shown(one, "acc") for one in few]
-                + [f"{mean(robust, 'seconds') or 0:.0f}"]
-            )
-        title = (
-            "Rows that no setting was tuned on"
-            if part == "held"
-            else "Rows that settings were tuned on"
-        )
-        parts.append(f"## {title}\n\n{summary(records, part)}\n\n" + "\n".join(table(heads, rows)))
-    failures = [f"- {r['row']}, {r['method']}: {r['failure']}" for r in records if "failure" in r]
-    if failures:
-        parts.append("## Failures\n\n" + "\n".join(failures))
-    commits = ", ".join(dict.fromkeys(r.get("commit", "unknown") for r in records))
-    made = f"{len(records)} records, one thread each, measured at the commit {commits}."
-    return "\n\n".join([f"# Strangers\n\n{ABOUT}", made, *parts]) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--part", choices=PARTS)
@@ -209,7 +118,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     measure([given.part] if given.part else PARTS, given.seeds)
-    (HERE / "zoo.md").write_text(report(kept()))
+    report.write()
 
 
 if __name__ == "__main__":

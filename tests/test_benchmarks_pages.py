@@ -1,0 +1,50 @@
+"""The pages of the benchmarks are what the program makes of the records."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.records import HERE, RESULTS
+
+ROOT = Path(__file__).parents[1]
+BY_HAND = {"README", "gpu"}
+
+
+@pytest.mark.parametrize("name", sorted(report.PAGES))
+def test_a_page_is_what_the_program_writes(name):
+    assert (HERE / f"{name}.md").read_text() == report.PAGES[name](), "python -m benchmarks.report"
+
+
+def test_the_program_writes_to_its_own_checkout():
+    assert HERE == ROOT / "benchmarks"
+
+
+def test_no_other_page_has_tables_of_numbers():
+    assert {path.stem for path in HERE.glob("*.md")} == BY_HAND | set(report.PAGES)
+    assert len((HERE / "README.md").read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("name", sorted(report.PAGES))
+def test_a_table_is_followed_by_its_conclusion(name):
+    blocks = report.PAGES[name]().strip().split("\n\n")
+    tables = [at for at, block in enumerate(blocks) if block.startswith("|")]
+    assert tables
+    for at in tables:
+        defining = blocks[at].startswith(("| case | ASR at most", "| row | method | why"))
+        assert defining or re.match(r"[^|#]+\.$", blocks[at + 1], re.S), blocks[at][:80]
+
+
+def test_every_record_is_on_a_page():
+    read = {"audit", "blind", "samplers", "scale", "training", "tune", "victims", "zoo"}
+    assert {path.name for path in RESULTS.iterdir() if path.is_dir()} == read
+
+
+def test_a_page_without_records_says_so(tmp_path, monkeypatch):
+    from benchmarks.pages import audit, blind, driver, samplers, training, victims, zoo
+
+    for module in (audit, blind, driver, samplers, training, victims, zoo):
+        monkeypatch.setattr(module, "KEPT", tmp_path / "nothing")
+        page = getattr(module, module.__name__.rpartition(".")[2])
+        assert "Nothing was measured yet." in page()

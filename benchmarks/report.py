@@ -1,16 +1,20 @@
 """Writes the pages of the benchmarks from the records in `results/`.
 
-python -m benchmarks.report      # benchmarks/*.md; nothing is measured, and no record is changed
+python -m benchmarks.report
+
+That is benchmarks/*.md and the README's table. Nothing is measured, and no record is changed.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from benchmarks.pages.audit import audit
 from benchmarks.pages.blind import blind
 from benchmarks.pages.driver import driver
 from benchmarks.pages.samplers import samplers
+from benchmarks.pages.shipped import shipped, shipped_table
 from benchmarks.pages.speed import speed
 from benchmarks.pages.training import training
 from benchmarks.pages.victims import victims
@@ -22,6 +26,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "blind": blind,
     "driver": driver,
     "samplers": samplers,
+    "shipped": shipped,
     "speed": speed,
     "training": training,
     "victims": victims,
@@ -29,10 +34,20 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 
 
+README = HERE.parent / "README.md"
+PLACE = re.compile(r"(<!-- table of benchmarks/shipped.md -->\n).*?(\n<!-- end of the table -->)", re.S)
+
+
+def with_table(readme: str) -> str:
+    """The README with its table from the records."""
+    return PLACE.sub(lambda found: found[1] + shipped_table() + found[2], readme)
+
+
 def write() -> None:
     """Write every page anew."""
     for name, made in PAGES.items():
         (HERE / f"{name}.md").write_text(made())
+    README.write_text(with_table(README.read_text()))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,12 @@ def test_a_page_is_what_the_program_writes(name):
     assert (HERE / f"{name}.md").read_text() == report.PAGES[name](), "python -m benchmarks.report"
 
 
+def test_the_readmes_table_is_what_the_program_writes():
+    readme = report.README.read_text()
+    assert report.with_table(readme) == readme, "python -m benchmarks.report"
+    assert "the chosen configuration, 5 new runs" in readme
+
+
 def test_the_program_writes_to_its_own_checkout():
     assert HERE == ROOT / "benchmarks"
 
@@ -37,14 +43,14 @@ def test_a_table_is_followed_by_its_conclusion(name):
 
 
 def test_every_record_is_on_a_page():
-    read = {"audit", "blind", "samplers", "scale", "training", "tune", "victims", "zoo"}
+    read = {"audit", "blind", "samplers", "scale", "shipped", "training", "tune", "victims", "zoo"}
     assert {path.name for path in RESULTS.iterdir() if path.is_dir()} == read
 
 
 def test_a_page_without_records_says_so(tmp_path, monkeypatch):
-    from benchmarks.pages import audit, blind, driver, samplers, training, victims, zoo
+    from benchmarks.pages import audit, blind, driver, samplers, shipped, training, victims, zoo
 
-    for module in (audit, blind, driver, samplers, training, victims, zoo):
+    for module in (audit, blind, driver, samplers, shipped, training, victims, zoo):
         monkeypatch.setattr(module, "KEPT", tmp_path / "nothing")
         page = getattr(module, module.__name__.rpartition(".")[2])
         assert "Nothing was measured yet." in page()

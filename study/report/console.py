@@ -110,7 +110,7 @@ def show(
         console.print(f"page:  {folder / REPORT}", soft_wrap=True, highlight=False)
     if (command := tracker.ui_command()) is not None:
         console.print("look:  " + command, soft_wrap=True, highlight=False)
-    console.print("trials: " + tracker.link(), soft_wrap=True, highlight=False)
+    console.print("runs:  " + tracker.link(), soft_wrap=True, highlight=False)
     if chosen is None:
         console.print(
             "[bold yellow]Nothing chosen[/]: no trial keeps a clean accuracy of "

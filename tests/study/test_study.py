@@ -249,7 +249,7 @@ def test_the_link_that_is_printed_opens_on_the_trials_and_their_scores(
     finished, mlflow_server, browser, tmp_path
 ):
     """A real server and a real browser, in the state that the link sets: no click, no stored view."""
-    (link,) = re.findall(r"trials: http://127.0.0.1:5000(/#\S+)", finished.shown)
+    (link,) = re.findall(r"runs:  http://127.0.0.1:5000(/#\S+)", finished.shown)
     _, parent, children = mlflow_runs(finished.outputs, "tiny")
     with mlflow_server(tracking_uri(finished.outputs)) as address:
         page = browser.new_page(viewport={"width": 1500, "height": 900})

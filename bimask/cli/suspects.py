@@ -17,6 +17,7 @@ from bimask.cli.terminal import console
 from bimask.data import Splits
 from bimask.data.pictures import DataWarning
 from bimask.errors import SettingError
+from bimask.inspection.knowing import require_knowing
 from bimask.inspection.suspect import Suspect, load_suspect
 from bimask.inspection.words import numbers, size
 from bimask.metrics import EvalSets
@@ -96,6 +97,7 @@ class Choice:
                 mean=numbers("--mean", self.mean),
                 std=numbers("--std", self.std),
             )
+        require_knowing(own.model, own.clean, own.classes)
         for note in own.notes:
             console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
         return own, None, None

@@ -355,3 +355,18 @@ def test_a_cleaned_model_is_exported_by_command(own, cleaned, tmp_path):
         atol=1e-4,
         rtol=1e-4,
     )
+
+
+def test_a_model_that_gives_every_picture_one_class_is_refused(own, tmp_path):
+    """As a net does whose normalisation was forgotten: a defence would keep those answers."""
+    home, _ = own
+    weights = load_file(home / "w.safetensors")
+    last = [name for name, value in weights.items() if value.shape == (10,)][-1]
+    weights[last][3] += 1e4
+    save_file(weights, tmp_path / "one.safetensors")
+    done = command(home, **{"--model": tmp_path / "one.safetensors", "--out": tmp_path / "out"})
+    assert isinstance(done.exception, SettingError)
+    assert "100 clean pictures that it was asked the class '3', but they are of 10 classes" in str(
+        done.exception
+    )
+    assert not (tmp_path / "out").exists()

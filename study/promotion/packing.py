@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,15 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import safe_open
+from torch import nn
 
 from bimask.cleaned.before_after import before_after
 from bimask.cleaned.folder import load_cleaned, save_cleaned
+from bimask.defences.base import DefenceResult, Passes
 from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.purify import defend
+from bimask.defences.simple import Defended, Step
 from bimask.errors import ExportError
 from bimask.metrics import evaluate
 from bimask.victims import Victim
@@ -31,7 +36,7 @@ SERVED = 1e-5  # what a probability may differ by between the packed model and t
 @contextmanager
 def packed(candidate: Candidate, name: str, victim: Victim) -> Iterator[tuple[Path, list[Path]]]:
     """A purified victim as a model ready to register, in a folder that goes away again; with its report
-    and manifest.
+    and manifest. What the trial stored is taken, and the defence is run where that is not there.
 
     Raises:
         ExportError: the packed model answers otherwise than the purified one.
@@ -40,10 +45,11 @@ def packed(candidate: Candidate, name: str, victim: Victim) -> Iterator[tuple[Pa
     splits = victim.spec.load_data()
     suspect = suspect_of(victim, splits, config.clean_images_per_class, seed=config.seed)
     images = suspect.clean.floats()
-    model = copy.deepcopy(victim.model)
-    generator = torch.Generator().manual_seed(config.seed)
-    labels = suspect.clean.labels
-    result = defend(model, images, settings, labels=labels, generator=generator)
+    model, labels = copy.deepcopy(victim.model), suspect.clean.labels
+    result = stored(candidate, name, model)
+    if result is None:
+        generator = torch.Generator().manual_seed(config.seed)
+        result = defend(model, images, settings, labels=labels, generator=generator)
     purified, twin = result.model(), config.defender.twin(model, result.tensors, settings)
     own = settings if isinstance(settings, PurifyConfig) else None
     looked = before_after(model, purified, images, labels, twin=twin, config=own)
@@ -72,6 +78,31 @@ def packed(candidate: Candidate, name: str, victim: Victim) -> Iterator[tuple[Pa
                 f"{error:.3g}, {SERVED:g} is allowed; nothing was registered."
             )
         yield packed_model, [cleaned / "report.html", cleaned / "manifest.json", best]
+
+
+def stored(candidate: Candidate, name: str, model: nn.Module) -> DefenceResult | None:
+    """What the trial's first run on a victim ended with: it had the study's seed and the same images.
+
+    Returns:
+        None for a victim that no trial had, and where an earlier version stored it.
+    """
+    defence, folder = candidate.config.defender, candidate.folder / "trials"
+    path = folder / f"{candidate.number:03d}" / f"{name}.{defence.stem}.safetensors"
+    rounds = path.with_name(f"{name}.rounds.json")
+    if not path.is_file() or not rounds.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        cost = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if "seconds" not in cost:
+        return None
+    passes = Passes(int(cost["forward"]), int(cost["backward"]))
+    history = tuple(
+        Step(log["step"], log["losses"], log["loss"]) for log in json.loads(rounds.read_text())
+    )
+    return Defended(
+        defence, model, candidate.settings, tensors, {}, history, passes, float(cost["seconds"])
+    )
 
 
 def tags_of(candidate: Candidate, victim_name: str, victim: Victim) -> dict[str, str]:

@@ -117,7 +117,9 @@ def write_artifacts(result: TrialResult, defence: Defence[Any], folder: Path, nu
     folder."""
     folder.mkdir()
     for name, case in result.cases.items():
-        save_file(case.tensors, folder / f"{name}.{defence.stem}.safetensors")
+        cost = {kind: str(count) for kind, count in asdict(case.result.passes).items()}
+        cost["seconds"] = f"{case.result.seconds:.3f}"
+        save_file(case.tensors, folder / f"{name}.{defence.stem}.safetensors", metadata=cost)
         masks = defence.masks(case.tensors, case.result.config)
         if masks is not None:
             draw_masks(folder / f"{name}.masks.png", masks, f"trial {number}, {name}")

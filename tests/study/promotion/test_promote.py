@@ -27,9 +27,12 @@ from safetensors.torch import load_file
 import study
 from bimask import PurifyConfig, fold, load_data, load_victim
 from bimask.cleaned.classifier import Classifier
+from bimask.defences.purify import defend
 from bimask.masking.masks import MaskSet
 from study import promote as promoting
 from study.pipeline import run
+from study.promotion.candidate import load_victims, read_candidate
+from study.promotion.packing import stored
 from study.promotion.registry import CHAMPION, Registry, as_png, load_registered
 from study.purify import resolved
 from study.score import score_folder
@@ -525,3 +528,18 @@ def test_a_folder_is_scored_and_a_broken_picture_is_told(applied, outputs, image
     assert "Cannot read" in frame.loc["broken.png", "error"]
     assert "5x5" in frame.loc["small.png", "error"]
     assert frame["error"].notna().sum() == 2
+
+
+def test_what_the_trial_stored_is_what_the_defence_would_end_with(applied, outputs):
+    """What is stored is packed as it is, and a run anew has the same bits."""
+    candidate = read_candidate("tiny", outputs, None)
+    victims = load_victims(candidate.config, outputs)
+    (name, victim), *_ = victims.items()
+    kept = stored(candidate, name, victim.model)
+    clean = victim.spec.load_data().train.clean_subset(3, seed=0).floats()
+    anew = defend(victim.model, clean, candidate.settings, generator=torch.Generator().manual_seed(0))
+    assert kept.tensors.keys() == anew.tensors.keys()
+    assert all(torch.equal(kept.tensors[key], anew.tensors[key].detach()) for key in kept.tensors)
+    assert kept.passes == anew.passes
+    assert [log.loss for log in kept.history] == [log.loss for log in anew.history]
+    assert stored(candidate, "another", victim.model) is None

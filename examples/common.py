@@ -1,8 +1,13 @@
-"""A backdoored model that trains in seconds; it stands for one that you were given."""
+"""Backdoored models that train in seconds; they stand for those that you were given."""
 
 from pathlib import Path
 
-from bimask import Victim, VictimSpec, obtain_victim
+import torch
+from PIL import Image
+
+from bimask import Victim, VictimSpec, load_data, obtain_victim
+from bimask.interop.datasets import DATASETS
+from bimask.interop.export import export_victim
 
 
 def backdoored() -> Victim:
@@ -16,3 +21,39 @@ def backdoored() -> Victim:
         min_attack_success=0.8,
     )
     return obtain_victim(spec, Path("outputs/victims"))
+
+
+def attack_result(folder: Path, data: Path) -> None:
+    """What BackdoorBench leaves of an attack: `folder`/attack_result.pt, and clean pictures in `data`.
+
+    The pictures are digits in the place of CIFAR-10's, 60 a class to train with and 20 to test with.
+
+    Args:
+        folder: a new folder, with "record" in its path.
+        data: for class folders, data/train/0/ and so on.
+    """
+    digits = load_data("digits")
+    for split, images, most in (("train", digits.train, 60), ("test", digits.test, 20)):
+        for label in range(10):
+            (data / split / str(label)).mkdir(parents=True, exist_ok=True)
+            for row, image in enumerate(images.images[images.labels == label][:most]):
+                picture = Image.fromarray(image[0].numpy()).convert("RGB")
+                picture.save(data / split / str(label) / f"{row}.png")
+    cifar10 = DATASETS["cifar10"]
+    spec = VictimSpec(
+        dataset=f"imagefolder:{data}",
+        net="preactresnet18",
+        width=8,
+        normalise={"mean": cifar10.mean, "std": cifar10.std},
+        attack={"name": "badnets", "size": 3, "target": 0},
+        epochs=15,
+        batch_size=32,
+        min_attack_success=0.8,
+    )
+    victims = data.parent / "victims"
+    victim = obtain_victim(spec, victims)
+    export_victim(spec.place(victims), folder, dataset="cifar10")
+    # BackdoorBench's net has 64 channels, so zeros were put beside these 8; without them all is quick
+    file = folder / "attack_result.pt"
+    content = torch.load(file, weights_only=True)
+    torch.save(content | {"model": victim.model.net.state_dict()}, file)

@@ -13,6 +13,7 @@ SAID = {
     "purify_a_model": "after: clean accuracy 0.9",
     "audit_a_model": "verdict:",
     "study_in_python": "COMPLETE",
+    "import_and_export": "after: clean accuracy 0.9",
     "write_a_defence": "attack success",
 }
 

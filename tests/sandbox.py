@@ -91,6 +91,7 @@ def make_project(folder):
     """The sources as somebody has them who downloaded them."""
     for name in ("bimask", "study", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "README.md", folder)  # benchmarks write a table into it
     for name, study in STUDIES.items():
         write(folder / "search_spaces" / f"{name}.yaml", study)
 
@@ -182,7 +183,9 @@ class Page:
         for name in ("Makefile", "pyproject.toml"):
             shutil.copy(ROOT / name, self.folder)
         (self.folder / ".venv").mkdir()
-        (self.folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+        for path in Path(sys.prefix).iterdir():
+            if not path.name.startswith(".installed"):
+                (self.folder / ".venv" / path.name).symlink_to(path)
         (self.folder / ".venv" / ".installed").touch()
 
     def finished_study(self):

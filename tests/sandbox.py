@@ -47,6 +47,7 @@ VICTIM = {"dataset": "digits", "image_size": 12, "net": "small_resnet", "width":
 KEYS = {
     "paper_defaults": False,
     "clean_images_per_class": 3,
+    "report_every": 2,
     "choose": {"max_accuracy_drop": 1.0},
     "fixed": SETTINGS,
     "space": SPACE,

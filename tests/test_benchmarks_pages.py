@@ -1,11 +1,13 @@
 """The pages of the benchmarks are what the program makes of the records."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from benchmarks import report
+from benchmarks.pages import driver
 from benchmarks.records import HERE, RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -54,3 +56,12 @@ def test_a_page_without_records_says_so(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "KEPT", tmp_path / "nothing")
         page = getattr(module, module.__name__.rpartition(".")[2])
         assert "Nothing was measured yet." in page()
+
+
+def test_a_run_that_is_too_short_for_a_suggestion_at_trial_100_is_on_the_page(tmp_path, monkeypatch):
+    runs = json.loads(driver.KEPT.read_text())
+    short = runs[0] | {"trials": 40, "complete": 40, "suggestion_cpu": {}}
+    kept = tmp_path / "runs.json"
+    kept.write_text(json.dumps([*runs, short]))
+    monkeypatch.setattr(driver, "KEPT", kept)
+    assert "40 of 40" in driver.driver()

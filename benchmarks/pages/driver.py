@@ -16,7 +16,6 @@ def driver() -> str:
     runs: list[dict[str, Any]] = read(KEPT) or []
     if not runs:
         return page("What one driver carries", NOTHING)
-    growth = [_growth(run["suggestion_cpu"]) for run in runs]
 
     def cells(name: str, values: list[str], bar: str = "") -> list[str]:
         return [name, *values, bar]
@@ -34,7 +33,7 @@ def driver() -> str:
             f"{MEMORY:g}",
         ),
         cells("CPU of a suggestion, s (at trial)", [_suggestions(r["suggestion_cpu"]) for r in runs]),
-        cells("a suggestion grows by", [f"{by:.1f}" for by in growth], f"{GROWTH:g}"),
+        cells("a suggestion grows by", [_growth(r["suggestion_cpu"]) for r in runs], f"{GROWTH:g}"),
         cells("runs that MLflow takes a second", [f"{r['mlflow']['runs_a_second']:.0f}" for r in runs]),
         cells("commit", [r["commit"] for r in runs]),
     ]
@@ -54,9 +53,10 @@ def _suggestions(seconds: dict[str, float | None]) -> str:
     return ", ".join(f"{value:.3f} ({at})" for at, value in _known(seconds))
 
 
-def _growth(seconds: dict[str, float | None]) -> float:
+def _growth(seconds: dict[str, float | None]) -> str:
+    """The last over the first; a run of less than 100 trials has neither."""
     known = _known(seconds)
-    return known[-1][1] / known[0][1]
+    return f"{known[-1][1] / known[0][1]:.1f}" if known else ""
 
 
 def _known(seconds: dict[str, float | None]) -> list[tuple[str, float]]:

@@ -40,7 +40,8 @@ from study.store.files import locked, read_lines, write_text
 from study.store.provenance import commit, versions
 from study.store.schema import StudySummary, TrialStatus
 from study.store.session import Identity, begin, reopen
-from study.tracking.mlflow_runs import Status, Tracker, redacted, require_server, tracking_uri
+from study.tracking.credentials import redacted
+from study.tracking.mlflow_runs import Status, Tracker, require_server, tracking_uri
 from study.tracking.queue import MlflowQueue
 from study.tracking.recorder import Recorder
 from study.trial.cases import Case
@@ -119,7 +120,7 @@ def run_in(
         concurrency, own = 0, True
         if config.confirmation or config.trials > len(read_lines(folder / records.TRIALS)):
             stack.callback(search.stop_ray)
-            own = search.start_ray(address)
+            own = search.start_ray(address, lambda said: console.print(escape(said), soft_wrap=True))
             if wait:
                 stack.callback(search.release_workers)
             concurrency = find_room(config, wait, console)

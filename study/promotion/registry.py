@@ -33,7 +33,8 @@ from torch import Tensor
 import bimask
 from study.spec.config import StudyError
 from study.store.records import BEST
-from study.tracking.mlflow_runs import Tracker, redacted, require_server
+from study.tracking.credentials import redacted
+from study.tracking.mlflow_runs import Tracker, require_server
 
 CHAMPION = "champion"
 CODE = Path(__file__).with_name("served_model.py")
@@ -213,7 +214,7 @@ def _fetched(reference: str, uri: str, part: str = "", folder: str | None = None
             name, number = name.rsplit("/", 1)
         source = client.get_model_version_download_uri(name, number)
         return Path(download_artifacts(source + part, dst_path=folder, tracking_uri=uri))
-    except (MlflowException, OSError, ValueError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
         raise StudyError(
             f"{reference} cannot be fetched from {redacted(uri)} ({str(error)[:200]}); give "
             "models:/NAME@champion or models:/NAME/VERSION of a promoted study."
@@ -227,10 +228,10 @@ def _opened(uri: str) -> MlflowClient:
         StudyError: a store that cannot be opened.
     """
     require_server(uri)
-    client = MlflowClient(uri, uri)
     try:
+        client = MlflowClient(uri, uri)
         client.search_registered_models(max_results=1)
-    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ValueError, ImportError) as error:
         raise StudyError(
             f"The model registry {redacted(uri)} cannot be opened ({str(error)[:200]}); mend "
             "MLFLOW_TRACKING_URI."

@@ -91,12 +91,11 @@ def write_report(folder: Path, victims: Path, out: Path | None = None) -> Path:
 
 def log_report(path: Path, folder: Path, outputs: Path) -> str:
     """Log a page to its study's run in MLflow; what became of it in a few words, never an error."""
-    uri = tracking_uri(outputs)
     found = read(folder)
     study = found.study["name"]
     digests = {trial["provenance"]["study"] for trial in found.trials}
     try:
-        require_server(uri)
+        require_server(uri := tracking_uri(outputs))
         logged = any(log_to_study(uri, study, digest, path) for digest in digests)
     except BimaskError as error:
         return f"not logged: {error}"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import ray
 from ray.autoscaler.sdk import request_resources
 
+from study.search import exposure
 from study.spec.config import StudyConfig, StudyError
 
 TO_ACTORS = (  # what the package's __init__ has set; a cluster's nodes were started without it
@@ -24,8 +23,12 @@ POLL = 5.0  # seconds between two looks for workers
 ATTEMPTS = 3  # at starting a Ray here
 
 
-def start_ray(address: str | None) -> bool:
+def start_ray(address: str | None, say: Callable[[str], None] = print) -> bool:
     """Join Ray at `address`, at RAY_ADDRESS, or as `ray start` left it here, else start one.
+
+    Args:
+        say: is told, in one sentence, of a Ray here that is another user's: it is joined by its address
+            alone.
 
     Returns:
         Whether it was started here: its one node is this process's own.
@@ -33,21 +36,20 @@ def start_ray(address: str | None) -> bool:
     Raises:
         StudyError: no cluster answers there, or it runs other versions.
     """
-    where = address or os.environ.get("RAY_ADDRESS") or None
+    exposure.protect_token_file()
+    named = address not in (None, "", "auto")
+    where = address if named else os.environ.get("RAY_ADDRESS") or address
     try:
-        if where is not None:
+        if where in (None, "", "auto"):
+            joined = _join_left(say)
+            if not joined and where == "auto":
+                raise ConnectionError("none of yours runs on this machine")
+        elif joined := where != "local":
             _require_listener(where)
-        if where == "local" or (where is None and not _left_here()):
-            _start()
-            return True
-        try:
             _join(where)
-            return False
-        except ConnectionError:
-            if where is not None:
-                raise
-            _start()  # what `ray start` left here has died since
-            return True
+        if not joined:
+            _start()
+        return not joined
     except Exception as error:  # Ray raises just that, as well
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudyError(
@@ -56,15 +58,27 @@ def start_ray(address: str | None) -> bool:
         ) from error
 
 
-def _left_here() -> bool:
-    """Whether `ray start` says that it left a cluster here, in the file that `ray.init` names."""
-    linux = os.environ.get("TMPDIR") if sys.platform.startswith("linux") else None  # as Ray has it
-    temporary = os.environ.get("RAY_TMPDIR") or linux or "/tmp"
-    return (Path(temporary) / "ray" / "ray_current_cluster").is_file()
+def _join_left(say: Callable[[str], None]) -> bool:
+    """Join what this user's `ray start` left on this machine; whether there is one that answers."""
+    if (left := exposure.left_here()) is None:
+        return False
+    if left.owner is not None:
+        say(
+            f"The Ray at {left.address} on this machine belongs to {left.owner} and is not joined; "
+            f"if you trust whoever runs it, give --address {left.address}."
+        )
+        return False
+    try:
+        _require_listener(left.address)
+        exposure.use_token_of_user()
+        _join(left.address)
+    except OSError:
+        return False  # it has died since
+    return True
 
 
-def _join(address: str | None) -> None:
-    """Without an address what `ray start` left here, but no Ray of another program's own."""
+def _join(address: str) -> None:
+    """What `ray start` or a cluster launcher started, but no Ray of another program's own."""
     variables = {name: os.environ[name] for name in TO_ACTORS}
     ray.init(
         address=address,
@@ -82,13 +96,15 @@ def _start() -> None:
     variables, and those that Ray starts beforehand can be used.
     """
     for attempt in range(ATTEMPTS):
+        exposure.close()
         try:
             ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            exposure.require_closed()
             return
         except Exception as error:
+            stop_ray()
             if "timed out during startup" not in str(error) or attempt + 1 == ATTEMPTS:
                 raise
-            ray.shutdown()
 
 
 def _require_listener(address: str) -> None:
@@ -101,6 +117,7 @@ def _require_listener(address: str) -> None:
 def stop_ray() -> None:
     """Leave the cluster, or stop the local one."""
     ray.shutdown()
+    exposure.restore()
 
 
 def room(config: StudyConfig) -> int:

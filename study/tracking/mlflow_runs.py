@@ -27,6 +27,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFL
 from sqlalchemy.exc import SQLAlchemyError
 
 from study.spec.config import StudyError
+from study.tracking.credentials import move_credentials, redacted
 
 EXPERIMENT = "bimask"
 # What MLflow's page asks an experiment for before it shows training runs and not a chat's traces.
@@ -66,7 +67,7 @@ class Tracker:
             )
             if found is not None and KIND not in found.tags:
                 self.client.set_experiment_tag(self.experiment_id, KIND, TRAINING)
-        except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+        except (MlflowException, SQLAlchemyError, OSError, ValueError, ImportError) as error:
             raise StudyError(
                 f"The MLflow store {redacted(self.uri)} cannot be opened ({_first_line(error)}); mend "
                 "MLFLOW_TRACKING_URI, or unset it to use a SQLite file beside the outputs."
@@ -315,7 +316,7 @@ def log_to_study(uri: str, name: str, digest: str, path: Path) -> bool:
         if not runs:
             return False
         client.log_artifact(runs[0].info.run_id, str(path))
-    except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ValueError, ImportError) as error:
         raise StudyError(
             f"The MLflow store {redacted(uri)} does not take {path.name} ({_first_line(error)})."
         ) from error
@@ -323,21 +324,18 @@ def log_to_study(uri: str, name: str, digest: str, path: Path) -> bool:
 
 
 def tracking_uri(outputs: Path) -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite file in `outputs`."""
+    """MLFLOW_TRACKING_URI without its secrets, or a SQLite file in `outputs`.
+
+    Raises:
+        StudyError: it is set to what is no address.
+    """
+    move_credentials()
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(outputs / 'mlflow.db').resolve()}"
 
 
 def is_server(uri: str) -> bool:
     """Whether a store is a server, not a file."""
     return uri.startswith(("http://", "https://"))
-
-
-def redacted(uri: str) -> str:
-    """The URI without user and password."""
-    parts = urlsplit(uri)
-    if parts.username is None and parts.password is None:
-        return uri
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def require_server(uri: str) -> None:

@@ -325,13 +325,15 @@ def mlflow_server():
     """A function: a real `mlflow server` over a store, on loopback; its address."""
 
     @contextmanager
-    def serve(uri):
+    def serve(uri, folder=None):
+        """`folder`: where it keeps the artifacts that it is sent."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
         process = subprocess.Popen(
             [*command, "--workers", "1", "--port", str(port)],
+            cwd=folder,
             env=os.environ
             | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
             stdout=subprocess.DEVNULL,

@@ -33,9 +33,13 @@ def mend(folder: Path) -> list[str]:
     Returns:
         A sentence for each thing that was lost: what it is, why, and what happens with it.
     """
-    notes = _mend(folder / records.TRIALS, _trial_with_files(folder), "{} is run again")
-    notes += _mend(folder / records.REPORTS, schema.step_report, "a point of the curves of {} is lost")
-    notes += _mend(folder / records.CONFIRM, schema.confirm_record, "this purification is run again")
+    notes = mend_lines(folder / records.TRIALS, _trial_with_files(folder), "{} is run again")
+    notes += mend_lines(
+        folder / records.REPORTS, schema.step_report, "a point of the curves of {} is lost"
+    )
+    notes += mend_lines(
+        folder / records.CONFIRM, schema.confirm_record, "this purification is run again"
+    )
     if (folder / records.SUMMARY).exists():
         try:
             records.read_summary(folder)
@@ -105,7 +109,7 @@ def _trial_with_files(folder: Path) -> Checked:
     return checked
 
 
-def _mend(path: Path, checked: Checked, consequence: str) -> list[str]:
+def mend_lines(path: Path, checked: Checked, consequence: str) -> list[str]:
     """Take lines out of a file that cannot be read, or that `checked` raises a StudyError for."""
     good: list[bytes] = []
     bad: list[bytes] = []

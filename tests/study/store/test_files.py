@@ -9,7 +9,7 @@ import pytest
 
 from study.spec.config import StudyError
 from study.store.files import append_lines, locked, read_lines, replaced_folder, write_text
-from study.store.mending import _mend
+from study.store.mending import mend_lines
 
 ROOT = Path(__file__).parents[3]
 
@@ -28,7 +28,7 @@ def test_a_line_cut_anywhere_costs_itself_alone_and_not_the_next(tmp_path, cut):
     append_lines(path, [{"number": 1}, {"number": 2}])
     os.truncate(path, path.stat().st_size - cut)
     assert read_lines(path) == [{"number": 1}]
-    assert len(_mend(path, lambda _: None, "")) == 1
+    assert len(mend_lines(path, lambda _: None, "")) == 1
     append_lines(path, [{"number": 3}])
     assert read_lines(path) == [{"number": 1}, {"number": 3}]
 

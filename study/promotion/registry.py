@@ -33,7 +33,8 @@ from torch import Tensor
 import bimask
 from study.spec.config import StudyError
 from study.store.records import BEST
-from study.tracking.mlflow_runs import Tracker, redacted, require_server
+from study.tracking.local_store import held
+from study.tracking.mlflow_runs import Tracker, make_tables, redacted, require_server
 
 CHAMPION = "champion"
 CODE = Path(__file__).with_name("served_model.py")
@@ -227,8 +228,9 @@ def _opened(uri: str) -> MlflowClient:
         StudyError: a store that cannot be opened.
     """
     require_server(uri)
-    client = MlflowClient(uri, uri)
     try:
+        with held(uri, make_tables):
+            client = MlflowClient(uri, uri)
         client.search_registered_models(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:
         raise StudyError(

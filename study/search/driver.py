@@ -83,17 +83,15 @@ class _Recording(tune.Callback):
         if self.recorder is None or self.say is None:
             return
         if "trouble" in result:
-            self._told(trial.trial_id, cast(Trouble, result)["trouble"])
+            if not self.waiting:  # what one of the actors waits for, the others wait for as well
+                self.say(cast(Trouble, result)["trouble"])
+            self.waiting.add(trial.trial_id)
         elif "final" not in result:
             self.recorder.reported(result)
-
-    def _told(self, actor: str, trouble: str) -> None:
-        """What the first of the actors that wait says, and the last of those that go on."""
-        assert self.say is not None
-        others = self.waiting - {actor}
-        self.waiting ^= {actor}
-        if not others:
-            self.say(trouble)
+        elif trial.trial_id in self.waiting:
+            self.waiting.remove(trial.trial_id)
+            if not any(one.get("environment") for one in result["members"]):
+                self.say("It was possible again; going on.")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         if self.recorder is None:
@@ -201,12 +199,19 @@ def contained(function: Callable[..., None]) -> Callable[..., None]:
             ]
             tune.report({"final": True, "members": members})
 
-        numbers = ", ".join(str(one["number"]) for one in config["members"])
+        numbers, told = ", ".join(str(one["number"]) for one in config["members"]), False
+
+        def say(text: str) -> None:
+            nonlocal told
+            if not told:  # that it goes on shows in the final report, which must be the last
+                tune.report({"trouble": text})
+            told = True
+
         try:
             patiently(
                 attempt,
                 patience=study.environment_timeout,
-                say=lambda text: tune.report({"trouble": text}),
+                say=say,
                 what=f"run trial {numbers} on {socket.gethostname()}",
             )
         except Exception as error:

@@ -119,7 +119,7 @@ def test_a_disk_that_comes_back_costs_nothing(launch, name):
     assert launched.process.wait(300) == 0, launched.said()
     trials = study_package.load("waits", launched.outputs)
     assert trials["number"].tolist() == [0, 1, 2]
-    assert set(trials["status"]) == {"COMPLETE"}
+    assert set(trials["status"]) == {"COMPLETE"}, trials["reason"].tolist()
     assert launched.said().count("waiting until it can be done") == 1, "it is said once"
     assert "going on" in launched.said()
 

@@ -131,8 +131,12 @@ def main(
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except OSError as error:  # of the environment; what has a record is kept
+        message = f"[bold red]error[/]: {escape(str(error))}; mend it, then go on with --resume NAME."
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(2)
     except InterruptedStudyError as error:
-        Console(stderr=True).print(str(error), soft_wrap=True)
+        Console(stderr=True).print(escape(str(error)), soft_wrap=True)
         sys.exit(128 + error.signal)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,4 +1,9 @@
-"""Files and folders that appear whole or not at all; a manifest that a stranger may have made."""
+"""Files and folders that appear whole or not at all, also where the power fails right after; a manifest
+that a stranger may have made.
+
+A rename alone is not enough: the disk may know the new name before it has what is in the file. So what
+is written here is synced, then renamed, and then the folder that holds the name is synced.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +42,13 @@ def parsed_manifest(path: Path) -> tuple[Any, bytes]:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A file to write to, which takes the place of `path` when the context ends without an exception; a
-    kill in the middle leaves the old file."""
+    kill or a power cut in the middle leaves the old file."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield part
+        sync(part)
         os.replace(part, path)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -62,9 +69,32 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     try:
         yield part
         part.chmod(0o755)
-        part.rename(out)
+        sync_tree(part)
+        os.rename(part, out)
+        sync(out.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's names.
+
+    Raises:
+        OSError: the disk does not take it; also if there is no such path.
+    """
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until the disk has a folder with all that is in it; its own name is in its parent."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(root) / name)
+        sync(Path(root))
 
 
 def refuse_existing(out: Path) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from bimask.attacks import Attack, TriggeredData
 from bimask.data import Splits
 from bimask.errors import SettingError, VictimError, VictimRefusedError, describe
-from bimask.files.atomic import parsed_manifest
+from bimask.files.atomic import parsed_manifest, sync, sync_tree
 from bimask.metrics import EvalSets, Scores, Split
 from bimask.nets import is_own
 from bimask.nets.weights import file_sha256
@@ -141,9 +141,11 @@ def save_victim(victim: Victim, root: Path) -> Path:
             manifest["trigger_sha256"] = file_sha256(part / TRIGGER)
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         part.chmod(0o755)
+        sync_tree(part)
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(part, folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from bimask.defences.settings import DefenceConfig
 from bimask.progress import ToldProgress
@@ -12,6 +13,7 @@ from bimask.victims import Victim
 from study import search
 from study.spec.config import StudyConfig
 from study.store import records
+from study.store.environment import patiently
 from study.store.files import append_lines
 from study.store.schema import Configuration, Confirmation, ConfirmRecord, StudySummary
 from study.trial.suite import confirmation, jobs_of
@@ -39,7 +41,7 @@ def confirm_choice(
     jobs = jobs_of(config, settings)
     if not jobs:
         return None
-    rows = records.read_confirmed(folder, mend=True)
+    rows = records.read_confirmed(folder)
     known = {(row["configuration"], row["victim"], row["seed"]) for row in rows}
     with ToldProgress(console) as progress:
         task = progress.add_task(f"confirming on {len(suite)} victims", total=len(jobs))
@@ -47,7 +49,12 @@ def confirm_choice(
 
         def on_done(row: ConfirmRecord) -> None:
             rows.append(row)
-            append_lines(folder / records.CONFIRM, [row])
+            patiently(
+                lambda: append_lines(folder / records.CONFIRM, [row]),
+                patience=config.environment_timeout,
+                say=lambda text: console.print(escape(text), soft_wrap=True),
+                what=f"write to {folder}",
+            )
             progress.update(task, completed=len(rows))
 
         search.run_confirmation(config, suite, [job for job in jobs if job.key not in known], on_done)

@@ -106,10 +106,10 @@ def _prepare_suspect(spec: SuspectSpec, for_defence: int, console: Console) -> S
     suspect = spec.load(for_defence)
     val, test = suspect.scores["val"], suspect.scores["test"]
     console.print(
-        f"suspect {spec.model}: ACC {val.clean_accuracy:.3f} on {val.n_clean} held-back pictures to "
-        f"choose on, {test.clean_accuracy:.3f} on {test.n_clean} to report on, hence in steps of "
-        f"{100 / val.n_clean:.1f} and {100 / test.n_clean:.1f} points; {for_defence} of each of "
-        f"{len(suspect.classes)} classes are the defence's",
+        f"suspect {escape(str(spec.model))}: ACC {val.clean_accuracy:.3f} on {val.n_clean} held-back "
+        f"pictures to choose on, {test.clean_accuracy:.3f} on {test.n_clean} to report on, hence in "
+        f"steps of {100 / val.n_clean:.1f} and {100 / test.n_clean:.1f} points; {for_defence} of each "
+        f"of {len(suspect.classes)} classes are the defence's",
         soft_wrap=True,
         highlight=False,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +20,7 @@ from bimask.victims import Victim
 from study import search
 from study.analysis.blind import blind_metrics
 from study.pipeline.confirm import confirm_choice
+from study.pipeline.opening import in_mlflow, open_tracker, say
 from study.pipeline.prepare import (
     check_data,
     find_room,
@@ -36,7 +39,9 @@ from study.spec.config import StudyConfig, StudyError
 from study.spec.reading import load_config
 from study.spec.suspect import Subject
 from study.store import records
+from study.store.environment import patiently
 from study.store.files import locked, read_lines, write_text
+from study.store.mending import mend
 from study.store.provenance import commit, versions
 from study.store.schema import StudySummary, TrialStatus
 from study.store.session import Identity, begin, reopen
@@ -48,7 +53,8 @@ from study.trial.cases import Case
 from study.trial.suite import confirmation_metrics
 
 VICTIM_PICTURES = "victims"
-PATIENCE, SHORT_PATIENCE = 60.0, 5.0  # seconds that the end waits for an MLflow that takes nothing
+Done = TypeVar("Done")
+PATIENCE, SHORT_PATIENCE = 180.0, 5.0  # seconds that the end waits for an MLflow that takes nothing
 
 
 def run_study(
@@ -114,7 +120,10 @@ def run_in(
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked(folder))
-            if _is_whole(config, folder, tracker := Tracker(uri, outputs / "mlartifacts")):
+            for note in mend(folder):
+                say(console, note)
+            tracker = open_tracker(uri, outputs, config, console)
+            if _is_whole(config, folder, tracker):
                 console.print(f"The study {config.name} is finished, all {config.trials} trials.")
                 return records.read_summary(folder)
         concurrency, own = 0, True
@@ -128,17 +137,18 @@ def run_in(
                 nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri, own=own)
             console.print(f"{nodes} node(s) checked, {concurrency} actors at once")
         console.print(
-            f"[bold]{config.name}[/]: {config.trials} trials, MLflow at {redacted(uri)}", soft_wrap=True
+            f"[bold]{config.name}[/]: {config.trials} trials, MLflow at {escape(redacted(uri))}",
+            soft_wrap=True,
         )
         suite = prepare_victims(config, outputs / "victims", device, console)
         identity = Identity.of(config, suite, outputs / "victims")
         if resume:
             begun = Identity.load(folder)
             begun.require_same(identity)
-            _start_in_mlflow(config, begun, tracker, suite)
+            in_mlflow(uri, config, console, lambda: _start_in_mlflow(config, begun, tracker, suite))
         else:
-            tracker = Tracker(uri, outputs / "mlartifacts")
-            _begin(config, folder, identity, tracker, suite)
+            tracker = open_tracker(uri, outputs, config, console)
+            _begin(config, folder, identity, tracker, suite, console)
             stack.enter_context(locked(folder))
         study = _Study(config, folder, suite, earlier, tracker, console, concurrency, not own, storage)
         summary, signal = study.run(started)
@@ -164,7 +174,8 @@ def _is_whole(config: StudyConfig, folder: Path, tracker: Tracker) -> bool:
     except StudyError:
         return False
     confirmed = config.confirmation is None or not summary["n_complete"] or "suite" in summary
-    finished = summary["n_trials"] == config.trials and confirmed
+    recorded = len(records.read_trials(folder))  # one may have been lost since
+    finished = summary["n_trials"] == recorded == config.trials and confirmed
     return finished and tracker.has_whole(Identity.load(folder).study_id, config.trials)
 
 
@@ -174,11 +185,14 @@ def _begin(
     identity: Identity,
     tracker: Tracker,
     victims: dict[str, Subject],
+    console: Console,
 ) -> None:
     """Make the study's folder and open the parent run: both, or nothing stays."""
     begin(folder, config, identity)
     try:
-        _start_in_mlflow(config, identity, tracker, victims)
+        in_mlflow(
+            tracker.uri, config, console, lambda: _start_in_mlflow(config, identity, tracker, victims)
+        )
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -238,8 +252,12 @@ class _Study:
             in_trials = self._search(cases, mirror, interrupts)
             wall = time.perf_counter() - searching
             trials = records.read_trials(self.folder)
-            summary = summarise(self.config, self.folder, trials, self.victims)
-            draw_front(self.folder / FRONT_PICTURE, trials, summary)
+            summary = self._patiently(
+                lambda: summarise(self.config, self.folder, trials, self.victims), interrupts
+            )
+            self._patiently(
+                lambda: draw_front(self.folder / FRONT_PICTURE, trials, summary), interrupts
+            )
             summary["seconds"] = {
                 "in_trials": in_trials,
                 "harness": max(0.0, wall * self.concurrency - in_trials),
@@ -250,7 +268,8 @@ class _Study:
                 if suite is not None:
                     summary["suite"] = suite
             summary["seconds"]["total"] = time.perf_counter() - started
-            write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
+            text = json.dumps(summary, indent=2) + "\n"
+            self._patiently(lambda: write_text(self.folder / records.SUMMARY, text), interrupts)
             status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
             make_report(self.folder, self.folder.parent / "victims", self.console)
             page = self.tracker.artifact_link(REPORT)
@@ -263,9 +282,11 @@ class _Study:
             raise
         finally:
             if missing := mirror.close(patience if interrupts.signal is None else SHORT_PATIENCE):
+                words = ["python", "-m", "study.launch", "--resume", self.config.name]
+                again = shlex.join([*words, "--outputs", str(self.folder.parent)])
                 self.console.print(
                     f"[bold yellow]MLflow lacks {missing} entries[/]; nothing is lost: tell it later "
-                    f"with `python -m study.launch --resume {self.config.name}`.",
+                    f"with `{escape(again)}`.",
                     soft_wrap=True,
                 )
 
@@ -287,13 +308,22 @@ class _Study:
                 earlier=self.earlier,
                 storage=self.storage,
                 interrupts=interrupts,
-            )
-        if recorder.unwritten:
-            raise StudyError(
-                f"The records of {len(recorder.unwritten)} trial(s) cannot be written to "
-                f"{self.folder}; make room on the disk, then resume: these trials are run again."
+                say=self._say,
             )
         return sum(record.get("seconds", 0.0) for record in recorder.records[before:])
+
+    def _say(self, text: str) -> None:
+        say(self.console, text)
+
+    def _patiently(self, action: Callable[[], Done], interrupts: Interrupts) -> Done:
+        """Write to the study's folder, as soon as it takes it."""
+        return patiently(
+            action,
+            patience=self.config.environment_timeout,
+            say=self._say,
+            what=f"write to {self.folder}",
+            given_up=lambda: interrupts.signal is not None,
+        )
 
     def _say_what_happens(self, error: Exception) -> None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -309,7 +339,10 @@ def make_report(folder: Path, victims: Path, console: Console) -> None:
     try:
         write_report(folder, victims)
     except Exception as error:
-        console.print(f"no report ({error}); try: python -m study.report {folder.name}", soft_wrap=True)
+        again = shlex.join(
+            ["python", "-m", "study.report", folder.name, "--outputs", str(folder.parent)]
+        )
+        console.print(f"no report ({escape(str(error))}); try: {escape(again)}", soft_wrap=True)
 
 
 def close(

@@ -34,7 +34,8 @@ import bimask
 from study.spec.config import StudyError
 from study.store.records import BEST
 from study.tracking.credentials import redacted
-from study.tracking.mlflow_runs import Tracker, require_server
+from study.tracking.local_store import held
+from study.tracking.mlflow_runs import Tracker, make_tables, require_server
 
 CHAMPION = "champion"
 CODE = Path(__file__).with_name("served_model.py")
@@ -229,7 +230,8 @@ def _opened(uri: str) -> MlflowClient:
     """
     require_server(uri)
     try:
-        client = MlflowClient(uri, uri)
+        with held(uri, make_tables):
+            client = MlflowClient(uri, uri)
         client.search_registered_models(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError, ValueError, ImportError) as error:
         raise StudyError(

@@ -26,8 +26,8 @@ def main(
     console = Console()
     try:
         path = write_report(outputs / name, outputs / "victims", out)
-        console.print(f"report  {path}", soft_wrap=True, highlight=False)
-        console.print(log_report(path, outputs / name, outputs), soft_wrap=True, highlight=False)
+        for line in (f"report  {path}", log_report(path, outputs / name, outputs)):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     except BimaskError as error:
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bimask.nets import is_own
@@ -36,6 +38,11 @@ SHORT = dict(zip(SCORES, ("ACC", "ASR", "RA"), strict=True)) | {"risk": "risk"}
 def wide_console() -> Console:
     """Standard output, with tables whole in a log."""
     return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def print_plain(console: Console, text: str) -> None:
+    """A line to copy, a path or a command, as it is: `[x]` in it is no markup."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -91,7 +98,8 @@ def show(
     console.print(table)
     if hidden := len(config.space) - len(searched):
         console.print(
-            f"{hidden} more settings of each trial: {folder / records.TRIALS}, {folder / REPORT}",
+            f"{hidden} more settings of each trial: "
+            + escape(f"{folder / records.TRIALS}, {folder / REPORT}"),
             soft_wrap=True,
         )
     console.print(
@@ -107,10 +115,10 @@ def show(
     _show_selection(console, summary["selection"])
     show_suite(console, summary.get("suite") or {})
     if (folder / REPORT).is_file():
-        console.print(f"page:  {folder / REPORT}", soft_wrap=True, highlight=False)
+        print_plain(console, f"page:  {folder / REPORT}")
     if (command := tracker.ui_command()) is not None:
-        console.print("look:  " + command, soft_wrap=True, highlight=False)
-    console.print("runs:  " + tracker.link(), soft_wrap=True, highlight=False)
+        print_plain(console, "look:  " + command)
+    print_plain(console, "runs:  " + tracker.link())
     if chosen is None:
         console.print(
             "[bold yellow]Nothing chosen[/]: no trial keeps a clean accuracy of "
@@ -118,17 +126,15 @@ def show(
             "the space."
         )
         return
-    console.print(
-        f"reuse: python -m bimask purify {_whom(config, victims)} --config "
-        f"{folder / records.BEST} --out {folder / 'cleaned'}{_trust(config)}",
-        soft_wrap=True,
-    )
+    where = shlex.join(["--config", str(folder / records.BEST), "--out", str(folder / "cleaned")])
+    reuse = f"python -m bimask purify {_whom(config, victims)} {where}{_trust(config)}"
+    print_plain(console, f"reuse: {reuse}")
 
 
 def _whom(config: StudyConfig, victims: Path) -> str:
     if config.suspect is not None:
         return config.suspect.options
-    return f"--victim {config.victims[0].place(victims)}"
+    return shlex.join(["--victim", str(config.victims[0].place(victims))])
 
 
 def fitting(names: list[str], points: Sequence[Parameters], room: int) -> list[str]:

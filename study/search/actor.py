@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from ray import tune
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from bimask.defences.base import Defence, StepLog
 from bimask.errors import NonFiniteError
@@ -119,7 +119,9 @@ def write_artifacts(result: TrialResult, defence: Defence[Any], folder: Path, nu
     for name, case in result.cases.items():
         cost = {kind: str(count) for kind, count in asdict(case.result.passes).items()}
         cost["seconds"] = f"{case.result.seconds:.3f}"
-        save_file(case.tensors, folder / f"{name}.{defence.stem}.safetensors", metadata=cost)
+        # safetensors' own writer raises an error of its own where the disk is full, and no OSError
+        content = save(case.tensors, metadata=cost)
+        (folder / f"{name}.{defence.stem}.safetensors").write_bytes(content)
         masks = defence.masks(case.tensors, case.result.config)
         if masks is not None:
             draw_masks(folder / f"{name}.masks.png", masks, f"trial {number}, {name}")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import optuna
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
+from study.search.optuna_door import OptunaDoor
 from study.search.samplers import SAMPLERS, STARTUP, WORTH, first_sampler
 from study.search.warm_start import Earlier, Observed
 from study.spec.config import PAPER, StudyConfig, StudyError
@@ -26,7 +26,7 @@ from study.trial.rules import TrialRules
 EARLIER = "earlier"  # the preset of an earlier study's trial, which is no trial of this one
 CHECKPOINTS = Path("checkpoints")  # in the study's folder
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-LOCK_SECONDS = 20  # that a SQLite file may be locked by another process
+LOCK_SECONDS = 5  # that a SQLite file may be locked by another process
 
 
 class ParetoSearch(Searcher):
@@ -42,6 +42,17 @@ class ParetoSearch(Searcher):
         records: of the trials that have ended, whatever the storage knows of it.
         checkpoints: folder in which each group gets one of its own.
         earlier: what earlier studies know.
+        say: told in a sentence what the storage keeps waiting, and which trials have lost their record.
+        given_up: whether nobody waits for the storage any longer.
+
+    Attributes:
+        lost: trials that the storage knows to have ended, and that have no record: it was lost since.
+        They
+            are run again, with their numbers and parameters, and end as they had ended.
+
+    Raises:
+        StudyError: the storage cannot be read, does not let us in for `environment_timeout`, or is not
+            the one of these records.
     """
 
     def __init__(
@@ -52,8 +63,11 @@ class ParetoSearch(Searcher):
         records: Sequence[TrialRecord] = (),
         checkpoints: Path = CHECKPOINTS,
         earlier: Earlier | None = None,
+        say: Callable[[str], None] = lambda _: None,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
+        self.door = OptunaDoor(storage, config.environment_timeout, say, given_up)
         self.config, self.storage, self.checkpoints = config, storage, checkpoints
         self.given: set[int] = set()
         self.asked: dict[int, optuna.Trial] = {}
@@ -65,12 +79,14 @@ class ParetoSearch(Searcher):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():  # samplers and metric names that may still change
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study = self._open()
+            self.study = self.door.patiently(self._open)
         if len(self.study.directions) != len(config.directions):
             raise StudyError(f"Optuna's study has directions {self.study.directions}.")
         for one in self.earlier.observed:
             violations = self.rules.constraints.violations(one.values)
             self.history.finished(self.rules.losses(one.values), violations)
+        known = {record["number"] for record in records}
+        self.lost = [t.number for t in self._trials(*ENDED) if t.number not in known]
         if records and max(r["number"] for r in records) >= len(self.study.trials):
             raise StudyError(
                 f"{storage} lacks trials that have records; put it back as it was, or start "
@@ -78,7 +94,10 @@ class ParetoSearch(Searcher):
             )
         for record in records:
             self.tell(record)
-        self.doubtful = bool(self._trials(TrialState.RUNNING))
+        self.doubtful = bool(self.lost or self._trials(TrialState.RUNNING))
+        if self.lost:
+            numbers = ", ".join(map(str, self.lost))
+            say(f"The records of these trials are lost, and they are run again: {numbers}.")
 
     def _open(self) -> optuna.Study:
         """The study in the storage, new or as it was left; its sampler repeats no suggestion."""
@@ -140,9 +159,11 @@ class ParetoSearch(Searcher):
             self.flush_pending()
             trials = self._to_run_on() or self._ask()
             members = [self._member(trial, trial_id) for trial in trials]
-        except optuna.exceptions.StorageInternalError:
+        except optuna.exceptions.StorageInternalError as error:
             self.doubtful = True  # what was asked for and did not arrive is RUNNING for nobody
+            self.door.refused(error)
             return None
+        self.door.let_in()
         if not members:
             return str(Searcher.FINISHED)
         self.given |= {member["number"] for member in members}
@@ -171,8 +192,9 @@ class ParetoSearch(Searcher):
 
     def _open_groups(self) -> list[list[optuna.trial.FrozenTrial]]:
         groups: dict[int, list[optuna.trial.FrozenTrial]] = {}
-        for trial in self._trials(TrialState.RUNNING):
-            if trial.number not in self.given:
+        for trial in self._trials(TrialState.RUNNING, *ENDED):
+            cut = trial.state == TrialState.RUNNING or trial.number in self.lost
+            if cut and trial.number not in self.given:
                 groups.setdefault(trial.user_attrs.get("group", trial.number), []).append(trial)
         return [groups[first] for first in sorted(groups)]
 
@@ -180,8 +202,12 @@ class ParetoSearch(Searcher):
         """A trial with its parameters: those that it has, the others suggested."""
         preset = trial.user_attrs.get("preset")
         self.asked[trial.number] = trial
-        trial.set_user_attr("tune_trial_id", trial_id)
-        parameters = published(self.config) if preset == PAPER else suggest(self.config.space, trial)
+        source: optuna.trial.BaseTrial = trial
+        if trial.number in self.lost:  # it has ended, and takes no more
+            source = optuna.trial.FixedTrial(trial.params)
+        else:
+            trial.set_user_attr("tune_trial_id", trial_id)
+        parameters = published(self.config) if preset == PAPER else suggest(self.config.space, source)
         return {"number": trial.number, "preset": preset, "parameters": parameters}
 
     def _trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
@@ -211,8 +237,12 @@ class ParetoSearch(Searcher):
             violations = self.rules.constraints.violations(values)
             self.history.finished(self.rules.losses(values), violations)
             self._settle(record.get("seconds", 0.0))
-        with suppress(optuna.exceptions.StorageInternalError):
+        try:
             self.flush_pending()
+        except optuna.exceptions.StorageInternalError:
+            pass  # it is told with the next
+        else:
+            self.door.let_in()
 
     def _settle(self, seconds: float) -> None:
         """Under `auto`, leave GP once it is known that trials are too short for it."""
@@ -255,15 +285,9 @@ class ParetoSearch(Searcher):
         """Tell what could not be told before, and what was kept for the end.
 
         Raises:
-            StudyError: the storage takes nothing.
+            StudyError: the storage takes nothing for `environment_timeout`; the records are kept.
         """
-        try:
-            self.flush_pending(last=True)
-        except optuna.exceptions.StorageInternalError as error:
-            raise StudyError(
-                f"Optuna's storage {self.storage} does not take the ends of {len(self.untold)} "
-                f"trial(s) ({error.__cause__}); their records are kept, so resume when it does."
-            ) from error
+        self.door.patiently(lambda: self.flush_pending(last=True))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: Optuna's storage holds the state."""

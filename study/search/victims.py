@@ -13,6 +13,7 @@ import ray
 import torch
 from ray.util.queue import Queue
 
+from bimask.files.atomic import sync, sync_tree
 from bimask.victims import EpochLog, VictimSpec, obtain_victim
 from study.spec.config import StudyError
 
@@ -102,7 +103,9 @@ def _received(reference: Any, folder: Path) -> str | None:
             for name, content in files.items():
                 (part / name).write_bytes(content)
             part.chmod(0o755)
+            sync_tree(part)
             os.rename(part, folder)
+            sync(folder.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return None

@@ -33,7 +33,7 @@ Unit = Field(ge=0, le=1)
 
 # How a study runs, not what it finds.
 RUNNING = {"concurrency", "trials_per_actor", "retries"}
-RUNNING |= {"checkpoint_every", "trial_timeout", "memory_per_trial"}
+RUNNING |= {"checkpoint_every", "trial_timeout", "memory_per_trial", "environment_timeout"}
 # Keys that came later: a study without them keeps the digest that it had.
 LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constraints", "repeats"} | {
     "early_stopping",
@@ -114,6 +114,11 @@ class StudyConfig(BaseModel):
     )
     memory_per_trial: float | None = Field(
         None, gt=0, description="GiB that an actor may take beyond what it holds as a trial begins"
+    )
+    environment_timeout: float = Field(
+        600,
+        gt=0,
+        description="seconds that a study waits for a full disk or a locked database before it stops",
     )
     victims: list[VictimSpec] = Field(description="that trials are scored on, on val")
     suspect: SuspectSpec | None = Field(

@@ -1,35 +1,38 @@
-"""Files that a kill in the middle of a write leaves whole: the old content or the new, no line lost."""
+"""Files that a kill or a power cut in the middle of a write leaves whole: the old content or the new,
+no line lost, and no line that promises files which the disk does not have."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from bimask.files.atomic import atomic_write
+from bimask.files.atomic import atomic_write, sync, sync_tree
 from study.spec.config import StudyError
+
+CHECKSUM = "checksum"  # of a line, its last key; lines of before there was one have none
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole."""
-    with atomic_write(path) as part, part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_write(path) as part:
+        part.write_text(text)
 
 
 def append_lines(path: Path, rows: Sequence[Mapping[str, object]], *, durable: bool = True) -> None:
-    """Add one line of JSON a row, all or none where the disk is full.
+    """Add one line of JSON a row, each with its checksum; all or none where the disk is full.
 
     Args:
-        durable: wait until the disk has them.
+        durable: wait until the disk has them, and the name of the file.
     """
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    text = "".join(json.dumps({**row, CHECKSUM: _checksum(row)}) + "\n" for row in rows).encode()
     with path.open("ab", buffering=0) as file:
         size = file.tell()
         try:
@@ -37,35 +40,99 @@ def append_lines(path: Path, rows: Sequence[Mapping[str, object]], *, durable: b
                 raise OSError(f"{path} took only a part of what was written")
             if durable:
                 os.fsync(file.fileno())
+                sync(path.parent)
         except OSError:
             file.truncate(size)
             raise
 
 
-def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, object]]:
-    """The rows of `append_lines`; none where there is no file. A last line without its end is dropped.
+def _checksum(row: Mapping[str, object]) -> str:
+    """CRC-32 of a row as JSON, eight hex digits: against what a disk does, not against people."""
+    return f"{zlib.crc32(json.dumps(dict(row)).encode()):08x}"
 
-    Args:
-        mend: cut such a line off the file as well, so that the next one begins where it should.
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a file of records.
+
+    Attributes:
+        number: from 1.
+        row: what it says; empty where it cannot be read.
+        fault: why it cannot be read, or None.
     """
+
+    number: int
+    content: bytes
+    row: dict[str, object]
+    fault: str | None = None
+
+
+def lines_of(path: Path) -> list[Line]:
+    """All lines of `append_lines`, also those that cannot be read, and a last one without its end."""
     if not path.is_file():
         return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if mend and len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    found = []
+    with path.open("rb") as file:
+        for number, content in enumerate(file, start=1):
+            try:
+                found.append(Line(number, content, _row(content)))
+            except ValueError as error:
+                found.append(Line(number, content, {}, str(error)))
+    return found
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder, whole or not at all; one that is there already is replaced."""
+def _row(content: bytes) -> dict[str, object]:
+    if not content.endswith(b"\n"):
+        raise ValueError("it has no end")
+    if b"\0" in content:
+        raise ValueError("it has NUL bytes")
+    try:
+        row = json.loads(content)
+    except (ValueError, RecursionError):
+        raise ValueError("it is no JSON") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {type(row).__name__}, and a record is an object of JSON")
+    known = row.pop(CHECKSUM, None)
+    if known is not None and known != _checksum(row):
+        raise ValueError("its checksum is of another content")
+    return row
+
+
+def read_lines(path: Path) -> list[dict[str, object]]:
+    """The rows of `append_lines`; none where there is no file. A last line without its end is dropped:
+    it is being written, or never was.
+
+    Raises:
+        StudyError: a line cannot be read.
+    """
+    found = lines_of(path)
+    if found and not found[-1].content.endswith(b"\n"):
+        found.pop()
+    for line in found:
+        if line.fault is not None:
+            raise StudyError(
+                f"{path}:{line.number} cannot be read: {line.fault}; --resume runs again what is lost."
+            )
+    return [line.row for line in found]
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A folder to write to, which is named `target` when the context ends without an exception, and is
+    then on the disk with all that is in it; one that is there already is replaced."""
+    if not target.parent.is_dir():
+        target.parent.mkdir()
+        sync(target.parent.parent)
     part = target.with_name(f".{target.name}")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        shutil.copytree(source, part)
+        part.mkdir()
+        yield part
+        sync_tree(part)
         if target.exists():
             shutil.rmtree(target)
         os.replace(part, target)
+        sync(target.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -56,26 +56,23 @@ def new_folder(outputs: Path, name: str, *, chosen_by_user: bool) -> tuple[str, 
 Record = TypeVar("Record")
 
 
-def read_trials(folder: Path, *, mend: bool = False) -> list[TrialRecord]:
+def read_trials(folder: Path) -> list[TrialRecord]:
     """The records of a study's trials, in the order in which they ended; none where there is no file.
 
-    Args:
-        mend: cut a last line without its end off the file, so that the next begins where it should.
-
     Raises:
-        StudyError: a line that is no record.
+        StudyError: a line that is no record; `study.store.mending.mend` takes such lines out.
     """
-    return _records(folder / TRIALS, schema.trial_record, mend=mend)
+    return _records(folder / TRIALS, schema.trial_record)
 
 
-def read_reports(folder: Path, *, mend: bool = False) -> list[StepReport]:
+def read_reports(folder: Path) -> list[StepReport]:
     """The scores on `val` while trials ran, as for `read_trials`."""
-    return _records(folder / REPORTS, schema.step_report, mend=mend)
+    return _records(folder / REPORTS, schema.step_report)
 
 
-def read_confirmed(folder: Path, *, mend: bool = False) -> list[ConfirmRecord]:
+def read_confirmed(folder: Path) -> list[ConfirmRecord]:
     """The runs of a study's confirmation, as for `read_trials`."""
-    return _records(folder / CONFIRM, schema.confirm_record, mend=mend)
+    return _records(folder / CONFIRM, schema.confirm_record)
 
 
 def read_summary(folder: Path) -> StudySummary:
@@ -92,11 +89,9 @@ def read_summary(folder: Path) -> StudySummary:
         ) from error
 
 
-def _records(
-    path: Path, checked: Callable[[Mapping[str, object]], Record], *, mend: bool
-) -> list[Record]:
+def _records(path: Path, checked: Callable[[Mapping[str, object]], Record]) -> list[Record]:
     found = []
-    for line, row in enumerate(read_lines(path, mend=mend), start=1):
+    for line, row in enumerate(read_lines(path), start=1):
         try:
             found.append(checked(row))
         except StudyError as error:
@@ -129,5 +124,8 @@ def load(name: str, outputs: Path | str = OUTPUTS) -> pd.DataFrame:
     path = Path(outputs) / name / TRIALS
     if not path.is_file():
         raise StudyError(f"There is no study {name!r} in {outputs}: {path} is missing.")
-    rows = pd.json_normalize([dict(record) for record in read_trials(path.parent)])
+    told = [{k: v for k, v in one.items() if k != "files"} for one in read_trials(path.parent)]
+    rows = pd.json_normalize(told)
+    if rows.empty:  # it has begun, and no trial has ended
+        return rows
     return rows.drop(columns="schema").sort_values("number", ignore_index=True)

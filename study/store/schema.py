@@ -92,11 +92,16 @@ class Outcome(TypedDict, total=False):
 
 
 class MemberReport(Outcome):
-    """What an actor reports of one trial at its end: its outcome, or why it failed."""
+    """What an actor reports of one trial at its end: its outcome, or why it failed.
+
+    Attributes:
+        environment: the reason is no fault of the trial's, which has not ended.
+    """
 
     number: int
     reason: NotRequired[str]
     traceback: NotRequired[str]
+    environment: NotRequired[bool]
 
 
 class FinalReport(TypedDict):
@@ -104,6 +109,12 @@ class FinalReport(TypedDict):
 
     final: Literal[True]
     members: list[MemberReport]
+
+
+class Trouble(TypedDict):
+    """What an actor says while it waits for its environment, or goes on."""
+
+    trouble: str
 
 
 class Member(TypedDict):
@@ -160,6 +171,9 @@ class TrialRecord(Outcome):
 
     Attributes:
         ended: seconds since 1970; 0 where the first versions did not write it down.
+        files: of a COMPLETE trial, name -> first 16 hex digits of the SHA-256 of each file in its
+        folder,
+            but for pictures.
     """
 
     schema: int
@@ -170,6 +184,7 @@ class TrialRecord(Outcome):
     parameters: Parameters
     ended: float
     provenance: Provenance
+    files: NotRequired[dict[str, str]]
 
 
 @with_config(OPEN)
@@ -337,7 +352,7 @@ def confirm_record(found: Mapping[str, object]) -> ConfirmRecord:
 
 def study_summary(found: Mapping[str, object]) -> StudySummary:
     """The content of summary.json, of whatever schema."""
-    chosen = found.get("chosen")
+    chosen = found.get("chosen") if isinstance(found, dict) else None
     selection = {"used": "oracle", "oracle": chosen, "blind": None, "regret": None, "spearman": None}
     lacking = {"n_pruned": 0, "aggregate": {}, "paper_defaults": None, "selection": selection}
     return _checked(SUMMARY, lacking, found)

@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from bimask.errors import describe
+from bimask.files.atomic import sync, sync_tree
 from bimask.nets.weights import file_sha256
 from bimask.victims.files import WEIGHTS
 from study.spec.config import RUNNING, StudyConfig, StudyError
@@ -45,10 +49,12 @@ class Identity:
     def load(cls, folder: Path) -> Identity:
         """Of a study that has begun in this folder."""
         try:
-            return cls(**json.loads((folder / IDENTITY).read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            return TypeAdapter(cls).validate_json((folder / IDENTITY).read_bytes())
+        except (OSError, ValueError) as error:
+            why = describe(error) if isinstance(error, ValidationError) else str(error)
             raise StudyError(
-                f"{folder} cannot be gone on with: its {IDENTITY} cannot be read ({error}); start a "
+                f"{folder} cannot be gone on with: its {IDENTITY} cannot be read ({why[:200]}); put it "
+                "back as it was, or start a "
                 "new study under another --name."
             ) from error
 
@@ -74,8 +80,12 @@ def begin(folder: Path, config: StudyConfig, identity: Identity) -> None:
     try:
         records.write_yaml(part / records.STUDY, config.model_dump(), f"study {config.name}, resolved")
         write_text(part / IDENTITY, json.dumps(asdict(identity), indent=2) + "\n")
+        sync_tree(part)
         os.rename(part, folder)
+        sync(folder.parent)
     except OSError as error:
+        if not folder.exists():
+            raise
         raise StudyError(
             f"{folder} was made by another study in the meantime; choose another --name."
         ) from error

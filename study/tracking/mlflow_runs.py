@@ -7,7 +7,9 @@ and its artifacts. The schema of a SQLite store is made here, before any other p
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shlex
 import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -27,9 +29,12 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFL
 from sqlalchemy.exc import SQLAlchemyError
 
 from study.spec.config import StudyError
+from study.store.databases import sqlite_path, sqlite_url
 from study.tracking.credentials import move_credentials, redacted
+from study.tracking.local_store import follow_move, held
 
-EXPERIMENT = "bimask"
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what we say
+EXPERIMENT, ARTIFACTS = "bimask", "mlartifacts"
 # What MLflow's page asks an experiment for before it shows training runs and not a chat's traces.
 KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -45,6 +50,9 @@ class Tracker:
         uri: of the store, see `tracking_uri`.
         artifacts: folder for the artifacts of an experiment that is new in a SQLite store.
 
+    Attributes:
+        moved: that the store is elsewhere than it was, and what was done about it, or None.
+
     Raises:
         StudyError: a store that cannot be opened.
     """
@@ -53,21 +61,11 @@ class Tracker:
         self.uri = uri
         location = artifacts.resolve().as_uri() if uri.startswith("sqlite:") else None
         try:
-            self.client = MlflowClient(self.uri)
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-            found = self.client.get_experiment_by_name(name)
-            if found is not None and found.lifecycle_stage != "active":
-                raise ValueError(f"its experiment {name!r} is deleted; set MLFLOW_EXPERIMENT_NAME")
-            self.experiment_id = (
-                found.experiment_id
-                if found is not None
-                else self.client.create_experiment(
-                    name, artifact_location=location, tags={KIND: TRAINING}
-                )
-            )
-            if found is not None and KIND not in found.tags:
-                self.client.set_experiment_tag(self.experiment_id, KIND, TRAINING)
-        except (MlflowException, SQLAlchemyError, OSError, ValueError, ImportError) as error:
+            with held(uri, make_tables):
+                self.moved = follow_move(uri, artifacts)
+                self.client = MlflowClient(self.uri)
+                self.experiment_id = self._experiment(location)
+        except Exception as error:  # alembic has errors of its own
             raise StudyError(
                 f"The MLflow store {redacted(self.uri)} cannot be opened ({_first_line(error)}); mend "
                 "MLFLOW_TRACKING_URI, or unset it to use a SQLite file beside the outputs."
@@ -75,6 +73,24 @@ class Tracker:
         self.parent_id = ""
         self.runs: dict[int, str] = {}
         self.ended: set[int] = set()
+
+    def _experiment(self, location: str | None) -> str:
+        """The id of the experiment, which is made where there is none."""
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return self.client.create_experiment(
+                    name, artifact_location=location, tags={KIND: TRAINING}
+                )
+            except MlflowException:  # another study made it in the meantime, through a server
+                if (found := self.client.get_experiment_by_name(name)) is None:
+                    raise
+        if found.lifecycle_stage != "active":
+            raise ValueError(f"its experiment {name!r} is deleted; set MLFLOW_EXPERIMENT_NAME")
+        if KIND not in found.tags:
+            self.client.set_experiment_tag(found.experiment_id, KIND, TRAINING)
+        return str(found.experiment_id)
 
     def start_study(
         self,
@@ -284,7 +300,9 @@ class Tracker:
 
     def ui_command(self) -> str | None:
         """What a user types before `link` can be opened; None where a server runs."""
-        return None if is_server(self.uri) else f"mlflow ui --backend-store-uri {redacted(self.uri)}"
+        if is_server(self.uri):
+            return None
+        return shlex.join(["mlflow", "ui", "--backend-store-uri", redacted(self.uri)])
 
     def link(self) -> str:
         """Where MLflow's page shows the study's trials with their scores and settings."""
@@ -306,10 +324,13 @@ def log_to_study(uri: str, name: str, digest: str, path: Path) -> bool:
     Raises:
         StudyError: the store cannot be asked.
     """
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if (file := sqlite_path(uri)) is not None and not file.is_file():
         return False  # MLflow would make one
     try:
-        client = MlflowClient(uri)
+        with held(uri, make_tables):
+            if file is not None:
+                follow_move(uri, file.parent / ARTIFACTS)
+            client = MlflowClient(uri)
         found = client.get_experiment_by_name(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
         query = f"run_name = '{name}' and tags.study_digest = '{digest}'"
         runs = client.search_runs([found.experiment_id], query) if found is not None else []
@@ -330,7 +351,7 @@ def tracking_uri(outputs: Path) -> str:
         StudyError: it is set to what is no address.
     """
     move_credentials()
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(outputs / 'mlflow.db').resolve()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_url(outputs / "mlflow.db")
 
 
 def is_server(uri: str) -> bool:
@@ -355,6 +376,11 @@ def require_server(uri: str) -> None:
             f"The MLflow server {redacted(uri)} does not answer ({error}); start it "
             "or unset MLFLOW_TRACKING_URI to use a SQLite file beside the outputs."
         ) from error
+
+
+def make_tables(uri: str) -> None:
+    """Make MLflow's tables in a file that has none."""
+    MlflowClient(uri).search_experiments(max_results=1)
 
 
 def _ms(seconds: float) -> int:

@@ -14,7 +14,8 @@ from typing import Literal, cast
 from study.spec.config import StudyConfig
 from study.spec.directions import DIRECTIONS
 from study.spec.objectives import SCORES, ScoreName, known_scores, numbers_in
-from study.store.files import append_lines, copy_folder
+from study.store.files import append_lines, replaced_folder, write_text
+from study.store.mending import digests_of
 from study.store.provenance import commit, versions
 from study.store.records import (
     REPORTS,
@@ -93,11 +94,11 @@ class Recorder:
         self.config, self.folder, self.tracker = config, folder, tracker
         self.victims = victims
         self.on_change = on_change
-        self.records = read_trials(folder, mend=True)
+        self.records = read_trials(folder)
         self.unwritten: list[TrialRecord] = []
         self.open: dict[int, OpenTrial] = {}
         self.histories: dict[int, dict[str, dict[int, float]]] = {}
-        for report in read_reports(folder, mend=True):
+        for report in read_reports(folder):
             self._remember(report)
         (folder / TRIALS).touch()
 
@@ -144,17 +145,16 @@ class Recorder:
             points[report["step"]] = value  # a trial that went on from a checkpoint reports some again
 
     def completed(self, number: int, result: MemberReport, artifacts: Path) -> None:
-        """A trial has ended with finite objectives; FAILED nevertheless if its files cannot be kept."""
-        kept = self._kept(number)
-        try:
-            kept.parent.mkdir(exist_ok=True)
-            copy_folder(artifacts, kept)
-            self._write_settings(kept, number)
-        except (OSError, shutil.Error) as error:
-            shutil.rmtree(kept, ignore_errors=True)
-            self.failed(number, f"{type(error).__name__}: its files cannot be kept: {error}")
-            return
-        self._end(self.open.pop(number), "COMPLETE", None, _part(result, (*DIRECTIONS, *RESULTS)))
+        """A trial has ended with finite objectives; its files are on the disk when this returns.
+
+        Raises:
+            OSError: they cannot be kept now. The trial is still open, and this may be called again.
+        """
+        with replaced_folder(kept := self._kept(number)) as part:
+            shutil.copytree(artifacts, part, dirs_exist_ok=True)
+            self._write_settings(part, number)
+        outcome = _part(result, (*DIRECTIONS, *RESULTS))
+        self._end(self.open.pop(number), "COMPLETE", None, outcome, digests_of(kept))
 
     def _write_settings(self, kept: Path, number: int) -> None:
         write_yaml(
@@ -176,48 +176,54 @@ class Recorder:
         if number not in self.open:
             return
         if details is not None:
-            with suppress(OSError):  # a full disk is said elsewhere
-                self._kept(number).mkdir(parents=True, exist_ok=True)
-                (self._kept(number) / "error.txt").write_text(details)
+            with suppress(OSError), replaced_folder(self._kept(number)) as part:
+                write_text(part / "error.txt", details)  # a full disk is said elsewhere
         trial = self.open.pop(number)
         seconds = (time.time() - trial.started) / trial.group
         self._end(trial, "FAILED", reason, {"seconds": seconds})
 
-    def _end(self, trial: OpenTrial, status: TrialStatus, reason: str | None, result: Outcome) -> None:
-        self.unwritten.append(
-            {
-                "schema": SCHEMA,
-                "number": trial.member["number"],
-                "status": status,
-                "reason": reason,
-                "preset": trial.member["preset"],
-                "parameters": trial.member["parameters"],
-                **result,
-                "ended": time.time(),
-                "provenance": {
-                    "study": self.config.digest,
-                    "victims": self.victims,
-                    "seed": self.config.seed,
-                    "commit": commit(),
-                    "versions": versions(),
-                },
-            }
-        )
+    def _end(
+        self,
+        trial: OpenTrial,
+        status: TrialStatus,
+        reason: str | None,
+        result: Outcome,
+        files: dict[str, str] | None = None,
+    ) -> None:
+        record: TrialRecord = {
+            "schema": SCHEMA,
+            "number": trial.member["number"],
+            "status": status,
+            "reason": reason,
+            "preset": trial.member["preset"],
+            "parameters": trial.member["parameters"],
+            **result,  # type: ignore[typeddict-item]
+            "ended": time.time(),
+            "provenance": {
+                "study": self.config.digest,
+                "victims": self.victims,
+                "seed": self.config.seed,
+                "commit": commit(),
+                "versions": versions(),
+            },
+        }
+        if files is not None:
+            record["files"] = files
+        self.unwritten.append(record)
 
     def write(self) -> list[TrialRecord]:
         """Put the records of trials that have ended on the disk, all at once, and show them in MLflow.
 
         Returns:
-            Those records; none while the disk is full, and they are tried again the next time.
+            Those records.
+
+        Raises:
+            OSError: the disk does not take them now. They wait for the next call.
         """
+        if not self.unwritten:
+            return []
+        append_lines(self.folder / TRIALS, self.unwritten)
         written, self.unwritten = self.unwritten, []
-        if not written:
-            return []
-        try:
-            append_lines(self.folder / TRIALS, written)
-        except OSError:
-            self.unwritten = written
-            return []
         self.records += written
         for record in written:
             self._show_end(record)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 
 from bimask.defences.settings import DefenceConfig
@@ -17,6 +18,7 @@ from study.store.files import write_text
 
 # Of one member: rung -> its losses there, and why it was stopped, or None.
 Rungs = tuple[dict[str, list[float]], str | None]
+RUNGS = TypeAdapter(list[Rungs])
 
 
 class Checkpoints:
@@ -53,7 +55,7 @@ class TrialCheckpoint:
 
     def state(self, configs: Sequence[DefenceConfig]) -> DefenceState | None:
         """What was kept of a run with these configurations; None where nothing was, or of others."""
-        if not self.path.is_file():
+        if not self.path.is_file() or self._rungs() is None:
             return None
         try:
             state = DefenceState.load(self.path)
@@ -91,7 +93,15 @@ class TrialCheckpoint:
 
     def rungs(self) -> list[Rungs]:
         """What was kept, a member each; empty if nothing was, or no state to go on from."""
+        return (self._rungs() or []) if self.path.is_file() else []
+
+    def _rungs(self) -> list[Rungs] | None:
+        """What the file says; None where it is damaged, and then the state beside it is worth nothing:
+        nobody knows any longer which member was stopped, and why."""
         path = self.path.with_suffix(".rungs.json")
-        if not path.is_file() or not self.path.is_file():
+        if not path.is_file():
             return []
-        return [(rungs, stopped) for rungs, stopped in json.loads(path.read_text())]
+        try:
+            return RUNGS.validate_json(path.read_bytes())
+        except (OSError, ValueError):
+            return None

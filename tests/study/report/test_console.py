@@ -1,11 +1,21 @@
 """The table at a study's end, at any width of the terminal."""
 
 import json
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
-from study.report.console import fitting
+from study.report.console import fitting, show
+from study.spec.reading import load_config
+from study.store.databases import sqlite_path
+from study.store.records import read_summary
+from study.tracking.mlflow_runs import Tracker, tracking_uri
 
+OLD = Path(__file__).parents[1] / "store" / "schema_1"
 POINTS = [
     {"a_long_name": 0.1, "same": 3, "b": 1, "kind": "sign"},
     {"a_long_name": 0.4, "same": 3, "b": 2, "kind": "adamw"},
@@ -37,9 +47,6 @@ def test_no_point_and_no_setting_are_no_trouble():
 
 def test_no_header_is_cut_on_a_narrow_terminal(large_study, capsys):
     """The front of a real study, printed 80 characters wide."""
-    from rich.console import Console
-    from rich.table import Table
-
     front = json.loads((large_study / "summary.json").read_text())["front"]
     points = [trial["parameters"] for trial in front]
     names = list(dict.fromkeys(name for point in points for name in point))
@@ -52,3 +59,24 @@ def test_no_header_is_cut_on_a_narrow_terminal(large_study, capsys):
     printed = capsys.readouterr().out
     assert all(name in printed for name in shown)
     assert "…" not in printed
+
+
+def test_what_is_printed_to_copy_is_whole_and_quoted(tmp_path, with_store, capsys):
+    """In a folder whose name is markup to rich and three words to a shell."""
+    outputs = with_store(tmp_path / "my [red]old[/] $HOME; x")
+    shutil.copytree(OLD / "old", outputs / "old")
+    (outputs / "old" / "report.html").touch()
+    tracker = Tracker(tracking_uri(outputs), outputs / "mlartifacts")
+    config, summary = load_config(outputs / "old" / "study.yaml", {}), read_summary(outputs / "old")
+    console = Console(width=140)
+    show(console, config, summary, tracker, outputs / "victims", outputs / "old")
+    lines = capsys.readouterr().out.splitlines()
+    said = {line.split(":")[0]: line.partition(":")[2].strip() for line in lines}
+    assert said["page"] == str(outputs / "old" / "report.html")
+    reuse = shlex.split(said["reuse"])
+    assert reuse[reuse.index("--config") + 1] == str(outputs / "old" / "best.yaml")
+    assert reuse[reuse.index("--out") + 1] == str(outputs / "old" / "cleaned")
+    victim = reuse[reuse.index("--victim") + 1]
+    assert victim.startswith(f"{outputs / 'victims'}/")
+    look = shlex.split(said["look"])
+    assert sqlite_path(look[-1]) == outputs / "mlflow.db"

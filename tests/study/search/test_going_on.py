@@ -15,6 +15,7 @@ from study.search import ParetoSearch
 from study.search.actor import checkpoints_of, with_bucket
 from study.search.pareto_search import Searcher
 from study.spec.config import StudyConfig, StudyError
+from study.store.databases import sqlite_url
 from study.tracking.recorder import Recorder
 from study.trial.checkpoint import Checkpoints
 
@@ -43,9 +44,9 @@ def complete(number):
 class Life:
     """One driver's life: what it asks and tells, until it is killed."""
 
-    def __init__(self, folder, records=(), config=CONFIG):
+    def __init__(self, folder, records=(), config=CONFIG, say=lambda _: None):
         self.searcher = ParetoSearch(
-            config, f"sqlite:///{folder / 'optuna.db'}", records=records, checkpoints=folder
+            config, sqlite_url(folder / "optuna.db"), records=records, checkpoints=folder, say=say
         )
 
     def suggest(self):
@@ -158,20 +159,87 @@ def test_a_storage_that_was_lost_is_refused(tmp_path):
 
 def test_a_locked_storage_delays_and_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("study.search.pareto_search.LOCK_SECONDS", 0.1)
-    life = Life(tmp_path)
+    said = []
+    config = CONFIG.model_copy(update={"environment_timeout": 0.5})
+    life = Life(tmp_path, config=config, say=said.append)
     ((zero, _), (one, _)) = life.suggest()
     other = sqlite3.connect(tmp_path / "optuna.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     life.searcher.tell(complete(zero))
     life.searcher.tell({"number": one, "preset": None, "status": "FAILED"})
     assert life.suggest() is None, "Tune asks again"
-    with pytest.raises(StudyError, match="does not take the ends of 2"):
+    with pytest.raises(StudyError, match="database is locked"):
         life.searcher.close()
+    assert len(said) == 2, "that it waits is said once to each who waits"
     other.execute("COMMIT")
     other.close()
     assert numbers(life.rest()) == [[2, 3], [4, 5], [6]]
     assert [life.states()[number] for number in (zero, one)] == ["COMPLETE", "FAIL"]
     assert TrialState.RUNNING.name not in [life.states()[number] for number in (zero, one)]
+
+
+def test_a_storage_that_stays_locked_ends_the_study_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("study.search.pareto_search.LOCK_SECONDS", 0.1)
+    config = CONFIG.model_copy(update={"environment_timeout": 0.2})
+    life = Life(tmp_path, config=config)
+    other = sqlite3.connect(tmp_path / "optuna.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StudyError, match="database is locked"):
+        Life(tmp_path, config=config)
+    assert life.suggest() is None
+    with pytest.raises(StudyError, match=r"does not let us in .*database is locked.*--resume"):
+        list(iter(life.suggest, "nothing but an error ends this"))
+    other.close()
+    assert numbers(life.rest()) == [[0, 1], [2, 3], [4, 5], [6]]
+
+
+def test_a_storage_that_is_let_go_of_in_time_is_waited_for_and_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("study.search.pareto_search.LOCK_SECONDS", 0.1)
+    Life(tmp_path)
+    said = []
+    other = sqlite3.connect(tmp_path / "optuna.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+
+    def say(text):
+        said.append(text)
+        other.close()
+
+    Life(tmp_path, say=say)
+    assert "waiting" in said[0]
+    assert "going on" in said[1]
+
+
+@pytest.mark.parametrize("content", [b"no database at all " * 99, b"SQLite format 3\0" + bytes(8000)])
+def test_garbage_for_a_storage_is_one_sentence(tmp_path, content):
+    (tmp_path / "optuna.db").write_bytes(content)
+    with pytest.raises(StudyError, match="optuna.db cannot be read .*put it back"):
+        Life(tmp_path)
+
+
+def test_trials_whose_records_are_lost_run_again_as_they_were(tmp_path):
+    """Optuna knows them to have ended, and takes nothing more of them."""
+    life = Life(tmp_path)
+    first, second = life.suggest(), life.suggest()
+    for number, _ in first + second:
+        life.searcher.tell(complete(number))
+    life.searcher.close()
+    said = []
+    later = Life(tmp_path, [complete(1), complete(2)], say=said.append)
+    assert said == ["The records of these trials are lost, and they are run again: 0, 3."]
+    assert later.searcher.groups_left() == 4
+    again = later.suggest() + later.suggest()
+    assert again == [first[0], second[1]], "their numbers and parameters"
+    for number, _ in again:
+        later.searcher.tell(complete(number))
+    assert numbers(later.rest()) == [[4, 5], [6]]
+
+
+def test_a_folder_with_odd_characters_has_its_database_in_it(tmp_path):
+    odd = tmp_path / "a?b#c%41[x]{y} z'"
+    odd.mkdir()
+    Life(odd)
+    assert (odd / "optuna.db").stat().st_size
+    assert list(tmp_path.iterdir()) == [odd]
 
 
 # --- records ---
@@ -213,14 +281,18 @@ def report():
     return {**REPORT, **SCORES, "scores": {"v": SCORES}}
 
 
-def test_a_disk_that_takes_no_files_fails_the_trial_with_its_reason(recorder, tmp_path):
+def test_a_disk_that_takes_no_files_is_no_verdict_on_the_trial(recorder, tmp_path):
     first = recorder()
     (tmp_path / "trials").write_text("in the way")
     first.started(1, None, {})
+    with pytest.raises(OSError, match="exists"):
+        first.completed(1, report(), tmp_path / "made")
+    assert first.write() == []
+    (tmp_path / "trials").unlink()
     first.completed(1, report(), tmp_path / "made")
     (record,) = first.write()
-    assert record["status"] == "FAILED"
-    assert "its files cannot be kept" in record["reason"]
+    assert record["status"] == "COMPLETE"
+    assert set(record["files"]) == {"v.rounds.json", "purify.yaml"}
 
 
 def test_records_that_cannot_be_written_wait_and_are_written_in_order(recorder, tmp_path):
@@ -229,7 +301,8 @@ def test_records_that_cannot_be_written_wait_and_are_written_in_order(recorder, 
     (tmp_path / "trials.jsonl").mkdir()  # nothing can be appended to a folder
     first.started(1, None, {})
     first.failed(1, "one")
-    assert first.write() == []
+    with pytest.raises(OSError, match="directory"):
+        first.write()
     (tmp_path / "trials.jsonl").rmdir()
     first.started(2, None, {})
     first.failed(2, "two")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from study.spec.config import StudyError
-from study.store.files import append_lines, copy_folder, locked, read_lines, write_text
+from study.store.files import append_lines, locked, read_lines, replaced_folder, write_text
+from study.store.mending import mend_lines
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,7 +28,7 @@ def test_a_line_cut_anywhere_costs_itself_alone_and_not_the_next(tmp_path, cut):
     append_lines(path, [{"number": 1}, {"number": 2}])
     os.truncate(path, path.stat().st_size - cut)
     assert read_lines(path) == [{"number": 1}]
-    assert read_lines(path, mend=True) == [{"number": 1}]
+    assert len(mend_lines(path, lambda _: None, "")) == 1
     append_lines(path, [{"number": 3}])
     assert read_lines(path) == [{"number": 1}, {"number": 3}]
 
@@ -63,17 +64,19 @@ def test_a_text_is_replaced_as_a_whole(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_a_folder_is_copied_as_a_whole_over_what_a_kill_left(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "007"
-    source.mkdir()
-    (source / "masks").write_text("masks")
+def test_a_folder_is_replaced_as_a_whole_over_what_a_kill_left(tmp_path):
+    target = tmp_path / "007"
     (tmp_path / ".007").mkdir()
     (tmp_path / ".007" / "half").touch()
     target.mkdir()
     (target / "stale").touch()
-    copy_folder(source, target)
+    with pytest.raises(OSError, match="full"), replaced_folder(target):
+        raise OSError("the disk is full")
+    assert [file.name for file in target.iterdir()] == ["stale"]
+    with replaced_folder(target) as part:
+        (part / "masks").write_text("masks")
     assert [file.name for file in target.iterdir()] == ["masks"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["007", "source"]
+    assert [path.name for path in tmp_path.iterdir()] == ["007"]
 
 
 def test_two_drivers_do_not_share_a_folder_and_a_dead_one_holds_nothing(tmp_path):

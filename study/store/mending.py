@@ -1,0 +1,139 @@
+"""What a crash or a bad disk left of a study: what can be read stays, the rest is said and made again.
+
+A record is a promise that a trial's files are there. Where a line of a file of records cannot be read,
+or the files that a record promises cannot, the line is taken out, and the trial has not ended. What is
+taken out is kept beside the file, as NAME.damaged: nothing of a user's is ever thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from bimask.errors import VictimError
+from bimask.files.atomic import atomic_write, sync
+from bimask.nets.weights import file_sha256
+from study.spec.config import StudyError
+from study.store import records, schema
+from study.store.environment import first_line
+from study.store.files import Line, lines_of
+from study.store.schema import TrialRecord
+
+PICTURES = (".png",)  # nothing is read from them
+Checked = Callable[[Mapping[str, object]], object]
+
+
+def mend(folder: Path) -> list[str]:
+    """Take out of a study's records what cannot be read, so that it is made again.
+
+    Returns:
+        A sentence for each thing that was lost: what it is, why, and what happens with it.
+    """
+    notes = mend_lines(folder / records.TRIALS, _trial_with_files(folder), "{} is run again")
+    notes += mend_lines(
+        folder / records.REPORTS, schema.step_report, "a point of the curves of {} is lost"
+    )
+    notes += mend_lines(
+        folder / records.CONFIRM, schema.confirm_record, "this purification is run again"
+    )
+    if (folder / records.SUMMARY).exists():
+        try:
+            records.read_summary(folder)
+        except StudyError as error:
+            notes.append(f"{str(error).partition(';')[0]}; it is made again.")
+    return notes
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """What a trial's record promises of its folder: `TrialRecord.files`."""
+    return {
+        path.name: file_sha256(path)[:16]
+        for path in sorted(folder.iterdir())
+        if path.suffix not in PICTURES
+    }
+
+
+def fault_of(folder: Path, record: TrialRecord) -> str | None:
+    """Why the files of a COMPLETE trial cannot be read; None where they can.
+
+    Args:
+        folder: the trial's.
+    """
+    if (promised := record.get("files")) is None:
+        return _fault_of_unsigned(folder, record)
+    for name, digest in promised.items():
+        try:
+            if file_sha256(folder / name)[:16] != digest:
+                return f"its file {name} has another content than was written"
+        except VictimError as error:
+            return f"its file {name} cannot be read ({first_line(error.__cause__ or error)})"
+    return None
+
+
+def _fault_of_unsigned(folder: Path, record: TrialRecord) -> str | None:
+    """The same of a record of before there were digests: what every trial leaves can be opened."""
+    for run in {**record["scores"], **record.get("runs", {})}:
+        found = folder.glob(f"{run}.*.safetensors")
+        stored = [
+            path
+            for path in found
+            if "." not in path.name.removeprefix(f"{run}.")[: -len(".safetensors")]
+        ]
+        if not stored:
+            return f"its file {run}.*.safetensors is missing"
+        try:
+            with safe_open(stored[0], framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"its file {stored[0].name} cannot be read ({error})"
+    for path in folder.glob("*.rounds.json"):
+        try:
+            json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            return f"its file {path.name} cannot be read ({error})"
+    return None
+
+
+def _trial_with_files(folder: Path) -> Checked:
+    def checked(row: Mapping[str, object]) -> None:
+        record = schema.trial_record(row)
+        if record["status"] != "COMPLETE":
+            return
+        if fault := fault_of(folder / "trials" / f"{record['number']:03d}", record):
+            raise StudyError(fault)
+
+    return checked
+
+
+def mend_lines(path: Path, checked: Checked, consequence: str) -> list[str]:
+    """Take lines out of a file that cannot be read, or that `checked` raises a StudyError for."""
+    good: list[bytes] = []
+    bad: list[bytes] = []
+    notes: list[str] = []
+    for line in lines_of(path):
+        fault = line.fault
+        if fault is None:
+            try:
+                checked(line.row)
+            except StudyError as error:
+                fault = str(error)
+        (good if fault is None else bad).append(line.content)
+        if fault is not None:
+            notes.append(f"{path}:{line.number}: {fault}; {consequence.format(_trial(line))}.")
+    if bad:
+        with path.with_name(f"{path.name}.damaged").open("ab") as kept:
+            kept.writelines(content.rstrip(b"\n") + b"\n" for content in bad)
+        sync(path.with_name(f"{path.name}.damaged"))
+        with atomic_write(path) as part:
+            part.write_bytes(b"".join(good))
+    return notes
+
+
+def _trial(line: Line) -> str:
+    """Which trial a line is of, as far as it says so."""
+    found = re.search(rb'"number": ?(\d{1,6})\b', line.content)
+    return f"trial {int(found[1])}" if found else "the trial that it was of"

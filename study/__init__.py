@@ -45,6 +45,7 @@ def run(
         if not isinstance(study, str | Path):
             plain = {k: str(v) if isinstance(v, Path) else v for k, v in study.items()}
             path.write_text(yaml.safe_dump(plain, sort_keys=False))
-        config, folder = named(load_config(path), Path(outputs))
-    run_in(config, folder, address=address)
+        config = load_config(path)
+    with named(config, Path(outputs)) as (config, folder):
+        run_in(config, folder, address=address)
     return load(folder.name, outputs)

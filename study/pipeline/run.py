@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from study.report import REPORT, write_report
 from study.report.console import show, trial_progress, wide_console
 from study.report.content import headline
 from study.report.pictures import FRONT_PICTURE, draw_front, draw_victims
-from study.search.interrupts import InterruptedStudyError, Interrupts
+from study.search.interrupts import InterruptedStudyError, Interrupts, LostRayError
 from study.search.warm_start import Earlier, read_earlier
 from study.spec.config import StudyConfig, StudyError
 from study.spec.reading import load_config
@@ -75,18 +75,21 @@ def run_study(
     Raises:
         BimaskError: before the first trial, for anything that would make the study fail.
         InterruptedStudyError: a signal ended it, in good order.
+        LostRayError: Ray died under it.
     """
-    if resume is not None:
-        config, folder = reopen(outputs, resume, path, overrides)
-    elif path is not None:
-        config, folder = named(
-            load_config(path, overrides), outputs, chosen_by_user="name" in overrides
+    with ExitStack() as stack:
+        if resume is not None:
+            config, folder = reopen(outputs, resume, path, overrides)
+            stack.enter_context(locked(folder))
+        elif path is not None:
+            config, folder = stack.enter_context(
+                named(load_config(path, overrides), outputs, chosen_by_user="name" in overrides)
+            )
+        else:
+            raise StudyError("There is no study to run; give a YAML file, or --resume NAME.")
+        summary = run_in(
+            config, folder, address=address, storage=storage, wait=wait, resume=resume is not None
         )
-    else:
-        raise StudyError("There is no study to run; give a YAML file, or --resume NAME.")
-    summary = run_in(
-        config, folder, address=address, storage=storage, wait=wait, resume=resume is not None
-    )
     return bool(summary["n_complete"])
 
 
@@ -99,10 +102,38 @@ def run_in(
     wait: float = 0,
     resume: bool = False,
 ) -> StudySummary:
-    """Run a study, or go on with it, in its folder among the outputs; its summary.
+    """Run a study, or go on with it, in its folder among the outputs, which is held; its summary.
 
-    `address`, `storage` and `wait` are those of `run_study`.
+    `address`, `storage` and `wait` are those of `run_study`, and what is raised is.
     """
+    interrupts = Interrupts()
+    try:
+        with interrupts.handled():
+            summary = _run_in(config, folder, interrupts, address, storage, wait, resume)
+    except KeyboardInterrupt:
+        if not interrupts.ended:
+            raise
+    except Exception as error:
+        if not interrupts.explains(error):
+            raise
+    begun = (folder / records.STUDY).is_file()
+    if interrupts.signal is not None:
+        raise InterruptedStudyError(interrupts.signal, config.name, begun=begun)
+    if interrupts.lost is not None:
+        raise LostRayError(interrupts.lost, config.name, begun=begun)
+    return summary
+
+
+def _run_in(
+    config: StudyConfig,
+    folder: Path,
+    interrupts: Interrupts,
+    address: str | None,
+    storage: str | None,
+    wait: float,
+    resume: bool,
+) -> StudySummary:
+    """`run_in`, up to a KeyboardInterrupt for all that `interrupts` knows of."""
     started, outputs = time.perf_counter(), folder.parent
     console = wide_console()
     device = resolve_device(config.device)
@@ -111,15 +142,15 @@ def run_in(
     check_data(config)
     earlier = read_earlier(config)
     with ExitStack() as stack:
-        if resume:
-            stack.enter_context(locked(folder))
-            if _is_whole(config, folder, tracker := Tracker(uri, outputs / "mlartifacts")):
-                console.print(f"The study {config.name} is finished, all {config.trials} trials.")
-                return records.read_summary(folder)
+        if resume and _is_whole(config, folder, tracker := Tracker(uri, outputs / "mlartifacts")):
+            console.print(f"The study {config.name} is finished, all {config.trials} trials.")
+            return records.read_summary(folder)
         concurrency, own = 0, True
         if config.confirmation or config.trials > len(read_lines(folder / records.TRIALS)):
             stack.callback(search.stop_ray)
-            own = search.start_ray(address)
+            with interrupts.defer():
+                own = search.start_ray(address)
+            stack.enter_context(interrupts.watch(search.ray_gone(own=own)))
             if wait:
                 stack.callback(search.release_workers)
             concurrency = find_room(config, wait, console)
@@ -138,22 +169,44 @@ def run_in(
         else:
             tracker = Tracker(uri, outputs / "mlartifacts")
             _begin(config, folder, identity, tracker, suite)
-            stack.enter_context(locked(folder))
         study = _Study(config, folder, suite, earlier, tracker, console, concurrency, not own, storage)
-        summary, signal = study.run(started)
-    show(console, config, summary, tracker, outputs / "victims", folder)
-    if signal is not None:
-        raise InterruptedStudyError(signal, config.name)
+        summary = study.run(started, interrupts)
+        with interrupts.hold():
+            show(console, config, summary, tracker, outputs / "victims", folder)
     return summary
 
 
+@contextmanager
 def named(
     config: StudyConfig, outputs: Path, *, chosen_by_user: bool = False
-) -> tuple[StudyConfig, Path]:
-    """The study under a name that is free, and its folder; nothing is made but `outputs`."""
+) -> Iterator[tuple[StudyConfig, Path]]:
+    """The study under a name that is free, and its folder, which no other process takes meanwhile.
+
+    Nothing is made but `outputs`; the name is reserved by the folder's lock.
+    """
     require_writable(outputs)
-    name, folder = records.new_folder(outputs, config.name, chosen_by_user=chosen_by_user)
-    return config.model_copy(update={"name": name}), folder
+    reserved: set[str] = set()
+    while True:
+        name, folder = records.new_folder(
+            outputs, config.name, chosen_by_user=chosen_by_user, reserved=reserved
+        )
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(locked(folder))
+            except StudyError:
+                if chosen_by_user:
+                    raise
+                reserved.add(name)
+                continue
+            if folder.exists():  # made, and left, since we looked
+                continue
+            try:
+                yield config.model_copy(update={"name": name}), folder
+            finally:
+                if not folder.exists():
+                    with suppress(OSError):
+                        lock.unlink()
+            return
 
 
 def _is_whole(config: StudyConfig, folder: Path, tracker: Tracker) -> bool:
@@ -218,10 +271,10 @@ class _Study:
         """Those that trials see."""
         return {name: self.suite[name] for name in self.config.victim_names()}
 
-    def run(self, started: float) -> tuple[StudySummary, int | None]:
-        """Search, choose, report: the summary, and the signal that ended the search, if one did."""
+    def run(self, started: float, interrupts: Interrupts) -> StudySummary:
+        """Search, choose, report: the summary, of what there is where `interrupts` ended the search."""
         mirror = MlflowQueue(self.tracker, self._say_what_happens)
-        interrupts, patience = Interrupts(), SHORT_PATIENCE
+        patience = SHORT_PATIENCE
         try:
             cases = prepare_cases(
                 self.config,
@@ -236,32 +289,39 @@ class _Study:
             searching = time.perf_counter()
             in_trials = self._search(cases, mirror, interrupts)
             wall = time.perf_counter() - searching
-            trials = records.read_trials(self.folder)
-            summary = summarise(self.config, self.folder, trials, self.victims)
-            draw_front(self.folder / FRONT_PICTURE, trials, summary)
+            with interrupts.hold():
+                trials = records.read_trials(self.folder)
+                summary = summarise(self.config, self.folder, trials, self.victims)
+                draw_front(self.folder / FRONT_PICTURE, trials, summary)
             summary["seconds"] = {
                 "in_trials": in_trials,
                 "harness": max(0.0, wall * self.concurrency - in_trials),
             }
-            if interrupts.signal is None:
-                known = {name: one for name, one in self.suite.items() if isinstance(one, Victim)}
-                suite = confirm_choice(self.config, self.folder, summary, known, self.console)
-                if suite is not None:
-                    summary["suite"] = suite
-            summary["seconds"]["total"] = time.perf_counter() - started
-            write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
-            status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
-            make_report(self.folder, self.folder.parent / "victims", self.console)
-            page = self.tracker.artifact_link(REPORT)
-            close(mirror, self.folder, summary, "KILLED" if interrupts.signal else status, page)
+            with interrupts.ask_first():
+                if not interrupts.ended:
+                    known = {name: one for name, one in self.suite.items() if isinstance(one, Victim)}
+                    suite = confirm_choice(self.config, self.folder, summary, known, self.console)
+                    if suite is not None:
+                        summary["suite"] = suite
+            with interrupts.hold():
+                summary["seconds"]["total"] = time.perf_counter() - started
+                write_text(self.folder / records.SUMMARY, json.dumps(summary, indent=2) + "\n")
+                status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
+                make_report(self.folder, self.folder.parent / "victims", self.console)
+                page = self.tracker.artifact_link(REPORT)
+                close(mirror, self.folder, summary, "KILLED" if interrupts.ended else status, page)
             patience = PATIENCE
-            return summary, interrupts.signal
+            return summary
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
             mirror.abort("the study was stopped", "KILLED" if stopped else "FAILED")
             raise
         finally:
-            if missing := mirror.close(patience if interrupts.signal is None else SHORT_PATIENCE):
+            with interrupts.hold():
+                missing = mirror.close(
+                    lambda: SHORT_PATIENCE if interrupts.ended else patience
+                )
+            if missing:
                 self.console.print(
                     f"[bold yellow]MLflow lacks {missing} entries[/]; nothing is lost: tell it later "
                     f"with `python -m study.launch --resume {self.config.name}`.",

@@ -12,6 +12,7 @@ from pathlib import Path
 import ray
 from ray.autoscaler.sdk import request_resources
 
+from study.search import own_ray
 from study.spec.config import StudyConfig, StudyError
 
 TO_ACTORS = (  # what the package's __init__ has set; a cluster's nodes were started without it
@@ -83,12 +84,11 @@ def _start() -> None:
     """
     for attempt in range(ATTEMPTS):
         try:
-            ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            own_ray.start(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             return
         except Exception as error:
             if "timed out during startup" not in str(error) or attempt + 1 == ATTEMPTS:
                 raise
-            ray.shutdown()
 
 
 def _require_listener(address: str) -> None:
@@ -100,7 +100,7 @@ def _require_listener(address: str) -> None:
 
 def stop_ray() -> None:
     """Leave the cluster, or stop the local one."""
-    ray.shutdown()
+    own_ray.stop()
 
 
 def room(config: StudyConfig) -> int:

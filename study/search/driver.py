@@ -16,6 +16,7 @@ from ray import tune
 from study.search import storage as storages
 from study.search.actor import trainable, with_bucket, within_limits
 from study.search.interrupts import Interrupts
+from study.search.liveness import is_gone
 from study.search.pareto_search import (
     CHECKPOINTS,
     ParetoSearch,
@@ -77,7 +78,7 @@ class _Recording(tune.Callback):
         self._close(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        if self.recorder is None:
+        if self.recorder is None or is_gone():  # that says nothing of the trial
             return
         if trial.trial_id not in self.begun:  # an actor that never came up
             self.on_trial_start(iteration, trials, trial)
@@ -96,9 +97,10 @@ class _Recording(tune.Callback):
 
     def _reason(self, trial: Any) -> str:
         """The time limit, or the last line of a failed group's traceback: error and sentence."""
-        limit = None if self.timeout is None else self.timeout * len(trial.config["members"])
-        if limit is not None and time.monotonic() - self.begun[trial.trial_id] >= limit:
-            return too_long(limit, where_it_hung(Path(trial.config["checkpoint"])))
+        limit = trial.config["limit"]
+        if time.monotonic() - self.begun[trial.trial_id] >= limit:
+            place = where_it_hung(Path(trial.config["checkpoint"]))
+            return too_long(limit, place, given=self.timeout is not None)
         path = trial.error_file
         text = Path(path).read_text() if path and Path(path).is_file() else ""
         lines = [line for line in text.splitlines() if line and not line.startswith(" ")]
@@ -120,8 +122,9 @@ def contained(function: Callable[..., None]) -> Callable[..., None]:
     def run(config: Group, *, study: StudyConfig, cases: list[Case]) -> None:
         try:
             place = where_it_hung(Path(config["checkpoint"]))
-            if place is not None and study.trial_timeout is not None:  # that ended it before
-                raise TimeoutError(too_long(study.trial_timeout * len(config["members"]), place))
+            if place is not None:  # the limit ended it before
+                given = study.trial_timeout is not None
+                raise TimeoutError(too_long(config["limit"], place, given=given))
             function(config, study=study, cases=cases)
         except Exception as error:
             reason = traceback.format_exception_only(error)[-1].strip()
@@ -148,7 +151,7 @@ def run_search(
 ) -> None:
     """Run all trials of a study that have no record yet; each ends in `recorder`.
 
-    A signal that `interrupts` hears ends it early: what runs then has no record, and is gone on with
+    What `interrupts` hears ends it early: what runs then has no record, and is gone on with
     another time.
 
     A group whose process or node died is run again, `config.retries` times at most; to Optuna, MLflow
@@ -199,12 +202,12 @@ def run_search(
         ),
     )
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # how to restore Ray's own files
-    with interrupts.handled():
+    with interrupts.ask_first():
         tuner.fit()
     for record in recorder.write():
         searcher.tell(record)
     searcher.close()
-    if interrupts.signal is None:
+    if not interrupts.ended:
         shutil.rmtree(searcher.checkpoints, ignore_errors=True)
         if storages.is_bucket(files):
             storages.remove(copies)

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from bimask.files.home import ensure_home
+
+ensure_home()  # before Ray is imported, which fails without a home
+
 from study.store.records import load
 
 if TYPE_CHECKING:

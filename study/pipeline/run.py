@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -116,12 +118,25 @@ def run_in(
     except Exception as error:
         if not interrupts.explains(error):
             raise
+    if interrupts.ended:
+        raise _reason(interrupts, config, folder)
+    return summary
+
+
+def _reason(
+    interrupts: Interrupts, config: StudyConfig, folder: Path
+) -> InterruptedStudyError | LostRayError:
+    """What a study that was ended raises; it says how to go on."""
     begun = (folder / records.STUDY).is_file()
     if interrupts.signal is not None:
-        raise InterruptedStudyError(interrupts.signal, config.name, begun=begun)
-    if interrupts.lost is not None:
-        raise LostRayError(interrupts.lost, config.name, begun=begun)
-    return summary
+        return InterruptedStudyError(interrupts.signal, config.name, begun=begun)
+    return LostRayError(interrupts.lost or "nobody knows why", config.name, begun=begun)
+
+
+def _leave(reason: InterruptedStudyError | LostRayError) -> None:
+    """End this process from any of its threads, as the command would."""
+    print(reason, file=sys.stderr, flush=True)
+    os._exit(128 + reason.signal if isinstance(reason, InterruptedStudyError) else 1)
 
 
 def _run_in(
@@ -150,7 +165,10 @@ def _run_in(
             stack.callback(search.stop_ray)
             with interrupts.defer():
                 own = search.start_ray(address)
-            stack.enter_context(interrupts.watch(search.ray_gone(own=own)))
+            gone = search.ray_gone(own=own)
+            stack.enter_context(
+                interrupts.watch(gone, lambda: _leave(_reason(interrupts, config, folder)))
+            )
             if wait:
                 stack.callback(search.release_workers)
             concurrency = find_room(config, wait, console)
@@ -318,9 +336,7 @@ class _Study:
             raise
         finally:
             with interrupts.hold():
-                missing = mirror.close(
-                    lambda: SHORT_PATIENCE if interrupts.ended else patience
-                )
+                missing = mirror.close(lambda: SHORT_PATIENCE if interrupts.ended else patience)
             if missing:
                 self.console.print(
                     f"[bold yellow]MLflow lacks {missing} entries[/]; nothing is lost: tell it later "

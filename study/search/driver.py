@@ -202,6 +202,8 @@ def run_search(
         ),
     )
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # how to restore Ray's own files
+    # tracebacks of processes that died; the reason is in the trial's record
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     with interrupts.ask_first():
         tuner.fit()
     for record in recorder.write():

@@ -18,6 +18,8 @@ WAKE = signal.SIGUSR2  # a thread of ours to the main one: look again
 SAME = 2.0  # seconds in which a second signal is the first: `timeout` sends two, to us and to our group
 PATIENCE = 8.0  # seconds that Tune has for its step
 LOOK = 1.0  # seconds between two looks at Ray
+STUCK = 12.0  # seconds after which the main thread is taken to wait for a Ray that is gone
+INSIST = 3.0  # seconds between two calls to the main thread: the first may be lost in a callback
 
 
 class InterruptedStudyError(Exception):
@@ -65,6 +67,7 @@ class Interrupts:
         self._at = 0.0
         self._ask: Callable[[], bool] | None = None
         self._held = False
+        self._taken = False  # what uses Ray has ended
 
     @property
     def ended(self) -> bool:
@@ -82,7 +85,7 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _woken(self, _number: int, _frame: FrameType | None) -> None:
-        if self.ended and not self._held:
+        if self.ended and not self._held and not self._taken:
             raise KeyboardInterrupt
 
     @contextmanager
@@ -127,13 +130,13 @@ class Interrupts:
 
         What ends it in good order raises nothing here; `ended` says so.
         """
-        timer = threading.Timer(PATIENCE, _wake)
-        timer.daemon = True
+        over = threading.Event()
+        patience = threading.Thread(target=_insist, args=(over, PATIENCE), daemon=True)
 
         def ask() -> bool:
             if not callable(signal.getsignal(signal.SIGUSR1)):  # Tune has not begun, or is over
                 return False
-            timer.start()
+            patience.start()
             os.kill(os.getpid(), signal.SIGUSR1)  # it calls no callback for what still runs
             return True
 
@@ -147,8 +150,8 @@ class Interrupts:
             if not self.explains(error):
                 raise
         finally:
-            self._ask = None
-            timer.cancel()
+            self._ask, self._taken = None, self.ended
+            over.set()
 
     def explains(self, error: Exception) -> bool:
         """Whether an error is only what follows from a Ray that is gone."""
@@ -167,11 +170,14 @@ class Interrupts:
             self._held = False
 
     @contextmanager
-    def watch(self, gone: Callable[[], str | None]) -> Iterator[None]:
+    def watch(self, gone: Callable[[], str | None], at_worst: Callable[[], object]) -> Iterator[None]:
         """Look again and again whether Ray is gone; where it is, the main thread hears of it.
 
         Args:
             gone: why it is, or None.
+            at_worst: called by another thread where the main one does not hear: a call of Ray's own
+                that waits for its GCS can be interrupted by nothing, and ends the process in a minute
+                without a word. It ends the process with one.
         """
         over = threading.Event()
 
@@ -179,9 +185,7 @@ class Interrupts:
             while not over.wait(LOOK):
                 if (reason := gone()) is not None:
                     self.lost = reason
-                    if not over.is_set():
-                        _wake()
-                    return
+                    _insist(over, 0, lambda: self._held or self._taken, at_worst)
 
         thread = threading.Thread(target=look, name="watch Ray", daemon=True)
         thread.start()
@@ -192,7 +196,20 @@ class Interrupts:
             thread.join()
 
 
-def _wake() -> None:
-    """Have the main thread look at what has come, also where it waits in a call of the system."""
-    if callable(signal.getsignal(WAKE)):
-        signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
+def _insist(
+    over: threading.Event,
+    seconds: float,
+    heard: Callable[[], bool] = lambda: False,
+    at_worst: Callable[[], object] = lambda: None,
+) -> None:
+    """After so many seconds have the main thread look at what has come, until it is over.
+
+    A signal of the system's own, so that it is heard in a call of the system, too.
+    """
+    began = time.monotonic()
+    while not over.wait(seconds):
+        if callable(signal.getsignal(WAKE)):
+            signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
+            if time.monotonic() - began > STUCK and not heard():
+                at_worst()
+        seconds = INSIST

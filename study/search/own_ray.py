@@ -1,4 +1,4 @@
-"""A Ray of this process's own: in sessions of its own, in a folder of its own, gone with this process."""
+"""A Ray of this process's own: its sessions and its folder are, and it is gone with this process."""
 
 from __future__ import annotations
 

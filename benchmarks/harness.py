@@ -97,7 +97,7 @@ def searched(
     recorder = Recorder(config, folder, mirror, {}, lambda _: None)
     search.run_search(config, cases, recorder, folder=folder, concurrency=workers, function=function)
     mirror.end_study(metrics={}, artifacts=[])
-    if mirror.close(patience=60) or any(r["status"] != "COMPLETE" for r in recorder.records):
+    if mirror.close(lambda: 60) or any(r["status"] != "COMPLETE" for r in recorder.records):
         raise RuntimeError(f"Not all trials went well: {recorder.records[-1]}.")
     return recorder.records
 

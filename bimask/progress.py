@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -55,3 +59,40 @@ class ToldProgress(Progress):
                     self.console.print(
                         f"{task.description}  {task.completed:.0f}/{total}  {took}", soft_wrap=True
                     )
+
+
+class _Lasting:
+    """A text stream whose reader may leave: what is written after that goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, if anybody reads."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if anybody reads."""
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except BlockingIOError:  # it reads, but slowly
+            pass
+        except OSError:  # the pipe (`| head`) or the terminal is closed, or the log's disk is full
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_readers() -> None:
+    """From here on a closed standard output or error is no failure of this process."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Lasting):
+            setattr(sys, name, _Lasting(stream))

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from bimask.files.home import ensure_home
+
+ensure_home()  # before Ray is imported, which fails without a home
+
 from study.store.records import load
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ def run(
         if not isinstance(study, str | Path):
             plain = {k: str(v) if isinstance(v, Path) else v for k, v in study.items()}
             path.write_text(yaml.safe_dump(plain, sort_keys=False))
-        config, folder = named(load_config(path), Path(outputs))
-    run_in(config, folder, address=address)
+        config = load_config(path)
+    with named(config, Path(outputs)) as (config, folder):
+        run_in(config, folder, address=address)
     return load(folder.name, outputs)

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from bimask.errors import BimaskError
-from study.search.interrupts import InterruptedStudyError
+from bimask.progress import outlive_readers
+from study.search.interrupts import InterruptedStudyError, LostRayError
 
 SPACES = Path(__file__).parent.parent / "search_spaces"
 DEFAULT, SUSPECT = SPACES / "ims_digits.yaml", SPACES / "suspect.yaml"
@@ -98,6 +99,7 @@ def main(
     ] = 0,
 ) -> None:
     """Search the defence's settings on Ray, record every trial in MLflow, choose the best."""
+    outlive_readers()
     given = {"trials": trials, "concurrency": concurrency, "name": name, "seed": seed}
     overrides: dict[str, object] = {key: value for key, value in given.items() if value is not None}
     if resume is not None and (dry or leave_out is not None):
@@ -130,7 +132,7 @@ def main(
     except BimaskError as error:
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, LostRayError) else 2)
     except OSError as error:  # of the environment; what has a record is kept
         message = f"[bold red]error[/]: {escape(str(error))}; mend it, then go on with --resume NAME."
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)

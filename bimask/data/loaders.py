@@ -21,6 +21,7 @@ from bimask.data.images import ImageData, Splits
 from bimask.data.pictures import picture_size, read_picture, unreadable
 from bimask.errors import DataError
 from bimask.files.atomic import atomic_write
+from bimask.files.home import ensure_home
 
 T = TypeVar("T")
 
@@ -32,7 +33,8 @@ DIGITS_TEST, DIGITS_VAL = 450, 450  # of 1,797; the rest is for training
 
 def cache_folder() -> Path:
     """Where data sets and decoded images are kept: $BIMASK_CACHE, or .cache/bimask at home."""
-    return Path(os.environ.get("BIMASK_CACHE", Path.home() / ".cache" / "bimask"))
+    place = os.environ.get("BIMASK_CACHE")
+    return Path(place) if place else ensure_home() / ".cache" / "bimask"
 
 
 def load_data(name: str, *, image_size: int | None = None) -> Splits:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from bimask.defences.base import Preparation
-from bimask.errors import BimaskError, ModelError
+from bimask.errors import BimaskError, DataError
 from bimask.inspection.risk import RiskProbe
 from bimask.progress import ToldProgress
 from bimask.victims import obtain_victim
@@ -55,22 +56,34 @@ def find_room(config: StudyConfig, wait: float, console: Console) -> int:
         return search.check_resources(config, wait=wait, on_wait=on_wait)
 
 
+@contextmanager
+def _named(victim: str) -> Iterator[None]:
+    """What is refused says of which victim; a study may have hundreds."""
+    try:
+        yield
+    except BimaskError as error:
+        if victim == NAME:  # there is one suspect
+            raise
+        raise StudyError(f"The victim {victim}: {error}") from error
+
+
 def check_data(config: StudyConfig) -> None:
     """Refuse data that are missing, too few or no match for attack or net, and nets that the defence
     can do nothing for, before any training."""
     if config.suspect is not None:
         suspect = config.suspect.load(config.clean_images_per_class)
         config.defender.check(suspect.model, suspect.load_data().val.floats()[:2])
-    for name, spec in zip(config.suite_names(), config.suite, strict=False):
-        splits = spec.load_data()
-        splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
-        attack = spec.build_attack()
-        if not attack.has_state:  # else the trigger is made with the victim, and refused there
-            attack.triggered(splits.val)
-        try:
+    for name, spec in zip(config.suite_names(), config.suite, strict=config.suspect is None):
+        with _named(name):
+            splits = spec.load_data()
+            splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
+            attack = spec.build_attack()
+            for data in (splits.val, splits.test):
+                if not len(data.images):
+                    raise DataError("Got no images to score it on; give more images, or other shares.")
+                if not attack.has_state:  # else the trigger is made with the victim, and refused there
+                    attack.triggered(data)
             config.defender.check(spec.fresh_net(splits.train).eval(), splits.val.floats()[:2])
-        except ModelError as error:
-            raise StudyError(f"The victim {name}: {error}") from error
 
 
 def prepare_victims(
@@ -88,13 +101,14 @@ def prepare_victims(
         for name, spec in zip(config.suite_names(), config.suite, strict=True):
             bar = f"victim {name}"
             cached = (root / spec.digest).is_dir()
-            victim = obtain_victim(
-                spec,
-                root,
-                device=device,
-                on_epoch=partial(bars.epoch, bar),
-                on_prepare=partial(bars.preparing, bar),
-            )
+            with _named(name):
+                victim = obtain_victim(
+                    spec,
+                    root,
+                    device=device,
+                    on_epoch=partial(bars.epoch, bar),
+                    on_prepare=partial(bars.preparing, bar),
+                )
             origin = "cached" if cached else "given" if spec.given else "trained"
             bars.ended(bar, f"victim {name} ({origin}), {described(victim)}")
             victims[name] = victim
@@ -186,7 +200,8 @@ def _made_here(
         for piece in pieces:
             bar = progress.add_task(piece.doing, total=piece.steps)
             on_step = partial(progress.advance, bar)
-            made.append(piece.make(victims[piece.victim].model, piece.images, on_step=on_step))
+            with _named(piece.victim):
+                made.append(piece.make(victims[piece.victim].model, piece.images, on_step=on_step))
     return made
 
 
@@ -199,7 +214,8 @@ def _made_by_workers(
 
         def ended(at: int, result: Any) -> None:
             if isinstance(result, BimaskError):
-                raise result
+                with _named(pieces[at].victim):
+                    raise result
             if isinstance(result, search.LostTaskError):
                 raise StudyError(
                     f"No worker ended {pieces[at].doing} ({result}); look at the nodes' memory, and "

@@ -37,8 +37,8 @@ def run_leave_out(
     attacks = leave_out.select(config, which)
     if config.confirmation is None and not leave_out.is_exact(config):
         config = config.model_copy(update={"confirm": Confirm(paper_seeds=0)})
-    config, folder = named(config, outputs, chosen_by_user="name" in overrides)
-    full = run_in(config, folder, **where)
+    with named(config, outputs, chosen_by_user="name" in overrides) as (config, folder):
+        full = run_in(config, folder, **where)
     complete = bool(full["n_complete"])
     if leave_out.is_exact(config):
         found = full["leave_one_out"]
@@ -46,8 +46,8 @@ def run_leave_out(
     else:
         others = {}
         for attack in attacks:
-            other = named(leave_out.without(config, attack), outputs)
-            others[attack] = run_in(*other, **where)
+            with named(leave_out.without(config, attack), outputs) as other:
+                others[attack] = run_in(*other, **where)
         complete = complete and all(summary["n_complete"] for summary in others.values())
         found = leave_out.table_of_studies(config, full, others)
     write_text(folder / LEAVE_OUT, json.dumps(found, indent=2) + "\n")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -33,7 +35,7 @@ from study.report import REPORT, write_report
 from study.report.console import show, trial_progress, wide_console
 from study.report.content import headline
 from study.report.pictures import FRONT_PICTURE, draw_front, draw_victims
-from study.search.interrupts import InterruptedStudyError, Interrupts
+from study.search.interrupts import InterruptedStudyError, Interrupts, LostRayError
 from study.search.warm_start import Earlier, read_earlier
 from study.spec.config import StudyConfig, StudyError
 from study.spec.reading import load_config
@@ -82,18 +84,21 @@ def run_study(
     Raises:
         BimaskError: before the first trial, for anything that would make the study fail.
         InterruptedStudyError: a signal ended it, in good order.
+        LostRayError: Ray died under it.
     """
-    if resume is not None:
-        config, folder = reopen(outputs, resume, path, overrides)
-    elif path is not None:
-        config, folder = named(
-            load_config(path, overrides), outputs, chosen_by_user="name" in overrides
+    with ExitStack() as stack:
+        if resume is not None:
+            config, folder = reopen(outputs, resume, path, overrides)
+            stack.enter_context(locked(folder))
+        elif path is not None:
+            config, folder = stack.enter_context(
+                named(load_config(path, overrides), outputs, chosen_by_user="name" in overrides)
+            )
+        else:
+            raise StudyError("There is no study to run; give a YAML file, or --resume NAME.")
+        summary = run_in(
+            config, folder, address=address, storage=storage, wait=wait, resume=resume is not None
         )
-    else:
-        raise StudyError("There is no study to run; give a YAML file, or --resume NAME.")
-    summary = run_in(
-        config, folder, address=address, storage=storage, wait=wait, resume=resume is not None
-    )
     return bool(summary["n_complete"])
 
 
@@ -106,10 +111,51 @@ def run_in(
     wait: float = 0,
     resume: bool = False,
 ) -> StudySummary:
-    """Run a study, or go on with it, in its folder among the outputs; its summary.
+    """Run a study, or go on with it, in its folder among the outputs, which is held; its summary.
 
-    `address`, `storage` and `wait` are those of `run_study`.
+    `address`, `storage` and `wait` are those of `run_study`, and what is raised is.
     """
+    interrupts = Interrupts()
+    try:
+        with interrupts.handled():
+            summary = _run_in(config, folder, interrupts, address, storage, wait, resume)
+    except KeyboardInterrupt:
+        if not interrupts.ended:
+            raise
+    except Exception as error:
+        if not interrupts.explains(error):
+            raise
+    if interrupts.ended:
+        raise _reason(interrupts, config, folder)
+    return summary
+
+
+def _reason(
+    interrupts: Interrupts, config: StudyConfig, folder: Path
+) -> InterruptedStudyError | LostRayError:
+    """What a study that was ended raises; it says how to go on."""
+    begun = (folder / records.STUDY).is_file()
+    if interrupts.signal is not None:
+        return InterruptedStudyError(interrupts.signal, config.name, begun=begun)
+    return LostRayError(interrupts.lost or "nobody knows why", config.name, begun=begun)
+
+
+def _leave(reason: InterruptedStudyError | LostRayError) -> None:
+    """End this process from any of its threads, as the command would."""
+    print(reason, file=sys.stderr, flush=True)
+    os._exit(128 + reason.signal if isinstance(reason, InterruptedStudyError) else 1)
+
+
+def _run_in(
+    config: StudyConfig,
+    folder: Path,
+    interrupts: Interrupts,
+    address: str | None,
+    storage: str | None,
+    wait: float,
+    resume: bool,
+) -> StudySummary:
+    """`run_in`, up to a KeyboardInterrupt for all that `interrupts` knows of."""
     started, outputs = time.perf_counter(), folder.parent
     console = wide_console()
     device = resolve_device(config.device)
@@ -119,7 +165,6 @@ def run_in(
     earlier = read_earlier(config)
     with ExitStack() as stack:
         if resume:
-            stack.enter_context(locked(folder))
             for note in mend(folder):
                 say(console, note)
             tracker = open_tracker(uri, outputs, config, console)
@@ -129,7 +174,14 @@ def run_in(
         concurrency, own = 0, True
         if config.confirmation or config.trials > len(read_lines(folder / records.TRIALS)):
             stack.callback(search.stop_ray)
-            own = search.start_ray(address, lambda said: console.print(escape(said), soft_wrap=True))
+            with interrupts.defer():
+                own = search.start_ray(
+                    address, lambda said: console.print(escape(said), soft_wrap=True)
+                )
+            gone = search.ray_gone(own=own)
+            stack.enter_context(
+                interrupts.watch(gone, lambda: _leave(_reason(interrupts, config, folder)))
+            )
             if wait:
                 stack.callback(search.release_workers)
             concurrency = find_room(config, wait, console)
@@ -149,22 +201,44 @@ def run_in(
         else:
             tracker = open_tracker(uri, outputs, config, console)
             _begin(config, folder, identity, tracker, suite, console)
-            stack.enter_context(locked(folder))
         study = _Study(config, folder, suite, earlier, tracker, console, concurrency, not own, storage)
-        summary, signal = study.run(started)
-    show(console, config, summary, tracker, outputs / "victims", folder)
-    if signal is not None:
-        raise InterruptedStudyError(signal, config.name)
+        summary = study.run(started, interrupts)
+        with interrupts.hold():
+            show(console, config, summary, tracker, outputs / "victims", folder)
     return summary
 
 
+@contextmanager
 def named(
     config: StudyConfig, outputs: Path, *, chosen_by_user: bool = False
-) -> tuple[StudyConfig, Path]:
-    """The study under a name that is free, and its folder; nothing is made but `outputs`."""
+) -> Iterator[tuple[StudyConfig, Path]]:
+    """The study under a name that is free, and its folder, which no other process takes meanwhile.
+
+    Nothing is made but `outputs`; the name is reserved by the folder's lock.
+    """
     require_writable(outputs)
-    name, folder = records.new_folder(outputs, config.name, chosen_by_user=chosen_by_user)
-    return config.model_copy(update={"name": name}), folder
+    reserved: set[str] = set()
+    while True:
+        name, folder = records.new_folder(
+            outputs, config.name, chosen_by_user=chosen_by_user, reserved=reserved
+        )
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(locked(folder))
+            except StudyError:
+                if chosen_by_user:
+                    raise
+                reserved.add(name)
+                continue
+            if folder.exists():  # made, and left, since we looked
+                continue
+            try:
+                yield config.model_copy(update={"name": name}), folder
+            finally:
+                if not folder.exists():
+                    with suppress(OSError):
+                        lock.unlink()
+            return
 
 
 def _is_whole(config: StudyConfig, folder: Path, tracker: Tracker) -> bool:
@@ -233,10 +307,10 @@ class _Study:
         """Those that trials see."""
         return {name: self.suite[name] for name in self.config.victim_names()}
 
-    def run(self, started: float) -> tuple[StudySummary, int | None]:
-        """Search, choose, report: the summary, and the signal that ended the search, if one did."""
+    def run(self, started: float, interrupts: Interrupts) -> StudySummary:
+        """Search, choose, report: the summary, of what there is where `interrupts` ended the search."""
         mirror = MlflowQueue(self.tracker, self._say_what_happens)
-        interrupts, patience = Interrupts(), SHORT_PATIENCE
+        patience = SHORT_PATIENCE
         try:
             cases = prepare_cases(
                 self.config,
@@ -251,37 +325,42 @@ class _Study:
             searching = time.perf_counter()
             in_trials = self._search(cases, mirror, interrupts)
             wall = time.perf_counter() - searching
-            trials = records.read_trials(self.folder)
-            summary = self._patiently(
-                lambda: summarise(self.config, self.folder, trials, self.victims), interrupts
-            )
-            self._patiently(
-                lambda: draw_front(self.folder / FRONT_PICTURE, trials, summary), interrupts
-            )
+            with interrupts.hold():
+                trials = records.read_trials(self.folder)
+                summary = self._patiently(
+                    lambda: summarise(self.config, self.folder, trials, self.victims), interrupts
+                )
+                self._patiently(
+                    lambda: draw_front(self.folder / FRONT_PICTURE, trials, summary), interrupts
+                )
             summary["seconds"] = {
                 "in_trials": in_trials,
                 "harness": max(0.0, wall * self.concurrency - in_trials),
             }
-            if interrupts.signal is None:
-                known = {name: one for name, one in self.suite.items() if isinstance(one, Victim)}
-                suite = confirm_choice(self.config, self.folder, summary, known, self.console)
-                if suite is not None:
-                    summary["suite"] = suite
-            summary["seconds"]["total"] = time.perf_counter() - started
-            text = json.dumps(summary, indent=2) + "\n"
-            self._patiently(lambda: write_text(self.folder / records.SUMMARY, text), interrupts)
-            status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
-            make_report(self.folder, self.folder.parent / "victims", self.console)
-            page = self.tracker.artifact_link(REPORT)
-            close(mirror, self.folder, summary, "KILLED" if interrupts.signal else status, page)
+            with interrupts.ask_first():
+                if not interrupts.ended:
+                    known = {name: one for name, one in self.suite.items() if isinstance(one, Victim)}
+                    suite = confirm_choice(self.config, self.folder, summary, known, self.console)
+                    if suite is not None:
+                        summary["suite"] = suite
+            with interrupts.hold():
+                summary["seconds"]["total"] = time.perf_counter() - started
+                text = json.dumps(summary, indent=2) + "\n"
+                self._patiently(lambda: write_text(self.folder / records.SUMMARY, text), interrupts)
+                status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
+                make_report(self.folder, self.folder.parent / "victims", self.console)
+                page = self.tracker.artifact_link(REPORT)
+                close(mirror, self.folder, summary, "KILLED" if interrupts.ended else status, page)
             patience = PATIENCE
-            return summary, interrupts.signal
+            return summary
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt)
             mirror.abort("the study was stopped", "KILLED" if stopped else "FAILED")
             raise
         finally:
-            if missing := mirror.close(patience if interrupts.signal is None else SHORT_PATIENCE):
+            with interrupts.hold():
+                missing = mirror.close(lambda: SHORT_PATIENCE if interrupts.ended else patience)
+            if missing:
                 words = ["python", "-m", "study.launch", "--resume", self.config.name]
                 again = shlex.join([*words, "--outputs", str(self.folder.parent)])
                 self.console.print(
@@ -322,7 +401,7 @@ class _Study:
             patience=self.config.environment_timeout,
             say=self._say,
             what=f"write to {self.folder}",
-            given_up=lambda: interrupts.signal is not None,
+            given_up=lambda: interrupts.ended,
         )
 
     def _say_what_happens(self, error: Exception) -> None:

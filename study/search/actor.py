@@ -35,9 +35,8 @@ def within_limits(function: Callable[..., None]) -> Callable[..., None]:
     """`function`, ended where it takes more than the study allows a group of trials."""
 
     def run(config: Group, *, study: StudyConfig, cases: list[Case]) -> None:
-        limit, members = study.trial_timeout, len(config["members"])
         with (
-            time_limit(None if limit is None else limit * members, Path(config["checkpoint"])),
+            time_limit(config.get("limit"), Path(config["checkpoint"])),
             memory_limit(study.memory_per_trial),
         ):
             function(config, study=study, cases=cases)

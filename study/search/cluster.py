@@ -10,7 +10,7 @@ from collections.abc import Callable
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from study.search import exposure
+from study.search import exposure, own_ray
 from study.spec.config import StudyConfig, StudyError
 
 TO_ACTORS = (  # what the package's __init__ has set; a cluster's nodes were started without it
@@ -98,7 +98,7 @@ def _start() -> None:
     for attempt in range(ATTEMPTS):
         exposure.close()
         try:
-            ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            own_ray.start(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             exposure.require_closed()
             return
         except Exception as error:
@@ -116,7 +116,7 @@ def _require_listener(address: str) -> None:
 
 def stop_ray() -> None:
     """Leave the cluster, or stop the local one."""
-    ray.shutdown()
+    own_ray.stop()
     exposure.restore()
 
 

@@ -17,6 +17,7 @@ from ray import tune
 from study.search import storage as storages
 from study.search.actor import trainable, with_bucket, within_limits
 from study.search.interrupts import Interrupts
+from study.search.liveness import is_gone
 from study.search.pareto_search import (
     CHECKPOINTS,
     ParetoSearch,
@@ -123,7 +124,7 @@ class _Recording(tune.Callback):
                 self.recorder.completed(number, report, Path(folder) / str(number))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        if self.recorder is None:
+        if self.recorder is None or is_gone():  # that says nothing of the trial
             return
         if trial.trial_id not in self.begun:  # an actor that never came up
             self.on_trial_start(iteration, trials, trial)
@@ -147,7 +148,7 @@ class _Recording(tune.Callback):
                 patience=recorder.config.environment_timeout,
                 say=self.say or (lambda _: None),
                 what=f"write to {recorder.folder}",
-                given_up=lambda: interrupts is not None and interrupts.signal is not None,
+                given_up=lambda: interrupts is not None and interrupts.ended,
             )
         except StudyError as error:
             self.gone = error
@@ -158,9 +159,10 @@ class _Recording(tune.Callback):
 
     def _reason(self, trial: Any) -> str:
         """The time limit, or the last line of a failed group's traceback: error and sentence."""
-        limit = None if self.timeout is None else self.timeout * len(trial.config["members"])
-        if limit is not None and time.monotonic() - self.begun[trial.trial_id] >= limit:
-            return too_long(limit, where_it_hung(Path(trial.config["checkpoint"])))
+        limit = trial.config["limit"]
+        if time.monotonic() - self.begun[trial.trial_id] >= limit:
+            place = where_it_hung(Path(trial.config["checkpoint"]))
+            return too_long(limit, place, given=self.timeout is not None)
         path = trial.error_file
         text = Path(path).read_text() if path and Path(path).is_file() else ""
         lines = [line for line in text.splitlines() if line and not line.startswith(" ")]
@@ -186,9 +188,9 @@ def contained(function: Callable[..., None]) -> Callable[..., None]:
         place = Path(config["checkpoint"])
 
         def attempt() -> None:
-            hung = where_it_hung(place)
-            if hung is not None and study.trial_timeout is not None:  # that ended it before
-                raise TimeoutError(too_long(study.trial_timeout * len(config["members"]), hung))
+            if (hung := where_it_hung(place)) is not None:  # the limit ended it before
+                given = study.trial_timeout is not None
+                raise TimeoutError(too_long(config["limit"], hung, given=given))
             function(config, study=study, cases=cases)
 
         def report(error: Exception, reason: str, **more: bool) -> None:
@@ -238,7 +240,7 @@ def run_search(
 ) -> None:
     """Run all trials of a study that have no record yet; each ends in `recorder`.
 
-    A signal that `interrupts` hears ends it early: what runs then has no record, and is gone on with
+    What `interrupts` hears ends it early: what runs then has no record, and is gone on with
     another time.
 
     A group whose process or node died is run again, `config.retries` times at most; to Optuna, MLflow
@@ -268,7 +270,7 @@ def run_search(
         checkpoints=storages.folder(files) / CHECKPOINTS,
         earlier=earlier,
         say=say,
-        given_up=lambda: interrupts.signal is not None,
+        given_up=lambda: interrupts.ended,
     )
     if not (groups := searcher.groups_left()):
         searcher.close()
@@ -296,8 +298,10 @@ def run_search(
         ),
     )
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # how to restore Ray's own files
+    # tracebacks of processes that died; the reason is in the trial's record
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     try:
-        with interrupts.handled():
+        with interrupts.ask_first():
             tuner.fit()
     except Exception as error:  # Tune writes as well
         if isinstance(error, StudyError) or (why := of_environment(error)) is None:
@@ -307,7 +311,7 @@ def run_search(
             "what has no record is run again."
         ) from error
     searcher.close()
-    if interrupts.signal is None:
+    if not interrupts.ended:
         shutil.rmtree(searcher.checkpoints, ignore_errors=True)
         if storages.is_bucket(files):
             storages.remove(copies)

@@ -21,6 +21,7 @@ from study.spec.objectives import quantities
 from study.spec.space import suggest
 from study.store.schema import Group, Member, MemberReport, Parameters, TrialRecord
 from study.trial.history import ParetoHistory
+from study.trial.limits import default_timeout
 from study.trial.rules import TrialRules
 
 EARLIER = "earlier"  # the preset of an earlier study's trial, which is no trial of this one
@@ -73,6 +74,7 @@ class ParetoSearch(Searcher):
         self.asked: dict[int, optuna.Trial] = {}
         self.untold: dict[int, TrialRecord] = {}
         self.seconds: list[float] = []
+        self.took: list[float] = []  # seconds of complete trials, for one run a victim
         self.earlier = earlier or Earlier()
         self.rules = TrialRules.of(config)
         self.history = ParetoHistory(config.early_stopping)
@@ -169,7 +171,18 @@ class ParetoSearch(Searcher):
         self.given |= {member["number"] for member in members}
         folder = self.checkpoints / f"{members[0]['number']:03d}"
         rivals = self.history.rivals().sent()
-        return {"members": members, "rivals": rivals, "checkpoint": str(folder)}
+        limit = self._limit(members)
+        return {"members": members, "rivals": rivals, "limit": limit, "checkpoint": str(folder)}
+
+    def _limit(self, members: Sequence[Member]) -> float:
+        """Seconds that a group has: the study's `trial_timeout` for each, or what others took."""
+        each = self.config.trial_timeout
+        if each is None:
+            presets = [member["preset"] for member in members]
+            # the paper's defaults may take a hundred times what searched settings do
+            known = [] if PAPER in presets else self.took
+            each = default_timeout(known) * max(map(self.config.repeats_of, presets))
+        return each * len(members)
 
     def _ask(self) -> list[optuna.Trial]:
         """New trials, a group of them; fewer or none where that is all there is."""
@@ -236,7 +249,9 @@ class ParetoSearch(Searcher):
             values = quantities(record)
             violations = self.rules.constraints.violations(values)
             self.history.finished(self.rules.losses(values), violations)
-            self._settle(record.get("seconds", 0.0))
+            seconds = record.get("seconds", 0.0)
+            self.took.append(seconds / self.config.repeats_of(record["preset"]))
+            self._settle(seconds)
         try:
             self.flush_pending()
         except optuna.exceptions.StorageInternalError:

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import torch
 
+from study.search.liveness import is_gone
 from study.spec.config import StudyConfig
 
 RETRIES = 2  # of a task whose process died
@@ -47,6 +48,8 @@ def run_tasks(
             try:
                 result = ray.get(done)
             except ray.exceptions.RayError as error:
+                if is_gone():
+                    raise
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 result = LostTaskError(lines[-1])
             on_done(at, result)

@@ -15,6 +15,7 @@ from ray.util.queue import Queue
 
 from bimask.files.atomic import sync, sync_tree
 from bimask.victims import EpochLog, VictimSpec, obtain_victim
+from study.search.liveness import ray_gone
 from study.spec.config import StudyError
 
 # name, and what happened: an EpochLog, or what is prepared, the steps done and how many there are
@@ -42,9 +43,10 @@ def make_victims(
         on_end: called once a victim, with its name and None, or why it was not made.
 
     Raises:
-        StudyError: no node has such resources.
+        StudyError: no node has such resources, or Ray dies.
     """
     _require_room(cpus, gpus)
+    gone = ray_gone(own=False)
     events = Queue()
     task = ray.remote(_make).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
     running = {
@@ -54,6 +56,11 @@ def make_victims(
     try:
         while running:
             ended, _ = ray.wait(list(running), timeout=0.5)
+            if (reason := gone()) is not None:
+                raise StudyError(
+                    f"Ray died while victims were made ({reason}); start again, those that are done "
+                    "are kept."
+                )
             for event in events.get_nowait_batch(events.qsize()):
                 on_event(event)
             for reference in ended:

@@ -110,7 +110,10 @@ class StudyConfig(BaseModel):
         60, gt=0, description="seconds of work that a kill may cost; of other defences than ims a run"
     )
     trial_timeout: float | None = Field(
-        None, gt=0, description="seconds; a trial that takes more fails"
+        None,
+        gt=0,
+        description="seconds; a trial that takes more fails; null: 10 times what the slowest took, 10 "
+        "minutes at least, and a day until five are complete",
     )
     memory_per_trial: float | None = Field(
         None, gt=0, description="GiB that an actor may take beyond what it holds as a trial begins"

@@ -138,13 +138,16 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Path]:
     """Hold a study's folder, as long as this process lives: two drivers would undo each other's work.
+
+    The folder need not be there. What is yielded is the lock's file.
 
     Raises:
         StudyError: another process holds it.
     """
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    path = folder.with_name(f".{folder.name}.lock")
+    lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
@@ -152,6 +155,6 @@ def locked(folder: Path) -> Iterator[None]:
             f"Another process is at work on {folder}; wait for its end, or end it, then resume."
         ) from error
     try:
-        yield
+        yield path
     finally:
         lock.release()

@@ -12,7 +12,7 @@ outputs/NAME/best.yaml       the chosen configuration, as `bimask purify` takes 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,24 +31,27 @@ REPORTS, CONFIRM = "reports.jsonl", "confirm.jsonl"
 SETTINGS = "purify.yaml"  # in a trial's folder: every setting, as `bimask purify` takes it
 
 
-def new_folder(outputs: Path, name: str, *, chosen_by_user: bool) -> tuple[str, Path]:
+def new_folder(
+    outputs: Path, name: str, *, chosen_by_user: bool, reserved: Collection[str] = ()
+) -> tuple[str, Path]:
     """A folder that does not exist yet, and the study's name in it; nothing is made.
 
-    A name the user gave must be free; the YAML's own name gets a number where it is taken.
+    A name the user gave must be free; the YAML's own name gets a number where it is taken, by a folder
+    or among those `reserved` by studies that have no folder yet.
 
     Raises:
         StudyError: the name is taken.
     """
     if name in RESERVED:
         raise StudyError(f"{name!r} is a name of the outputs folder's own; choose another --name.")
-    if not (outputs / name).exists():
+    if not (outputs / name).exists() and name not in reserved:
         return name, outputs / name
     if chosen_by_user:
         raise StudyError(
             f"A study {name!r} exists in {outputs}; choose another --name, or remove that folder."
         )
     number = 2
-    while (outputs / f"{name}-{number}").exists():
+    while (outputs / f"{name}-{number}").exists() or f"{name}-{number}" in reserved:
         number += 1
     return f"{name}-{number}", outputs / f"{name}-{number}"
 

@@ -126,10 +126,11 @@ class Member(TypedDict):
 
 
 class Group(TypedDict):
-    """What an actor is given: trials that run at once, what they are held against, and where their
-    checkpoints go (`copies`: a bucket that has them too)."""
+    """What an actor is given: trials that run at once, what they are held against, the seconds they
+    have together, and where their checkpoints go (`copies`: a bucket that has them too)."""
 
     members: list[Member]
+    limit: NotRequired[float]
     rivals: NotRequired[Bounds]
     checkpoint: NotRequired[str]
     copies: NotRequired[str]

@@ -64,15 +64,18 @@ class MlflowQueue:
         self._asked += 1
         self._calls.put(call)
 
-    def close(self, patience: float) -> int:
+    def close(self, patience: Callable[[], float]) -> int:
         """Wait until everything is told, or MLflow has taken nothing for `patience` seconds.
+
+        Args:
+            patience: asked again and again: a signal may shorten it.
 
         Returns:
             How many calls it has not taken.
         """
         self._calls.put(None)
         self._heard = time.monotonic()
-        while self._thread.is_alive() and time.monotonic() - self._heard < patience:
+        while self._thread.is_alive() and time.monotonic() - self._heard < patience():
             self._thread.join(0.1)
         self._left.set()
         self._thread.join(LONGEST_PAUSE)

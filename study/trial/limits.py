@@ -6,11 +6,21 @@ import faulthandler
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 STACK = "stack.txt"  # where every thread stood when the time was over
+# Where a study sets no `trial_timeout`, a trial that hangs must not hold it for ever:
+DAY = 86_400.0  # seconds for a trial before it is known what trials take
+LEAST = 600.0  # seconds that every trial has
+KNOWN = 5  # complete trials from which it is known
+TIMES = 10  # what the slowest of them took
+
+
+def default_timeout(took: Sequence[float]) -> float:
+    """Seconds that a trial has where the study does not say, given what complete trials took."""
+    return DAY if len(took) < KNOWN else max(LEAST, TIMES * max(took))
 
 
 @contextmanager
@@ -43,10 +53,19 @@ def where_it_hung(folder: Path) -> str | None:
     return "{}, line {}, in {}".format(*frames[0]) if frames else None
 
 
-def too_long(seconds: float, place: str | None) -> str:
-    """Why a group of trials failed that the limit of so many seconds ended."""
+def too_long(seconds: float, place: str | None, *, given: bool) -> str:
+    """Why a group of trials failed that the limit of so many seconds ended.
+
+    Args:
+        given: it is the study's `trial_timeout`, and no default.
+    """
     hung = f"; it was at {place}" if place else ""
-    return f"took longer than `trial_timeout` allows ({seconds:g} s){hung}"
+    if given:
+        return f"took longer than `trial_timeout` allows ({seconds:g} s){hung}"
+    return (
+        f"took longer than a trial has by default ({seconds:g} s: {TIMES} times the slowest one, "
+        f"{LEAST / 60:g} minutes at least); set `trial_timeout` where trials may take longer{hung}"
+    )
 
 
 @contextmanager

@@ -1,7 +1,11 @@
 """What is told of long work."""
 
 import io
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -9,6 +13,7 @@ from rich.console import Console
 from bimask import progress
 from bimask.progress import ToldProgress
 
+ROOT = Path(__file__).parents[2]
 LINE = "rounds  7/120  0:00:0"
 
 
@@ -44,3 +49,25 @@ def test_a_log_gets_lines_while_the_work_goes_on(monkeypatch, terminal):
     assert not tellers()
     assert log.told.is_set() != terminal
     assert "searching triggers  4/4" not in log.getvalue()  # it has ended
+
+
+READERLESS = """
+import sys
+from bimask.progress import outlive_readers
+outlive_readers()
+for number in range(20_000):
+    print(number)
+print("done", file=sys.stderr)
+"""
+
+
+def test_a_reader_that_leaves_is_no_failure():
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", READERLESS], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    os.close(writer)
+    os.read(reader, 10)
+    os.close(reader)
+    _, said = process.communicate()
+    assert (process.returncode, said) == (0, "done\n")

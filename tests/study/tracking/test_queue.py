@@ -59,7 +59,7 @@ def test_a_server_that_dies_delays_and_loses_nothing(server, tmp_path):
     mirror.end_study(metrics={"hypervolume": 0.5}, artifacts=[])
     wait_until(lambda: troubles)
     server.start()
-    assert mirror.close(patience=120) == 0
+    assert mirror.close(lambda: 120) == 0
     client, runs, count = runs_of(tracker)
     assert count == 4
     assert {key: run.info.status for key, run in runs.items()} == {
@@ -83,7 +83,7 @@ def test_a_store_that_stays_locked_is_told_what_it_lacks(tracker, tmp_path, monk
     other.execute("BEGIN IMMEDIATE")
     mirror.start_trial(0, {}, {})
     mirror.end_trial(0, reason="x")
-    assert mirror.close(patience=0.3) == 2
+    assert mirror.close(lambda: 0.3) == 2
     other.execute("ROLLBACK")
     other.close()
 
@@ -95,7 +95,7 @@ def test_a_call_that_is_refused_holds_up_no_other(tracker, monkeypatch):
     mirror.end_trial(7, reason="it was never started")
     mirror.start_trial(0, {}, {})
     mirror.end_trial(0, metrics={"seconds": 1.0})
-    assert mirror.close(patience=30) == 1
+    assert mirror.close(lambda: 30) == 1
     _, runs, _ = runs_of(tracker)
     assert runs["0"].info.status == "FINISHED"
 

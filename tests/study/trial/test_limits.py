@@ -13,7 +13,16 @@ from study.spec.config import StudyConfig
 from study.store import records
 from study.tracking.mlflow_runs import Tracker, tracking_uri
 from study.tracking.recorder import Recorder
-from study.trial.limits import STACK, where_it_hung
+from study.trial.limits import (
+    DAY,
+    KNOWN,
+    LEAST,
+    STACK,
+    TIMES,
+    default_timeout,
+    too_long,
+    where_it_hung,
+)
 
 ROOT = Path(__file__).parents[3]
 HANGS, SWELLS, DIES, RAISES, OVERFLOWS, SAYS_NOTHING = range(1, 7)  # trials' numbers
@@ -148,3 +157,36 @@ def test_trials_that_go_wrong_are_failed_with_their_reason_and_the_study_goes_on
     for number in range(8):
         assert ends[number].info.status == ("FAILED" if number in failed else "FINISHED")
         assert ends[number].data.tags.get("reason") == failed.get(number)
+
+
+def test_without_a_limit_a_trial_has_many_times_what_others_took():
+    assert default_timeout([]) == default_timeout([9.0] * (KNOWN - 1)) == DAY
+    assert default_timeout([9.0] * KNOWN) == LEAST
+    assert default_timeout([1.0, *[9.0] * KNOWN, 500.0]) == TIMES * 500.0
+
+
+def test_a_group_is_given_the_seconds_of_its_members(tmp_path):
+    config = StudyConfig(
+        name="limits",
+        trials=8,
+        repeats=3,
+        trials_per_actor=2,
+        sampler="random",
+        victims=[{"dataset": "digits", "net": "small_resnet", "attack": {"name": "badnets"}}],
+        reference_point={"clean_accuracy": 0.1, "attack_success": 1.0},
+        space={"mask_lr": {"kind": "float", "low": 0.02, "high": 0.3}},
+    )
+
+    def limits(config, took):
+        searcher = search.ParetoSearch(config, None)
+        searcher.took = took
+        return [searcher.suggest(str(group))["limit"] for group in range(2)]
+
+    known = [1000.0] * KNOWN
+    assert limits(config, []) == [2 * 3 * DAY] * 2
+    assert limits(config, known) == [2 * 3 * DAY, 2 * 3 * TIMES * 1000.0], (
+        "the paper's trial comes first"
+    )
+    given = config.model_copy(update={"trial_timeout": 7.0})
+    assert limits(given, known) == [2 * 7.0] * 2
+    assert "set `trial_timeout`" in too_long(600, None, given=False)

@@ -1,0 +1,245 @@
+"""A study that is ended, or loses its Ray, in each of its phases, as a process of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[3]
+PATIENCE = 300  # seconds
+END = 60  # seconds: a study that has to be ended by force has hung
+VICTIM = {
+    "dataset": "digits",
+    "image_size": 12,
+    "net": "small_resnet",
+    "width": 4,
+    "attack": {"name": "badnets"},
+    "epochs": 6,
+}
+STUDY = {
+    "name": "ends",
+    "trials": 60,
+    "concurrency": 1,
+    "clean_images_per_class": 2,
+    "paper_defaults": False,
+    "victims": [VICTIM],
+    "confirm": {"seeds": 40},
+    "reference_point": {"clean_accuracy": 0.1, "attack_success": 1.0},
+    "choose": {"max_accuracy_drop": 1.0},
+    "fixed": {"inner_optimizer": "sign", "step_size": None, "patience": None}
+    | {"initialise_rounds": 2, "minimise_rounds": 2, "select_rounds": 2},
+    "space": {"mask_lr": {"kind": "float", "low": 0.02, "high": 0.3, "log": True}},
+}
+
+
+class Launched:
+    """`python -m study.launch` in a session of its own; its output goes to a file."""
+
+    def __init__(self, home, *words, out=None, **environment):
+        self.home, self.log = home, home / "log"
+        self.folder = home / "outputs/ends"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "study.launch", *words],
+                cwd=home,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+                stdout=log if out is None else out,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def until(self, holds):
+        deadline = time.monotonic() + PATIENCE
+        while not holds():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def trials(self):
+        path = self.folder / "trials.jsonl"
+        return len(path.read_text().splitlines()) if path.is_file() else 0
+
+    def rays(self):
+        """Pids of Ray's own two programs by name, of this study's Ray."""
+        found = {}
+        for task in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            for child in map(int, task.read_text().split()):
+                name = Path(f"/proc/{child}/comm").read_text().strip()
+                found[name] = child
+        return found
+
+    def wait(self):
+        try:
+            return self.process.wait(END)
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+def in_victims(ran):
+    return any((ran.home / "outputs/victims").glob(".training-*/*"))
+
+
+def in_search(ran):
+    return ran.trials() >= 2
+
+
+def in_confirmation(ran):
+    return (ran.folder / "confirm.jsonl").is_file()
+
+
+def in_summary(ran):
+    return (ran.folder / "summary.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory, with_store):
+    """Outputs with a trained victim and MLflow's tables: what a study needs before its first trial."""
+    from bimask.victims import obtain_victim
+    from study.spec.config import StudyConfig
+
+    outputs = with_store(tmp_path_factory.mktemp("cached") / "outputs")
+    obtain_victim(StudyConfig.model_validate(STUDY).victims[0], outputs / "victims")
+    return outputs
+
+
+@pytest.fixture
+def launch(tmp_path, cached):
+    """Changes to the study, words and variables -> it, launched."""
+    runs = []
+
+    def start(*words, victims=True, out=None, environment=None, **changes):
+        tmp_path.mkdir(exist_ok=True)
+        if not (tmp_path / "outputs").exists():
+            shutil.copytree(cached, tmp_path / "outputs")
+            if not victims:
+                shutil.rmtree(tmp_path / "outputs/victims")
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | changes))
+        runs.append(Launched(tmp_path, *(words or ("study.yaml",)), out=out, **(environment or {})))
+        return runs[-1]
+
+    yield start
+    for ran in runs:
+        if ran.process.poll() is None:
+            os.killpg(ran.process.pid, signal.SIGKILL)
+            ran.process.wait()
+
+
+@pytest.fixture
+def place(tmp_path_factory, monkeypatch):
+    """The folder in which this test's Rays lie."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield Path(folder)
+
+
+def test_a_signal_to_the_whole_group_ends_the_search_with_the_front(launch, place):
+    ran = launch()
+    ran.until(lambda: in_search(ran))
+    os.killpg(ran.process.pid, signal.SIGTERM)
+    assert ran.wait() == 128 + signal.SIGTERM, ran.log.read_text()
+    said = ran.log.read_text()
+    assert "--resume ends" in said
+    assert "Traceback" not in said
+    assert json.loads((ran.folder / "summary.json").read_text())["n_complete"] >= 2
+    assert list(place.iterdir()) == [], "Ray's folder is removed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("phase", "changes"),
+    [
+        (in_victims, {"victims": [VICTIM | {"epochs": 3000}]}),
+        (in_search, {}),
+        (in_confirmation, {"trials": 2}),
+        (in_summary, {"trials": 2, "confirm": {"seeds": 1}}),
+    ],
+)
+def test_a_signal_ends_every_phase_with_its_code(launch, place, phase, changes, number):
+    ran = launch(**changes)
+    ran.until(lambda: phase(ran))
+    os.killpg(ran.process.pid, number)
+    assert ran.wait() == 128 + number, ran.log.read_text()
+    said = ran.log.read_text()
+    assert "Traceback" not in said
+    assert ("launch it again" if phase is in_victims else "--resume ends") in said
+    assert list(place.iterdir()) == []
+    if phase is not in_victims:
+        again = launch("--resume", "ends", **changes)
+        if phase is in_search:
+            again.until(lambda: again.trials() > 10)
+        else:
+            assert again.wait() == 0, again.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["gcs_server", "raylet"])
+@pytest.mark.parametrize(
+    ("phase", "changes"), [(in_search, {"retries": 0}), (in_confirmation, {"trials": 2})]
+)
+def test_a_ray_that_dies_ends_the_study_which_names_resume(launch, place, which, phase, changes):
+    ran = launch(**changes)
+    ran.until(lambda: phase(ran))
+    os.kill(ran.rays()[which], signal.SIGKILL)
+    assert ran.wait() == 1, ran.log.read_text()
+    said = ran.log.read_text()
+    assert "--resume ends" in said
+    assert "Traceback" not in said
+    records = [json.loads(x) for x in (ran.folder / "trials.jsonl").read_text().splitlines()]
+    assert {record["status"] for record in records} == {"COMPLETE"}
+    if phase is in_confirmation:
+        rows = [json.loads(x) for x in (ran.folder / "confirm.jsonl").read_text().splitlines()]
+        assert not any(row.get("reason") for row in rows)
+
+
+@pytest.mark.slow
+def test_signals_to_ray_and_study_alike_end_with_the_signals_code(launch, place):
+    """What systemd does: every process of the unit is sent the signal."""
+    ran = launch()
+    ran.until(lambda: in_search(ran))
+    for pid in (ran.process.pid, *ran.rays().values()):
+        os.kill(pid, signal.SIGTERM)
+    assert ran.wait() == 128 + signal.SIGTERM, ran.log.read_text()
+    assert "Traceback" not in ran.log.read_text()
+    assert "--resume ends" in ran.log.read_text()  # the front is there unless Tune waits for the GCS
+
+
+def test_nothing_of_ray_outlives_a_study_that_is_killed(launch, place):
+    ran = launch()
+    ran.until(lambda: in_search(ran))
+    ran.process.kill()
+    ran.process.wait()
+    deadline = time.monotonic() + 30
+    while list(place.iterdir()):
+        assert time.monotonic() < deadline, "Ray's folder stays"
+        time.sleep(0.1)
+    left = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if str(place).encode() in path.read_bytes() and path.parent.name != str(os.getpid()):
+                left.append((path.parent / "cmdline").read_bytes())
+        except OSError:
+            continue
+    assert left == []
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_is_no_failure(launch, place):
+    reader, writer = os.pipe()
+    ran = launch(trials=2, confirm={"seeds": 1}, out=writer)
+    os.close(writer)
+    os.close(reader)
+    assert ran.process.wait(PATIENCE) == 0, ran.log.read_text()
+    assert "Traceback" not in ran.log.read_text()

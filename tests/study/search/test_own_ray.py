@@ -1,0 +1,156 @@
+"""Where a Ray of our own lies, what ends it, and what an error of a dead one is."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from study.search import liveness, own_ray, watchdog
+from study.search.interrupts import WAKE, Interrupts
+from study.spec.config import StudyError
+
+SLEEPER = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
+
+
+def test_the_folder_of_rays_sockets_is_short_where_the_usual_one_is_long(tmp_path, monkeypatch):
+    long = tmp_path / ("long" * 20)
+    long.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    assert own_ray.short_folder() == Path("/tmp")
+    short = Path("/dev/shm")
+    monkeypatch.setenv("RAY_TMPDIR", str(short))
+    assert own_ray.short_folder() == short
+    monkeypatch.setattr(own_ray, "LONGEST", 5)
+    with pytest.raises(StudyError, match="set RAY_TMPDIR"):
+        own_ray.short_folder()
+
+
+def test_the_watchdog_kills_whole_sessions_and_removes_the_folder_when_its_writer_is_gone(tmp_path):
+    (tmp_path / "place" / "session").mkdir(parents=True)
+    watched = subprocess.Popen([sys.executable, "-c", SLEEPER], start_new_session=True)
+    dog = subprocess.Popen(
+        [sys.executable, "-I", watchdog.__file__, str(tmp_path / "place")], stdin=subprocess.PIPE
+    )
+    dog.stdin.write(b"%d\n" % watched.pid)
+    dog.stdin.flush()
+    deadline = time.monotonic() + 60
+    while len(watchdog.members({watched.pid})) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    dog.stdin.close()
+    assert dog.wait(60) == 0
+    assert watched.wait(60) == -signal.SIGKILL
+    assert watchdog.members({watched.pid}) == []
+    assert not (tmp_path / "place").exists()
+
+
+def test_what_ray_starts_leads_a_session_of_its_own():
+    """Ray starts all its processes through one name of its own, which is not public."""
+
+    class Dog:
+        def __init__(self):
+            self.sessions = []
+
+        def add(self, session):
+            self.sessions.append(session)
+
+    dog = Dog()
+    with own_ray._sessions_of_their_own(dog):
+        started = own_ray.services.start_ray_process(["sleep", "600"], "sleeper", fate_share=True)
+    try:
+        assert os.getsid(started.process.pid) == started.process.pid
+        assert dog.sessions == [started.process.pid]
+    finally:
+        started.process.kill()
+        started.process.wait()
+
+
+def test_a_socket_without_a_listener_is_gone_and_one_that_is_busy_is_not(tmp_path):
+    path = str(tmp_path / "raylet")
+    assert not liveness._answers(socket.AF_UNIX, path)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen(0)
+        assert liveness._answers(socket.AF_UNIX, path)
+    assert not liveness._answers(socket.AF_UNIX, path)
+
+
+def test_the_first_signal_stops_what_runs_and_one_right_after_it_is_the_same():
+    """`timeout` sends SIGTERM to the process, and at once to its whole group."""
+    interrupts = Interrupts()
+    with interrupts.handled():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert interrupts.signal == signal.SIGTERM
+    assert not interrupts.again
+
+
+def test_what_is_being_written_down_is_finished_first():
+    interrupts = Interrupts()
+    with interrupts.handled():
+        with interrupts.hold():
+            signal.raise_signal(signal.SIGHUP)
+            interrupts.lost = "its GCS has ended"
+            signal.raise_signal(WAKE)
+        assert interrupts.signal == signal.SIGHUP
+        interrupts._at = 0.0
+        with interrupts.hold(), pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGHUP)
+    assert interrupts.again
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    interrupts = Interrupts()
+    try:
+        with interrupts.handled():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert interrupts.signal is None
+
+
+def test_a_ray_that_is_gone_ends_what_waits_for_it():
+    interrupts = Interrupts()
+    with (
+        interrupts.handled(),
+        interrupts.watch(lambda: "its GCS has ended", at_worst=lambda: None),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        time.sleep(60)
+    assert interrupts.lost == "its GCS has ended"
+
+
+def test_where_the_main_thread_hears_nothing_the_study_is_ended_by_another(monkeypatch):
+    monkeypatch.setattr("study.search.interrupts.STUCK", 0.0)
+    monkeypatch.setattr("study.search.interrupts.INSIST", 0.05)
+    interrupts, ended = Interrupts(), threading.Event()
+    with interrupts.handled(), interrupts.watch(lambda: "its GCS has ended", at_worst=ended.set):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [WAKE])  # as a call that is not left
+        try:
+            assert ended.wait(60)
+        finally:
+            interrupts.lost = None
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [WAKE])
+
+
+def test_signals_wait_while_ray_starts_and_are_then_heard():
+    interrupts = Interrupts()
+
+    def start():
+        with interrupts.defer():
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what `ray.init` does, in its way
+            time.sleep(0.05)
+
+    with interrupts.handled(), pytest.raises(KeyboardInterrupt):
+        start()
+    assert interrupts.signal == signal.SIGTERM

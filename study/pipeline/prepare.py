@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bimask.defences.base import Preparation
 from bimask.errors import BimaskError, ModelError
 from bimask.inspection.risk import RiskProbe
+from bimask.nets import may_run
 from bimask.progress import ToldProgress
 from bimask.victims import obtain_victim
 from bimask.victims.progress import VictimBars, described
@@ -57,16 +58,26 @@ def find_room(config: StudyConfig, wait: float, console: Console) -> int:
 
 def check_data(config: StudyConfig) -> None:
     """Refuse data that are missing, too few or no match for attack or net, and nets that the defence
-    can do nothing for, before any training."""
-    if config.suspect is not None:
+    can do nothing for, before any training.
+
+    Where the code of own nets may not run (`bimask.nets.code_of_files`), these are asked nothing.
+
+    Raises:
+        BimaskError: naming the first.
+    """
+    if config.suspect is not None and may_run(config.suspect.net):
         suspect = config.suspect.load(config.clean_images_per_class)
         config.defender.check(suspect.model, suspect.load_data().val.floats()[:2])
+    elif config.suspect is not None:
+        config.suspect.load_data(config.clean_images_per_class)
     for name, spec in zip(config.suite_names(), config.suite, strict=False):
         splits = spec.load_data()
         splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
         attack = spec.build_attack()
         if not attack.has_state:  # else the trigger is made with the victim, and refused there
             attack.triggered(splits.val)
+        if not may_run(spec.net):
+            continue
         try:
             config.defender.check(spec.fresh_net(splits.train).eval(), splits.val.floats()[:2])
         except ModelError as error:

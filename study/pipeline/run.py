@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bimask.devices import resolve_device
+from bimask.nets import require_trusted
 from bimask.victims import Victim
 from study import search
 from study.analysis.blind import blind_metrics
@@ -108,6 +109,8 @@ def run_in(
     device = resolve_device(config.device)
     uri = tracking_uri(outputs)
     require_server(uri)
+    for spec in [config.suspect] if config.suspect else config.suite:
+        require_trusted(spec.net)
     check_data(config)
     earlier = read_earlier(config)
     with ExitStack() as stack:

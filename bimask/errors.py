@@ -14,13 +14,20 @@ BimaskError                    the base: one sentence, with what was got, what w
 
 from __future__ import annotations
 
+import reprlib
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+MOST_PROBLEMS = 20  # of one file, that are told at once
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 200
+_BRIEF.maxlist = _BRIEF.maxdict = _BRIEF.maxtuple = 20
 
 
 class BimaskError(Exception):
@@ -64,12 +71,28 @@ class VictimRefusedError(VictimError):
 
 
 def describe(error: ValidationError) -> str:
-    """All problems of a validation in one line: place, what is wrong, what was got."""
+    """The first problems of a validation in one line: place, what is wrong, what was got."""
     return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'top level'}: "
-        f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
-        for problem in error.errors()
+        first_of(
+            [
+                f"{'.'.join(str(part) for part in problem['loc']) or 'top level'}: "
+                f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {brief(problem['input'])}"
+                for problem in error.errors(include_url=False)
+            ]
+        )
     )
+
+
+def brief(value: object) -> str:
+    """`repr` of a value that may be large or nested, cut."""
+    return _BRIEF.repr(value)
+
+
+def first_of(problems: Sequence[str]) -> list[str]:
+    """At most `MOST_PROBLEMS` of them, each once, and how many more there are."""
+    distinct = list(dict.fromkeys(problems))
+    more = len(distinct) - MOST_PROBLEMS
+    return [*distinct[:MOST_PROBLEMS], *([f"and {more} more problems"] if more > 0 else [])]
 
 
 def warn(sentence: str, category: type[Warning] = UserWarning) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from bimask.files.bounded import dump_yaml
 from study.store.records import load
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def run(
         path = Path(study) if isinstance(study, str | Path) else Path(temporary) / "study.yaml"
         if not isinstance(study, str | Path):
             plain = {k: str(v) if isinstance(v, Path) else v for k, v in study.items()}
-            path.write_text(yaml.safe_dump(plain, sort_keys=False))
+            path.write_text(dump_yaml(plain))
         config, folder = named(load_config(path), Path(outputs))
     run_in(config, folder, address=address)
     return load(folder.name, outputs)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from bimask.attacks import Attack, TriggeredData
 from bimask.data import Splits
 from bimask.errors import SettingError, VictimError, VictimRefusedError, describe
 from bimask.files.atomic import parsed_manifest
+from bimask.files.tensors import load_tensors
 from bimask.metrics import EvalSets, Scores, Split
 from bimask.nets import is_own
 from bimask.nets.weights import file_sha256
@@ -196,7 +197,7 @@ def load_victim(folder: Path, *, own_code: bool = False, digest: str | None = No
         image_size = spec.image_size
     shape = (manifest.in_channels, len(manifest.classes), image_size)
     try:
-        state = load_file(weights)
+        state = load_tensors(weights)
         spec.require_at_most(sum(value.numel() for value in state.values()), *shape)
         ones = [1.0] * manifest.in_channels
         net = spec.net_of(ones, ones, *shape)
@@ -211,7 +212,7 @@ def load_victim(folder: Path, *, own_code: bool = False, digest: str | None = No
             folder / TRIGGER, manifest.trigger_sha256 or "", "file of the trigger's state", again
         )
         try:
-            attack.load_state(load_file(trigger))
+            attack.load_state(load_tensors(trigger))
         except (SafetensorError, SettingError) as error:
             raise VictimError(
                 f"The trigger's state {trigger} is of no use: {error} {again}."

@@ -24,14 +24,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+MOST_CHARACTERS = 20_000  # of one error
 MOST_PROBLEMS = 20  # of one file, that are told at once
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 200
 _BRIEF.maxlist = _BRIEF.maxdict = _BRIEF.maxtuple = 20
 
 
+def printable(text: str, most: int | None = None) -> str:
+    """Text of a stranger without what steers a terminal or no encoding has, on one line.
+
+    Args:
+        most: characters, of which the last three tell that there were more; None keeps all.
+    """
+    if most is not None and len(text) > most:
+        text = text[: most - 3] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
 class BimaskError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend.
+
+    Its text is fit for a terminal, a page and a note, whatever names of strangers are in it.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, super().__str__()[:MOST_CHARACTERS].split("\n")))
 
 
 class DataError(BimaskError):

@@ -1,9 +1,11 @@
 """What an error says is fit for a terminal, whoever chose the names in it."""
 
 import pytest
+from matplotlib.figure import Figure
 
 from bimask.errors import BimaskError, SettingError, printable
 from bimask.files.bounded import read_yaml
+from bimask.files.drawn import save_figure
 from bimask.victims import load_suite
 
 
@@ -32,3 +34,16 @@ def test_text_is_one_line_and_as_long_as_told():
     assert printable("x" * 100, 10) == "xxxxxxx..."
     assert printable("héllo 日本") == "héllo 日本"
     assert len(str(BimaskError("x" * 10**7))) <= 20_000
+
+
+@pytest.mark.parametrize("odd", ["$\\\\frac{$", "$x_$", "a\ud800b", "x" * 10**6, "\x1b[1m"])
+def test_a_chart_is_drawn_whatever_its_words_are(tmp_path, odd):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set_title(odd)
+    axes.set_ylabel(odd)
+    figure.suptitle(odd)
+    axes.plot([0, 1], label=odd)
+    axes.legend()
+    save_figure(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000

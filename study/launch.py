@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from bimask.errors import BimaskError
+from bimask.progress import Console
 from study.search.interrupts import InterruptedStudyError
 
 SPACES = Path(__file__).parent.parent / "search_spaces"

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from bimask.cli.terminal import TrustCode
 from bimask.errors import BimaskError
 from bimask.nets import code_of_files
+from bimask.progress import Console
 from bimask.victims import Victim
 from study.promotion.candidate import (
     Candidate,

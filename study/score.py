@@ -8,7 +8,6 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from bimask.cleaned.classifier import Classifier
@@ -16,7 +15,7 @@ from bimask.cli.terminal import TrustCode
 from bimask.errors import BimaskError, DataError
 from bimask.files.atomic import atomic_write
 from bimask.inspection.suspect import PICTURES, read_picture
-from bimask.progress import ToldProgress
+from bimask.progress import Console, ToldProgress
 from study.promotion.registry import load_classifier
 from study.tracking.mlflow_runs import tracking_uri
 

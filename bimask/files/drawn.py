@@ -13,7 +13,7 @@ MOST_IN_A_LINE = 160  # characters; longer ones cost minutes to lay out
 
 
 def save_figure(figure: Figure, target: Any, **options: Any) -> None:
-    """`figure.savefig` with its words as they are: no mathematics in them, no control, of bounded length."""
+    """`figure.savefig` with words as they are: no mathematics, no controls, bounded."""
     for text in figure.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)

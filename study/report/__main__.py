@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from bimask.cli.terminal import TrustCode
 from bimask.errors import BimaskError
+from bimask.progress import Console
 
 
 def main(

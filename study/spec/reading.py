@@ -49,9 +49,9 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
         config = StudyConfig.model_validate(raw)
     except ValidationError as error:
         config = None
-        problems = error.errors(include_url=False)
-        found += [_problem(problem) for problem in problems[:MOST_PROBLEMS]]
-        found += [("", f"{problem['loc']}") for problem in problems[MOST_PROBLEMS:]]
+        reported = error.errors(include_url=False)
+        found += [_problem(problem) for problem in reported[:MOST_PROBLEMS]]
+        found += [("", f"{problem['loc']}") for problem in reported[MOST_PROBLEMS:]]
     settings = settings_of(raw)
     space = _readable_space(raw.get("space", default_space(raw)))
     fixed = spaces.expanded(_mapping(raw.get("fixed")), space, settings)

@@ -1,11 +1,15 @@
 """What an error says is fit for a terminal, whoever chose the names in it."""
 
+import io
+
 import pytest
 from matplotlib.figure import Figure
+from rich.table import Table
 
 from bimask.errors import BimaskError, SettingError, printable
 from bimask.files.bounded import read_yaml
 from bimask.files.drawn import save_figure
+from bimask.progress import Console
 from bimask.victims import load_suite
 
 
@@ -47,3 +51,18 @@ def test_a_chart_is_drawn_whatever_its_words_are(tmp_path, odd):
     axes.legend()
     save_figure(figure, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_terminal_is_steered_by_nobody():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80)
+    table = Table("name")
+    table.add_row("a\x1b]0;mine\x07b\ud800")
+    console.print(table)
+    console.print("[bold]c\x1b[2Jd[/]\ne", soft_wrap=True)
+    said = out.getvalue()
+    assert "\x1b]0" not in said
+    assert "\x1b[2J" not in said
+    assert "\x1b[1m" in said  # its own style
+    assert said.endswith("\ne\n")
+    said.encode()

@@ -60,17 +60,27 @@ def read_yaml(path: Path | str) -> Any:
         OSError: it cannot be read, or is no regular file.
         ValueError: too large, no YAML, or beyond a bound; a sentence's end with line and column.
     """
-    return yaml_tree(read_bytes(path, MAX_YAML_BYTES))[1]
+    return parsed_yaml(read_bytes(path, MAX_YAML_BYTES))
 
 
-def yaml_tree(content: bytes) -> tuple[yaml.Node | None, Any]:
-    """The nodes of a YAML text, which know their lines, and what it says; ValueError as of
-    `read_yaml`."""
+def yaml_nodes(content: bytes) -> yaml.Node | None:
+    """The nodes of a YAML text, which know their lines; ValueError as of `read_yaml`."""
+    return _composed(content, construct=False)
+
+
+def parsed_yaml(content: bytes) -> Any:
+    """What a YAML text says; ValueError as of `read_yaml`."""
+    return _composed(content, construct=True)  # which moves merged nodes, so they are not handed out
+
+
+def _composed(content: bytes, *, construct: bool) -> Any:
     try:
         loader = _Loader(content.decode())
         try:
             root = loader.get_single_node()
-            return root, None if root is None else loader.construct_document(root)
+            if root is None or not construct:
+                return root
+            return loader.construct_document(root)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from bimask.errors import MOST_PROBLEMS, brief, first_of
-from bimask.files.bounded import MAX_YAML_BYTES, read_bytes, yaml_tree
+from bimask.files.bounded import MAX_YAML_BYTES, parsed_yaml, read_bytes, yaml_nodes
 from study.spec import space as spaces
 from study.spec.config import StudyConfig, StudyError, default_space, settings_of
 from study.spec.space import Parameter
@@ -37,7 +37,7 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
             "search_spaces/ims_digits.yaml."
         ) from error
     try:
-        root, raw = yaml_tree(content)
+        root, raw = yaml_nodes(content), parsed_yaml(content)
     except ValueError as error:
         raise StudyError(f"{path} is not YAML that is read: {error}.") from error
     if not isinstance(raw, dict) or not isinstance(root, yaml.MappingNode):

@@ -32,7 +32,7 @@ from study import promote as promoting
 from study.pipeline import run
 from study.promotion.candidate import load_victims, read_candidate
 from study.promotion.packing import stored
-from study.promotion.registry import CHAMPION, Registry, as_png, load_classifier, load_registered
+from study.promotion.registry import CHAMPION, Registry, as_png, load_classifier
 from study.purify import resolved
 from study.score import score_folder
 from study.spec.config import StudyError

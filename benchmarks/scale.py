@@ -20,12 +20,12 @@ import ray
 import typer
 from ray import tune
 from ray.cluster_utils import Cluster
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import report
 from benchmarks.pages.driver import KEPT
+from bimask.progress import Console
 from study import search
 from study.spec.config import StudyConfig
 from study.store.provenance import commit, versions

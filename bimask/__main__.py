@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from bimask.cli.audit import audit_command
@@ -18,6 +17,7 @@ from bimask.cli.sites import sites_command
 from bimask.cli.train_victim import train_victim_command
 from bimask.cli.train_victims import train_victims_command
 from bimask.errors import BimaskError
+from bimask.progress import Console
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("train-victim")(train_victim_command)

@@ -14,17 +14,42 @@ BimaskError                    the base: one sentence, with what was got, what w
 
 from __future__ import annotations
 
+import reprlib
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+MOST_CHARACTERS = 20_000  # of one error
+MOST_PROBLEMS = 20  # of one file, that are told at once
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 200
+_BRIEF.maxlist = _BRIEF.maxdict = _BRIEF.maxtuple = 20
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """Text of a stranger without what steers a terminal or no encoding has, on one line.
+
+    Args:
+        most: characters, of which the last three tell that there were more; None keeps all.
+    """
+    if most is not None and len(text) > most:
+        text = text[: most - 3] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
 
 class BimaskError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend.
+
+    Its text is fit for a terminal, a page and a note, whatever names of strangers are in it.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, super().__str__()[:MOST_CHARACTERS].split("\n")))
 
 
 class DataError(BimaskError):
@@ -64,12 +89,28 @@ class VictimRefusedError(VictimError):
 
 
 def describe(error: ValidationError) -> str:
-    """All problems of a validation in one line: place, what is wrong, what was got."""
+    """The first problems of a validation in one line: place, what is wrong, what was got."""
     return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'top level'}: "
-        f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
-        for problem in error.errors()
+        first_of(
+            [
+                f"{'.'.join(str(part) for part in problem['loc']) or 'top level'}: "
+                f"{problem['msg'][0].lower()}{problem['msg'][1:]}, got {brief(problem['input'])}"
+                for problem in error.errors(include_url=False)
+            ]
+        )
     )
+
+
+def brief(value: object) -> str:
+    """`repr` of a value that may be large or nested, cut."""
+    return _BRIEF.repr(value)
+
+
+def first_of(problems: Sequence[str]) -> list[str]:
+    """At most `MOST_PROBLEMS` of them, each once, and how many more there are."""
+    distinct = list(dict.fromkeys(problems))
+    more = len(distinct) - MOST_PROBLEMS
+    return [*distinct[:MOST_PROBLEMS], *([f"and {more} more problems"] if more > 0 else [])]
 
 
 def warn(sentence: str, category: type[Warning] = UserWarning) -> None:

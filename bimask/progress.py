@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console as AnyConsole
+from rich.console import ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,9 +18,25 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.segment import Segment
+
+from bimask.errors import printable
 
 EVERY = 30.0  # seconds between two lines where there is no terminal
 NAME = "progress lines"  # of the thread that writes them
+
+
+class Console(AnyConsole):
+    """A terminal, or a file, that no text can steer: what rich itself styles is all that does."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The same, with `?` for what is neither a character nor the end of a line."""
+        for text, style, control in super().render(renderable, options):
+            if control is None and not text.isprintable():
+                text = "\n".join(map(printable, text.split("\n")))
+            yield Segment(text, style, control)
 
 
 class ToldProgress(Progress):

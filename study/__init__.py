@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from bimask.files.bounded import dump_yaml
 from bimask.files.home import ensure_home
 
 ensure_home()  # before Ray is imported, which fails without a home
@@ -48,7 +47,7 @@ def run(
         path = Path(study) if isinstance(study, str | Path) else Path(temporary) / "study.yaml"
         if not isinstance(study, str | Path):
             plain = {k: str(v) if isinstance(v, Path) else v for k, v in study.items()}
-            path.write_text(yaml.safe_dump(plain, sort_keys=False))
+            path.write_text(dump_yaml(plain))
         config = load_config(path)
     with named(config, Path(outputs)) as (config, folder):
         run_in(config, folder, address=address)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from bimask.errors import BimaskError
-from bimask.progress import outlive_readers
+from bimask.progress import Console, outlive_readers
 from study.search.interrupts import InterruptedStudyError, LostRayError
 
 SPACES = Path(__file__).parent.parent / "search_spaces"
@@ -56,7 +55,7 @@ def main(
     ] = None,
     dry: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print space, victims, cost and first trials; run nothing."),
+        typer.Option("--dry-run", help="Print space, victims, cost and first trials; train nothing."),
     ] = False,
     resume: Annotated[
         str | None, typer.Option(metavar="NAME", help="Go on with a study that was cut short.")
@@ -91,6 +90,13 @@ def main(
     width: Annotated[int | None, typer.Option(help="Of the net, where it takes one.")] = None,
     mean: Annotated[str | None, typer.Option(help="Its normalisation: 0.485,0.456,0.406")] = None,
     std: Annotated[str | None, typer.Option(help="and 0.229,0.224,0.225; default: none.")] = None,
+    trust_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-code",
+            help="Run the code of own nets also where no file is given: --resume NAME, --dry-run.",
+        ),
+    ] = False,
     wait: Annotated[
         float,
         typer.Option(
@@ -114,11 +120,17 @@ def main(
         if any(value is not None for value in (*own.values(), *about.values())):
             overrides["suspect"] = suspect_of(own, about)
             path = study or SUSPECT
+        from bimask.nets import code_of_files
+
+        # a file on the command line is the user's own; a folder that --resume names may be anybody's
+        trusted = trust_code or not (dry or (resume is not None and study is None))
         if dry:
-            complete = _dry_run(path or DEFAULT, overrides, here)
+            with code_of_files(trusted):
+                complete = _dry_run(path or DEFAULT, overrides, here)
         elif address is not None and address.startswith(("http://", "https://")):
             options = overrides | ({"resume": resume} if resume else {})
             options |= {"leave-out": leave_out} if leave_out else {}
+            options |= {"trust-code": None} if trust_code else {}
             if "suspect" in overrides:
                 raise typer.BadParameter(
                     "A suspect of your own is studied where its files are; on a cluster write it into "
@@ -128,7 +140,8 @@ def main(
         elif leave_out is not None:
             complete = _leave_out(path or DEFAULT, overrides, leave_out, here, where)
         else:
-            complete = _run(path, overrides, resume, here, where)
+            with code_of_files(trusted):
+                complete = _run(path, overrides, resume, here, where)
     except BimaskError as error:
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
@@ -206,7 +219,7 @@ def send(
     """Send the study and the folder that we are in to a cluster; storage and MLflow are the head's.
 
     Args:
-        options: of the command, by their names.
+        options: of the command, by their names; None for a switch.
 
     Raises:
         StudyError: the study has mistakes or lies elsewhere, or the cluster does not take it.
@@ -228,7 +241,7 @@ def send(
     if study is not None:
         words.append(shlex.quote(str(study.resolve().relative_to(here))))
     for key, value in options.items():
-        words += [f"--{key}", shlex.quote(str(value))]
+        words += [f"--{key}", *([] if value is None else [shlex.quote(str(value))])]
     # What a job writes where it starts is removed some time after it.
     at_head = '"${BIMASK_OUTPUTS:-$HOME/outputs}"' if outputs is None else shlex.quote(str(outputs))
     return submit(address, [*words, "--outputs", at_head], folder=here, console=Console())

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bimask.cli.terminal import TrustCode
 from bimask.errors import BimaskError
+from bimask.nets import code_of_files
+from bimask.progress import Console
 from bimask.victims import Victim
 from study.promotion.candidate import (
     Candidate,
@@ -109,11 +111,13 @@ def main(
     ] = None,
     victim: Annotated[str | None, typer.Option(help="Which is purified; default: the first.")] = None,
     outputs: Annotated[Path, typer.Option(help="Where studies are.")] = Path("outputs"),
+    trust_code: TrustCode = False,
 ) -> None:
     """Judge a study's configuration by its gates; with --apply, register it and what it purified."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
-        held = promote(study, trial, apply_, rollback, confirm_, model, victim, outputs, console)
+        with code_of_files(trust_code):
+            held = promote(study, trial, apply_, rollback, confirm_, model, victim, outputs, console)
     except BimaskError as error:
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)

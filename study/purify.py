@@ -10,11 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from bimask.__main__ import app
 from bimask.errors import BimaskError
+from bimask.progress import Console
 from study.store.records import OUTPUTS
 from study.tracking.mlflow_runs import tracking_uri
 

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from bimask.cleaned.classifier import Classifier
+from bimask.cli.terminal import TrustCode
 from bimask.errors import BimaskError, DataError
 from bimask.files.atomic import atomic_write
 from bimask.inspection.suspect import PICTURES, read_picture
-from bimask.progress import ToldProgress
-from study.promotion.registry import load_registered
+from bimask.progress import Console, ToldProgress
+from study.promotion.registry import load_classifier
 from study.tracking.mlflow_runs import tracking_uri
 
 BATCH = 256  # pictures at once
 
 
-def score_folder(model: Any, folder: Path, console: Console, *, resize: bool = False) -> pd.DataFrame:
+def score_folder(
+    model: Classifier, folder: Path, console: Console, *, resize: bool = False
+) -> pd.DataFrame:
     """Every picture below `folder`: file, class, probability, and for one without an answer, why.
 
     Args:
-        model: a loaded pyfunc model.
+        model: of `study.promotion.registry.load_classifier`.
         resize: bring pictures to the model's size instead of refusing other sizes.
 
     Raises:
         DataError: no picture.
     """
-    channels, height, width = model.unwrap_python_model().classifier.shape
+    channels, height, width = model.shape
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
     if not files:
         raise DataError(f"There are no pictures ({', '.join(PICTURES)}) below {folder}.")
@@ -48,7 +51,7 @@ def score_folder(model: Any, folder: Path, console: Console, *, resize: bool = F
 
 
 def _answers(
-    model: Any, files: list[Path], channels: int, size: tuple[int, int], resize: bool
+    model: Classifier, files: list[Path], channels: int, size: tuple[int, int], resize: bool
 ) -> list[dict[str, object]]:
     rows: dict[Path, dict[str, object]] = {}
     images = {}
@@ -62,7 +65,7 @@ def _answers(
             images[path] = image.permute(1, 2, 0).numpy()
         except DataError as error:
             rows[path] = {"file": str(path), "error": str(error)}
-    answers = model.predict(list(images.values())) if images else []
+    answers = model(list(images.values())) if images else []
     for path, answer in zip(images, answers, strict=True):
         named = answer["class"]
         rows[path] = {"file": str(path), "class": named, "probability": answer["probabilities"][named]}
@@ -75,12 +78,13 @@ def main(
     out: Annotated[Path, typer.Option(help="CSV: file, class, probability, error.")],
     resize: Annotated[bool, typer.Option("--resize", help="Bring pictures to size.")] = False,
     outputs: Annotated[Path, typer.Option(help="Where MLflow's SQLite file is.")] = Path("outputs"),
+    trust_code: TrustCode = False,
 ) -> None:
     """Classify every picture of a folder with a registered model."""
     try:
         if out.exists():
             raise DataError(f"{out} exists; give a new file with --out.")
-        loaded = load_registered(model, tracking_uri(outputs))
+        loaded = load_classifier(model, tracking_uri(outputs), own_code=trust_code)
         frame = score_folder(loaded, folder, Console(), resize=resize)
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(out) as part:

@@ -21,10 +21,10 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from mlflow.pyfunc import PyFuncModel, scoring_server
-from rich.console import Console
 from rich.markup import escape
 
 from bimask.errors import BimaskError
+from bimask.progress import Console
 from study.promotion.registry import load_registered
 from study.tracking.mlflow_runs import tracking_uri
 

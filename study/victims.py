@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from bimask.cli.terminal import TrustCode
 from bimask.errors import BimaskError
+from bimask.progress import Console
 
 
 def main(
@@ -23,13 +24,16 @@ def main(
     ] = None,
     cpus_per_victim: Annotated[int, typer.Option(min=1, help="CPUs, and threads, of one.")] = 1,
     gpus_per_victim: Annotated[float, typer.Option(min=0, help="Share of a GPU.")] = 0,
+    trust_code: TrustCode = False,
 ) -> None:
     """Make the victims of a suite on Ray, but for those that OUT has."""
+    from bimask.nets import code_of_files
     from study.pipeline.prepare import require_writable  # heavy: after --help and usage errors
 
     try:
         require_writable(out)
-        failed = make_suite(suite, out, address, cpus_per_victim, gpus_per_victim)
+        with code_of_files(trust_code):
+            failed = make_suite(suite, out, address, cpus_per_victim, gpus_per_victim)
     except BimaskError as error:
         message = f"[bold red]error[/]: {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
@@ -41,12 +45,15 @@ def make_suite(suite: Path, out: Path, address: str | None, cpus: int, gpus: flo
     """The names of the victims that could not be made; see `main`."""
     import torch
 
+    from bimask.nets import require_trusted
     from bimask.victims import EpochLog, load_suite
     from bimask.victims.progress import VictimBars, build, failure
     from study.search import start_ray, stop_ray
     from study.search.victims import Event, make_victims
 
     specs, failed = load_suite(suite), []
+    for spec in specs.values():  # Ray's workers would not ask
+        require_trusted(spec.net)
     missing = {name: spec for name, spec in specs.items() if not spec.place(out).is_dir()}
     with VictimBars(Console()) as bars:
 

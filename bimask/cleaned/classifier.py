@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from bimask.errors import DataError
+from bimask.files.pictures import opened_picture
 from bimask.nets.answers import logits_of
 
 MOST_IMAGES = 1024  # in one request
@@ -101,7 +101,7 @@ class Classifier:
         except ValueError as error:
             raise DataError(f"{place} is text, but no base64; encode a PNG.") from error
         try:
-            with Image.open(io.BytesIO(raw), formats=["PNG"]) as picture:
+            with opened_picture(io.BytesIO(raw), ["PNG"]) as picture:
                 size = picture.size  # the header alone is read so far
                 if size == (width, height):
                     pixels = np.array(picture.convert("RGB" if channels == 3 else "L"))

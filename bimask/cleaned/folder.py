@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bimask.cleaned.before_after import BeforeAfter
@@ -34,6 +34,7 @@ from bimask.defences.base import DefenceResult
 from bimask.defences.purify import defence_of
 from bimask.errors import SettingError, VictimError, describe
 from bimask.files.atomic import atomic_directory, parsed_manifest
+from bimask.files.tensors import load_tensors
 from bimask.inspection.held_back import HeldBack
 from bimask.inspection.suspect import Suspect
 from bimask.masking.coverage import coverage
@@ -130,7 +131,7 @@ def save_cleaned(
         save_file(tensors, part / f"{defence.stem}.safetensors")
         if twin is not None:
             _save(_inner(twin, suspect.wrapped), part / INVERSE)
-        _inner(purified, suspect.wrapped).load_state_dict(load_file(part / MODEL))
+        _inner(purified, suspect.wrapped).load_state_dict(load_tensors(part / MODEL))
         error = require_equal(logits_of(purified, images), expected, FOLDED, "The folded model")
         if (source := _own_file(suspect.spec.net)) is not None:
             shutil.copyfile(source, part / NET)
@@ -226,7 +227,7 @@ def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
     size = height if height == width else (height, width)
     shape = (channels, len(manifest.classes), size)
     try:
-        state = load_file(folder / MODEL)
+        state = load_tensors(folder / MODEL)
         spec.require_at_most(sum(value.numel() for value in state.values()), *shape)
         model = spec.net_of(manifest.mean, manifest.std, *shape)
         inner = _inner(model, manifest.wrapped)

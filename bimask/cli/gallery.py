@@ -9,6 +9,7 @@ import typer
 
 from bimask.cli.terminal import TrustCode, console
 from bimask.errors import SettingError
+from bimask.files.drawn import save_figure
 from bimask.victims import open_victim
 
 
@@ -26,7 +27,7 @@ def gallery_command(
     figure = gallery(found, found.eval_sets(found.spec.load_data(), "val"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
+        save_figure(figure, out)
     except OSError as error:
         raise SettingError(f"Cannot write {out}: {error.strerror}.") from error
     console.print(f"picture: {out}", soft_wrap=True)

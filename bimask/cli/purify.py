@@ -9,7 +9,6 @@ from typing import Annotated
 
 import torch
 import typer
-import yaml
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
@@ -39,6 +38,7 @@ from bimask.defences.settings import DefenceConfig
 from bimask.devices import resolve_device
 from bimask.errors import SettingError
 from bimask.files.atomic import refuse_existing
+from bimask.files.bounded import read_yaml
 from bimask.inspection.held_back import FEWEST, HeldBack, held_back_evidence
 from bimask.inspection.suspect import CleanImages, Suspect, hold_back
 from bimask.masking.coverage import coverage
@@ -173,7 +173,7 @@ def read_settings(config: Path | None, seed: int | None) -> tuple[DefenceConfig,
         )
     settings = settings_from(config)
     if seed is None:
-        seed = yaml.safe_load(config.read_text()).get("seed", 0)
+        seed = read_yaml(config).get("seed", 0)
     if not isinstance(seed, int) or seed < 0:
         raise SettingError(f"`seed` must be a whole number >= 0, got {seed!r}.")
     return settings, seed

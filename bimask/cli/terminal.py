@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from bimask.metrics import Scores
-from bimask.progress import ToldProgress
+from bimask.progress import Console, ToldProgress
 
 console = Console()
 

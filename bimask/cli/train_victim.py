@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from pydantic import ValidationError
 
-from bimask.cli.terminal import Device, console, score_table
+from bimask.cli.terminal import Device, TrustCode, console, score_table
 from bimask.devices import resolve_device
 from bimask.errors import SettingError, describe
+from bimask.files.bounded import read_yaml
+from bimask.nets import code_of_files
 from bimask.victims import VictimSpec, obtain_victim
 from bimask.victims.progress import VictimBars
 
@@ -21,15 +22,16 @@ def train_victim_command(
     spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="Keys of a victim.")],
     out: Annotated[Path, typer.Option(help="Folder that holds victims.")] = Path("outputs/victims"),
     device: Device = "auto",
+    trust_code: TrustCode = False,
 ) -> None:
     """Train a backdoored model, or find it in OUT if it is there."""
     try:
-        parsed = VictimSpec.model_validate(yaml.safe_load(spec.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingError(f"Cannot read the victim {spec}: {error}.") from error
+        parsed = VictimSpec.model_validate(read_yaml(spec))
     except ValidationError as error:
         raise SettingError(f"{spec}: {describe(error)}") from error
-    with VictimBars(console) as bars:
+    except (OSError, ValueError) as error:
+        raise SettingError(f"Cannot read the victim {spec}: {error}.") from error
+    with code_of_files(trust_code), VictimBars(console) as bars:
         victim = obtain_victim(
             parsed,
             out,

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bimask.cli.terminal import Device, console
+from bimask.cli.terminal import Device, TrustCode, console
 from bimask.devices import resolve_device
+from bimask.nets import code_of_files, require_trusted
 from bimask.victims import load_suite
 from bimask.victims.progress import VictimBars, build
 
@@ -20,12 +21,17 @@ Out = Annotated[Path, typer.Option(help="Folder that holds victims.")]
 
 
 def train_victims_command(
-    suite: Suite, out: Out = Path("outputs/victims"), device: Device = "auto"
+    suite: Suite,
+    out: Out = Path("outputs/victims"),
+    device: Device = "auto",
+    trust_code: TrustCode = False,
 ) -> None:
     """Train the victims of a suite, one after another, but for those that OUT has."""
     specs, where = load_suite(suite), resolve_device(device)
     failed = []
-    with VictimBars(console) as bars:
+    with code_of_files(trust_code), VictimBars(console) as bars:
+        for spec in specs.values():
+            require_trusted(spec.net)
         for name, spec in specs.items():
             if not build(name, spec, out, where, bars, made=not spec.place(out).is_dir()):
                 failed.append(name)

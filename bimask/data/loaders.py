@@ -21,7 +21,10 @@ from bimask.data.images import ImageData, Splits
 from bimask.data.pictures import picture_size, read_picture, unreadable
 from bimask.errors import DataError
 from bimask.files.atomic import atomic_write
+from bimask.files.bounded import require_regular
 from bimask.files.home import ensure_home
+from bimask.files.pictures import MAX_PICTURE_BYTES, class_pictures
+from bimask.files.stand_ins import MAX_SIDE
 
 T = TypeVar("T")
 
@@ -113,7 +116,6 @@ def _gtsrb(image_size: int | None) -> Splits:
 
 
 def _tiny_imagenet(image_size: int | None) -> Splits:
-    from torchvision.datasets import ImageFolder
     from torchvision.datasets.utils import download_and_extract_archive
 
     folder, size = cache_folder() / "tiny-imagenet", image_size or 64
@@ -121,15 +123,14 @@ def _tiny_imagenet(image_size: int | None) -> Splits:
     archive = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
     if not root.is_dir():
         _fetch("tiny-imagenet", folder, lambda: download_and_extract_archive(archive, str(folder)))
-    training = ImageFolder(str(root / "train"))
-    index = training.class_to_idx
+    classes, training = class_pictures(root / "train")
+    index = {name: label for label, name in enumerate(classes)}
     lines = [
         line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()
     ]
     testing = [(str(root / "val" / "images" / line[0]), index[line[1]]) for line in lines]
-    classes = tuple(training.classes)
     return _with_val(
-        _decode(training.samples, classes, size, "tiny-imagenet-train"),
+        _decode(training, classes, size, "tiny-imagenet-train"),
         _decode(testing, classes, size, "tiny-imagenet-test"),
     )
 
@@ -170,21 +171,19 @@ def _image_folder(path: Path, image_size: int | None) -> Splits:
 
 def _listed(path: Path) -> tuple[tuple[str, ...], list[list[tuple[str, int]]]]:
     """Classes, and files with labels: of train/ and test/ where there are both, else of all."""
-    from torchvision.datasets import ImageFolder
-
     if not path.is_dir():
         raise DataError(f"There is no folder {path}; imagefolder:PATH needs one of class folders.")
     split = (path / "train").is_dir() and (path / "test").is_dir()
     roots = [path / "train", path / "test"] if split else [path]
     try:
-        folders = [ImageFolder(str(root)) for root in roots]
-    except (FileNotFoundError, OSError) as error:
+        found = [class_pictures(root) for root in roots]
+    except OSError as error:
         raise DataError(f"{path} holds no pictures in class folders: {error}.") from error
-    classes = tuple(folders[0].classes)
-    if split and tuple(folders[1].classes) != classes:
-        odd = sorted(set(classes) ^ set(folders[1].classes))
+    classes = found[0][0]
+    if split and found[1][0] != classes:
+        odd = sorted(set(classes) ^ set(found[1][0]))
         raise DataError(f"{path}: train/ and test/ must hold the same classes; they differ in {odd}.")
-    return classes, [folder.samples for folder in folders]
+    return classes, [samples for _, samples in found]
 
 
 def pictures_digest(path: Path) -> str:
@@ -215,6 +214,11 @@ def _common_size(files: list[str], path: Path) -> int:
     """The one square size of all pictures, or an error that asks for one."""
     sizes = {picture_size(file) for file in files}
     height, width = next(iter(sizes))
+    if max(height, width) > MAX_SIDE:
+        raise DataError(
+            f"The pictures in {path} have {width}x{height} pixels, but models take sides of at most "
+            f"{MAX_SIDE}; give `image_size` to bring all to one square."
+        )
     if len(sizes) > 1 or width != height:
         raise DataError(
             f"The pictures in {path} have {len(sizes)} sizes, such as {width}x{height}; give "
@@ -250,8 +254,9 @@ def _stamp(samples: list[tuple[str, int]], size: int) -> str:
     stamp = hashlib.sha256(f"{DECODER}|{size}".encode())
     for file, label in samples:
         try:
+            require_regular(file, MAX_PICTURE_BYTES)  # before a digest or a decoder opens it
             status = os.stat(file)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise unreadable(file, error) from error
         stamp.update(f"{file}|{label}|{status.st_size}|{status.st_mtime_ns}\n".encode())
     return stamp.hexdigest()

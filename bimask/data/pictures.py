@@ -10,8 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from bimask.errors import DataError
+from bimask.files.pictures import PICTURES as PICTURES
+from bimask.files.pictures import opened_picture, several_frames
+from bimask.files.stand_ins import MAX_SIDE
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 Size = int | tuple[int, int]  # of an image: a square's side, or (height, width), in pixels
 IN_16_BITS = ("PNG", "PPM")  # formats whose whole numbers of PIL's mode I are in 0 to 65535
 
@@ -40,12 +42,17 @@ def read_picture(path: Path | str, channels: int, image_size: Size | None = None
         DataError: it cannot be read, has several frames or pages, or numbers of no known range.
     """
     try:
-        with Image.open(path) as picture:
-            frames = getattr(picture, "n_frames", 1)
-            if frames > 1 and picture.format != "MPO":  # a phone's photograph, with others behind it
+        with opened_picture(path) as picture:
+            if picture.format != "MPO" and several_frames(picture):  # MPO: a phone's photograph
                 raise DataError(
-                    f"The picture {path} has {frames} frames or pages, but must have one; save the one "
+                    f"The picture {path} has several frames or pages, but must have one; save the one "
                     "you mean."
+                )
+            if image_size is None and max(picture.size) > MAX_SIDE:
+                width, height = picture.size
+                raise DataError(
+                    f"The picture {path} has {width}x{height} pixels, but models take sides of at most "
+                    f"{MAX_SIDE}; give an image size to bring it to."
                 )
             converted = _in_8_bits(picture, path).convert("RGB" if channels == 3 else "L")
             if image_size is not None:
@@ -67,7 +74,7 @@ def picture_size(path: Path | str) -> tuple[int, int]:
         DataError: it cannot be read.
     """
     try:
-        with Image.open(path) as picture:
+        with opened_picture(path) as picture:
             width, height = picture.size
     except Exception as error:  # as above
         raise unreadable(path, error) from error
@@ -86,7 +93,7 @@ def _in_8_bits(picture: Image.Image, path: Path | str) -> Image.Image:
         return picture.convert("RGBA")  # straight to RGB, PIL warns of it
     if mode != "F" and not mode.startswith("I"):
         return picture
-    values = np.array(picture).astype(np.float64)
+    values = np.array(picture)
     least, most = float(values.min()), float(values.max())  # NaN if any is
     if mode.startswith("I;16") or (mode == "I" and picture.format in IN_16_BITS):
         top, kind = 65535, "whole numbers in 0 to 65535"
@@ -102,4 +109,7 @@ def _in_8_bits(picture: Image.Image, path: Path | str) -> Image.Image:
             f"The picture {path} has values of {least:g} to {most:g}, but must have {kind}; save it in "
             "8 bits."
         )
-    return Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+    rows = np.empty(values.shape, np.uint8)
+    for row, numbers in zip(rows, values, strict=True):  # not all at once: doubles take eight bytes
+        row[:] = (numbers.astype(np.float64) * (255 / top)).round()
+    return Image.fromarray(rows)

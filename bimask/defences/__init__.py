@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bimask.defences.base import Defence
 from bimask.defences.finetuning.ft_sam import FtSam
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.clp import Clp
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import SettingError
+from bimask.files.bounded import read_yaml
 
 DEFENCES: dict[str, Defence[Any]] = {defence.name: defence for defence in (Ims(), Clp(), FtSam())}
 
@@ -36,8 +35,8 @@ def settings_from(path: str | Path) -> DefenceConfig:
             named.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise SettingError(f"Cannot read the configuration {path}: {error}.") from error
     name = content.get("defence", Ims.name) if isinstance(content, dict) else Ims.name
     found: DefenceConfig = defence_named(name).config.from_yaml(path)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
 from bimask.errors import SettingError, describe
+from bimask.files.bounded import read_yaml
+from bimask.files.stand_ins import shown
 
 ABOUT = ("defence", "seed", "study", "trial")  # what a file of settings says beside them
 
@@ -100,11 +101,11 @@ class DefenceConfig(BaseModel):
             SettingError: no such file, not a mapping, or settings that do not fit, all named.
         """
         try:
-            content = yaml.safe_load(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content = read_yaml(path)
+        except (OSError, ValueError) as error:
             raise SettingError(f"Cannot read the configuration {path}: {error}.") from error
         if not isinstance(content, dict):
-            raise SettingError(f"{path} must hold `setting: value` lines, got {content!r}.")
+            raise SettingError(f"{path} must hold `setting: value` lines, got {shown(content)}.")
         try:
             beside = {key: value for key, value in content.items() if key not in ABOUT}
             return cls.model_validate(content.get("purify", beside))

@@ -7,7 +7,6 @@ is written here is synced, then renamed, and then the folder that holds the name
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bimask.errors import SettingError
+from bimask.files.bounded import parsed_json, read_bytes
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 
@@ -26,17 +26,10 @@ def parsed_manifest(path: Path) -> tuple[Any, bytes]:
 
     Raises:
         OSError: it cannot be read; also if it is no regular file, which could be without end.
-        ValueError: too large, no JSON, or nested too deep.
+        ValueError: too large, no JSON, or beyond a bound of `bimask.files.bounded`.
     """
-    if path.exists() and not path.is_file():
-        raise OSError("not a regular file")
-    if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
-        raise ValueError(f"{size} bytes, but at most {MAX_MANIFEST_BYTES} are read")
-    content = path.read_bytes()
-    try:
-        return json.loads(content), content
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    content = read_bytes(path, MAX_MANIFEST_BYTES)
+    return parsed_json(content), content
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bimask.errors import InteropError
+from bimask.files.pictures import opened_picture
 from bimask.files.stand_ins import MAX_SIDE, shown
 
 MAX_PICTURES = 200_000
@@ -88,7 +88,7 @@ def read_png(path: Path, *, channels: int, height: int, width: int) -> Tensor:
             raise InteropError(
                 f"{path} is no picture of {height}x{width}: no file, or above {limit} bytes."
             )
-        with Image.open(path, formats=["PNG"]) as picture:  # reads the header only
+        with opened_picture(path, ["PNG"]) as picture:  # reads the header only
             if picture.size != (width, height) or picture.mode != MODES[channels]:
                 raise InteropError(
                     f"{path} is {picture.size[1]}x{picture.size[0]} in mode {picture.mode}, but "
@@ -99,7 +99,7 @@ def read_png(path: Path, *, channels: int, height: int, width: int) -> Tensor:
         raise InteropError(
             f"The picture {path} is missing; copy the whole folder of the checkpoint."
         ) from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, MemoryError) as error:
+    except (OSError, ValueError, SyntaxError, MemoryError) as error:
         raise InteropError(
             f"{path} cannot be read as a PNG ({type(error).__name__}); get another copy of it."
         ) from error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bimask.errors import InteropError
+from bimask.errors import printable as printable
 
 MAX_SIDE = 1024  # pixels
 PATHS = ("PosixPath", "PurePosixPath", "WindowsPath")
@@ -22,11 +23,6 @@ def shown(value: object) -> str:
         text = repr(value)
         return text if len(text) <= 90 else text[:87] + "..."
     return f"a {type(value).__name__}"
-
-
-def printable(text: str) -> str:
-    """Text of a stranger without what steers a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class StoredType:

@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from bimask.errors import printable
+from bimask.files.drawn import save_figure
 from bimask.inspection.audit import UNSEEN, Audit, calibration
 from bimask.inspection.masked_evidence import MaskedEvidence
 from bimask.inspection.suspect import Suspect
@@ -35,7 +37,7 @@ def write_report(
     content = as_json(audit, suspect, masked) | facts
     (folder / JSON).write_text(json.dumps(content, indent=2) + "\n")
     figure = draw(audit, suspect)
-    figure.savefig(folder / PICTURE, dpi=110)
+    save_figure(figure, folder / PICTURE, dpi=110)
     (folder / PAGE).write_text(render(content, figure))
 
 
@@ -70,7 +72,7 @@ def render(content: dict[str, Any], figure: Figure) -> str:
         loader=PackageLoader("bimask.inspection", ""), autoescape=True, undefined=StrictUndefined
     ).get_template("audit.html")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    save_figure(figure, buffer, format="png", dpi=110)
     picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     return page.render(picture=picture, **content)
 
@@ -114,7 +116,9 @@ def _scores(axes: Axes, audit: Audit, classes: tuple[str, ...]) -> None:
     axes.axhline(0, color=GREY, linewidth=0.8)
     few = len(classes) <= 20
     axes.set_xticks(range(len(classes)) if few else [audit.target])
-    axes.set_xticklabels(list(classes) if few else [classes[audit.target]], fontsize=8)
+    axes.set_xticklabels(
+        [printable(c, 40) for c in (classes if few else [classes[audit.target]])], fontsize=8
+    )
     axes.set_title("score of every class; orange is the suspected target", fontsize=10)
 
 

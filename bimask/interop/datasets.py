@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from bimask.data import ImageData
 from bimask.errors import InteropError
+from bimask.files.pictures import class_pictures, opened_picture
 from bimask.files.png import MODES, check_extent
 
-UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, UnidentifiedImageError)
+UNREADABLE = (OSError, RuntimeError, ValueError, LookupError)
 Sample = tuple[Any, int]  # a file or a PIL picture, and its label
 
 
@@ -81,7 +82,7 @@ def read_clean(
                 f"The layout of {name} is not read; give its {split} images as imagefolder:PATH."
             )
         return _decoded(samples, classes, size, channels)
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         first = str(error).splitlines()[0] if str(error) else ""
         raise InteropError(
             f"The clean {split} images of {name} cannot be read from {root} ({type(error).__name__}: "
@@ -96,7 +97,7 @@ def _decoded(
     check_extent(len(samples), channels, height, width)
     images = torch.empty(len(samples), channels, height, width, dtype=torch.uint8)
     for row, (source, _) in enumerate(samples):
-        with source if isinstance(source, Image.Image) else Image.open(source) as picture:
+        with source if isinstance(source, Image.Image) else opened_picture(source) as picture:
             fitting = picture.convert(MODES[channels])
             if fitting.size != (width, height):
                 fitting = fitting.resize((width, height), Image.Resampling.BILINEAR)
@@ -106,10 +107,8 @@ def _decoded(
 
 
 def _folder(path: Path) -> tuple[list[Sample], tuple[str, ...]]:
-    from torchvision.datasets import ImageFolder
-
-    found = ImageFolder(str(path))
-    return list(found.samples), tuple(found.classes)
+    classes, samples = class_pictures(path)
+    return list(samples), classes
 
 
 def _cifar(name: str) -> Callable[[Path, bool], tuple[list[Sample], tuple[str, ...]]]:

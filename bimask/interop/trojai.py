@@ -17,7 +17,6 @@ container that has neither. It needs Linux or macOS; only Linux limits the memor
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -35,6 +33,8 @@ from bimask.attacks import TriggeredData
 from bimask.data import ImageData
 from bimask.errors import InteropError
 from bimask.files.atomic import atomic_write
+from bimask.files.bounded import read_json
+from bimask.files.pictures import opened_picture
 from bimask.files.png import MAX_PICTURES, check_extent, inside
 from bimask.files.safe import MAX_FILE_BYTES
 from bimask.files.stand_ins import printable, shown
@@ -173,11 +173,10 @@ def _architecture(folder: Path) -> str:
 def _json(path: Path, folder: Path) -> Any:
     real = inside(path, folder)
     try:
-        if not real.is_file() or real.stat().st_size > MAX_JSON_BYTES:
-            raise InteropError(f"{path} is no file of at most {MAX_JSON_BYTES} bytes.")
-        return json.loads(real.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InteropError(f"{path} cannot be read as JSON ({type(error).__name__}).") from error
+        return read_json(real, MAX_JSON_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InteropError(f"{path} cannot be read as JSON ({reason}).") from error
 
 
 def _examples(path: Path, keys: tuple[str, ...], folder: Path) -> tuple[Tensor, Tensor]:
@@ -191,10 +190,10 @@ def _examples(path: Path, keys: tuple[str, ...], folder: Path) -> tuple[Tensor, 
     images, labels = [], []
     for file in files:
         try:
-            with Image.open(inside(file, folder), formats=["PNG", "JPEG"]) as picture:
+            with opened_picture(inside(file, folder), ["PNG", "JPEG"]) as picture:
                 check_extent(len(files), 3, picture.height, picture.width)
                 images.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError) as error:
             raise InteropError(
                 f"{file} cannot be read as a picture ({type(error).__name__})."
             ) from error

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from bimask.data.pictures import Size
 from bimask.errors import SettingError
-from bimask.nets.named import call_with, checked, factory_of, is_own, require_known, source_of
+from bimask.nets.named import (
+    call_with,
+    checked,
+    code_of_files,
+    factory_of,
+    is_own,
+    may_run,
+    require_known,
+    require_trusted,
+    source_of,
+)
 from bimask.nets.published import (
     convnext_tiny,
     efficientnet_b3,
@@ -124,6 +134,9 @@ __all__ = [
     "SmallResNet",
     "build_net",
     "check_net",
+    "code_of_files",
     "is_own",
+    "may_run",
+    "require_trusted",
     "source_of",
 ]

@@ -5,7 +5,8 @@
     package.module:factory       the user's own, importable
     path/to/file.py:factory      the user's own, in a file anywhere
 
-Nothing is downloaded. Own factories are run: name only those you trust. They are called by keyword with
+Nothing is downloaded. Own factories are run where a net is built, unless `code_of_files` says that
+what files name is not trusted; nothing else here imports any. They are called by keyword with
 `num_classes` and, where their signature has them, `in_channels`, `width` and `image_size`: the side of
 a square, or (height, width).
 """
@@ -18,8 +19,11 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from textwrap import shorten
 from types import ModuleType
@@ -34,6 +38,47 @@ from bimask.nets.answers import taken, where_logits
 from bimask.nets.published import with_in_channels
 
 TORCHVISION, TIMM = "torchvision", "timm"
+
+
+@dataclass
+class _Trust:
+    given: bool = True  # who calls this library names a factory in code of their own
+
+
+_TRUST = _Trust()
+
+
+@contextmanager
+def code_of_files(trusted: bool) -> Iterator[None]:
+    """Whether code that is named in a file may run, until the context ends: the one place of that rule.
+
+    `study.launch` trusts the file on its command line; every other command only `--trust-code`. Where
+    it is not trusted, an own net can be described, compared and digested, but not built. It holds for
+    the whole process, since whatever loads in a thread follows the command.
+    """
+    before, _TRUST.given = _TRUST.given, trusted
+    try:
+        yield
+    finally:
+        _TRUST.given = before
+
+
+def may_run(name: str) -> bool:
+    """Whether the net `name` may be built: it is no code of a file, or such code is trusted."""
+    return _TRUST.given or not is_own(name)
+
+
+def require_trusted(name: str) -> None:
+    """Refuse a net that may not be built, see `code_of_files`.
+
+    Raises:
+        SettingError: it is code that is not trusted.
+    """
+    if not may_run(name):
+        raise SettingError(
+            f"The net {name!r} is code, which may do anything, and nothing of it was run; if you trust "
+            "it, allow it with --trust-code."
+        )
 
 
 def is_own(name: str) -> bool:
@@ -78,9 +123,10 @@ def factory_of(name: str) -> Callable[..., nn.Module]:
     """What makes the net `name`, one that `require_known` lets pass; own code is imported, so run.
 
     Raises:
-        SettingError: no such model or factory, or an import that fails.
+        SettingError: no such model or factory, an import that fails, or code that is not trusted.
     """
     place, attribute = _parts(name)
+    require_trusted(name)
     if place == TORCHVISION:
         return partial(_from_torchvision, attribute)
     if place == TIMM:
@@ -123,7 +169,7 @@ def _module_of_file(place: str) -> ModuleType:
 
 
 def source_of(name: str) -> Path:
-    """The file of an own factory; the packages above a module are imported to find it.
+    """The file of an own factory; nothing is imported to find it.
 
     Raises:
         SettingError: no such module, or one that is not in a file.
@@ -131,16 +177,32 @@ def source_of(name: str) -> Path:
     place, _ = _parts(name)
     if place.endswith(".py"):
         return Path(place)
-    try:
-        spec = importlib.util.find_spec(place)
-    except Exception as error:  # whatever the packages above it raise
-        raise _not_imported(name, error) from error
+    spec = _spec_of(place)
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise SettingError(
             f"There is no module {place!r} for the net {name!r}; put its folder on PYTHONPATH, or name "
             "its file."
         )
     return Path(spec.origin)
+
+
+def _spec_of(module: str) -> ModuleSpec | None:
+    """Where a module would be imported from. `importlib.util.find_spec` imports the packages above it;
+    here their folders are looked through, which is where all but packages that move `__path__` are."""
+    folders, spec = None, None
+    parts = module.split(".")
+    for count in range(1, len(parts) + 1):
+        whole = ".".join(parts[:count])
+        found = (
+            finder.find_spec(whole, folders) for finder in sys.meta_path if hasattr(finder, "find_spec")
+        )
+        spec = next((one for one in found if one is not None), None)
+        if spec is None:
+            return None
+        folders = spec.submodule_search_locations
+        if folders is None and count < len(parts):
+            return None
+    return spec
 
 
 def _not_imported(name: str, error: Exception) -> SettingError:

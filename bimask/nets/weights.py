@@ -17,12 +17,12 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bimask.errors import InteropError, VictimError
 from bimask.files.safe import STATE_KEYS, dense, form_of, load_training
 from bimask.files.stand_ins import StoredArray, printable, shown
+from bimask.files.tensors import load_tensors
 
 # Keys and prefixes that say nothing about which weights they are; `ema` or `teacher` say something.
 PLAIN = frozenset(STATE_KEYS) - {"ema", "model_ema"}
@@ -128,7 +128,7 @@ def state_dicts(path: Path) -> list[StateDict]:
         raise VictimError(f"There is no file of weights {path}; mend its path.")
     try:
         form = form_of(path)
-        content: Any = load_file(path) if form == "safetensors" else load_training(path)
+        content: Any = load_tensors(path) if form == "safetensors" else load_training(path)
     except InteropError as error:
         raise VictimError(str(error)) from error
     except Exception as error:  # safetensors has errors of its own

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from bimask.attacks import Attack, TriggeredData
 from bimask.data import Splits
 from bimask.errors import SettingError, VictimError, VictimRefusedError, describe
 from bimask.files.atomic import parsed_manifest, sync, sync_tree
+from bimask.files.tensors import load_tensors
 from bimask.metrics import EvalSets, Scores, Split
 from bimask.nets import is_own
 from bimask.nets.weights import file_sha256
@@ -151,12 +152,13 @@ def save_victim(victim: Victim, root: Path) -> Path:
     return folder
 
 
-def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
+def load_victim(folder: Path, *, own_code: bool = False, digest: str | None = None) -> Victim:
     """Read a victim back.
 
     Args:
         own_code: whether the code that the manifest names for an own net may be imported and run. A
             manifest from someone else could name any.
+        digest: of the spec that must be there; another one is refused before it is built.
 
     Raises:
         VictimError: a file is missing, damaged, or not the one the manifest names; own code is not
@@ -189,13 +191,15 @@ def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
             f"The spec in {folder / MANIFEST} has the digest {spec.digest}, but the manifest says "
             f"{manifest.spec_digest}: it was edited; {again}."
         )
+    if digest is not None and spec.digest != digest:
+        raise VictimError(f"{folder} holds the victim {spec.digest}, not {digest}; {again}.")
     weights = _promised(folder / WEIGHTS, manifest.weights_sha256, "victim's file of weights", again)
     image_size = manifest.image_size
     if "image_size" not in manifest.model_fields_set:  # before it was written down
         image_size = spec.image_size
     shape = (manifest.in_channels, len(manifest.classes), image_size)
     try:
-        state = load_file(weights)
+        state = load_tensors(weights)
         spec.require_at_most(sum(value.numel() for value in state.values()), *shape)
         ones = [1.0] * manifest.in_channels
         net = spec.net_of(ones, ones, *shape)
@@ -210,7 +214,7 @@ def load_victim(folder: Path, *, own_code: bool = False) -> Victim:
             folder / TRIGGER, manifest.trigger_sha256 or "", "file of the trigger's state", again
         )
         try:
-            attack.load_state(load_file(trigger))
+            attack.load_state(load_tensors(trigger))
         except (SafetensorError, SettingError) as error:
             raise VictimError(
                 f"The trigger's state {trigger} is of no use: {error} {again}."

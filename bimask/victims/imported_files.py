@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bimask.attacks import TriggeredData
@@ -19,6 +19,7 @@ from bimask.data import ImageData
 from bimask.errors import DataError, InteropError, describe
 from bimask.files.atomic import atomic_directory, parsed_manifest
 from bimask.files.png import check_extent
+from bimask.files.tensors import load_tensors
 from bimask.metrics import EvalSets, Scores
 from bimask.nets.fitting import fit_net
 from bimask.victims.imported import ImportedVictim
@@ -128,7 +129,7 @@ def load_imported(folder: Path) -> ImportedVictim:
                 f"{digest[:16]}: the file is damaged or another one; {again}."
             )
     try:
-        state, images = load_file(folder / WEIGHTS), load_file(folder / IMAGES)
+        state, images = load_tensors(folder / WEIGHTS), load_tensors(folder / IMAGES)
         clean = ImageData(images["clean_images"], images["clean_labels"], tuple(manifest.classes))
         triggered = TriggeredData(
             images["triggered_images"], images["attack_labels"], images["true_labels"]

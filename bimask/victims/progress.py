@@ -6,11 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import TaskID
 
-from bimask.progress import ToldProgress
+from bimask.progress import Console, ToldProgress
 from bimask.victims.files import Victim
 from bimask.victims.spec import VictimSpec
 from bimask.victims.train import EpochLog, obtain_victim

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bimask.errors import SettingError, describe
+from bimask.errors import MOST_PROBLEMS, SettingError, describe, first_of
+from bimask.files.bounded import read_yaml
 from bimask.victims.spec import VictimSpec
+
+MAX_VICTIMS = 1000  # of one file
 
 
 class VictimSuite(BaseModel):
@@ -40,8 +44,16 @@ class VictimSuite(BaseModel):
             SettingError: every problem, one a line.
         """
         found: list[tuple[str, VictimSpec]] = []
-        problems = []
+        problems: list[str] = []
+        count = len(self.victims) * math.prod(map(len, self.each.values()))
+        if count > MAX_VICTIMS:
+            raise SettingError(
+                f"`each` makes {count} victims of {len(self.victims)}, but a suite has at most "
+                f"{MAX_VICTIMS}; split it."
+            )
         for position, own in enumerate(self.victims):
+            if len(problems) > MOST_PROBLEMS:
+                break
             twice = sorted(self.each.keys() & (self.common | own).keys())
             if twice:
                 problems.append(f"victims.{position}: {twice[0]!r} is in `each` as well")
@@ -56,15 +68,16 @@ class VictimSuite(BaseModel):
                     problems.append(f"{where}: {describe(error)}")
                 else:
                     found.append((", ".join(filter(None, (spec.name, told))), spec))
-        digests = [spec.digest for _, spec in found]
-        again = [name for row, (name, spec) in enumerate(found) if spec.digest in digests[:row]]
-        problems += [f"victims: {name} is listed twice" for name in again]
+        digests: set[str] = set()
+        for name, spec in found:
+            if spec.digest in digests:
+                problems.append(f"victims: {name} is listed twice")
+            digests.add(spec.digest)
         if problems:
-            raise SettingError("\n".join(dict.fromkeys(problems)))
-        names = [name for name, _ in found]
+            raise SettingError("\n".join(first_of(problems)))
+        names = Counter(name for name, _ in found)
         return {
-            name if names.count(name) == 1 else f"{name} ({spec.digest[:6]})": spec
-            for name, spec in found
+            name if names[name] == 1 else f"{name} ({spec.digest[:6]})": spec for name, spec in found
         }
 
 
@@ -75,11 +88,11 @@ def load_suite(path: Path) -> dict[str, VictimSpec]:
         SettingError: no file, no YAML, or every problem in it, one a line.
     """
     try:
-        suite = VictimSuite.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingError(f"Cannot read the suite {path}: {error}.") from error
+        suite = VictimSuite.model_validate(read_yaml(path))
     except ValidationError as error:
         raise SettingError(f"{path}: {describe(error)}") from error
+    except (OSError, ValueError) as error:
+        raise SettingError(f"Cannot read the suite {path}: {error}.") from error
     try:
         return suite.specs()
     except SettingError as error:

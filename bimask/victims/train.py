@@ -214,11 +214,7 @@ def obtain_victim(
     if spec.imported is not None:
         return train_victim(spec, device=device)
     if (root / spec.digest).is_dir():
-        victim = load_victim(root / spec.digest, own_code=True)
-        if victim.spec.digest != spec.digest:
-            raise VictimError(
-                f"{root / spec.digest} holds the victim {victim.spec.digest}; remove it to train anew."
-            )
+        victim = load_victim(root / spec.digest, own_code=True, digest=spec.digest)
         # the caller's bounds may be stricter than the saved ones
         victim = replace(victim, spec=spec)
         refuse_if_useless(victim)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from bimask.defences.settings import DefenceConfig
-from bimask.progress import ToldProgress
+from bimask.progress import Console, ToldProgress
 from bimask.victims import Victim
 from study import search
 from study.spec.config import StudyConfig

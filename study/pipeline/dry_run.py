@@ -1,4 +1,7 @@
-"""`--dry-run`: what a study would do and cost; nothing is trained and nothing written."""
+"""`--dry-run`: what a study would do and cost; nothing is trained and nothing written.
+
+Code that the study names is not run without --trust-code; rounds of the library's own nets are timed.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from bimask.data import Splits
 from bimask.defences.base import CleanData, Defence, Preparation, StepLog
 from bimask.defences.settings import DefenceConfig
+from bimask.nets import may_run
+from bimask.progress import Console
 from study import search
 from study.pipeline.prepare import check_data
 from study.search.warm_start import read_earlier
@@ -52,6 +56,15 @@ def dry_run(path: Path, overrides: Mapping[str, object], *, outputs: Path, conso
     for member in members:
         shown = "the paper's defaults" if member["preset"] == search.PAPER else member["parameters"]
         console.print(f"  {member['number']}: {shown}", soft_wrap=True)
+    nets = [one.net for one in ([config.suspect] if config.suspect else config.suite)]
+    if own := [net for net in nets if not may_run(net)]:
+        console.print(
+            f"estimate: none. The net {own[0]!r} is code, and a dry run runs none; to have rounds of "
+            "it timed, add --trust-code.",
+            soft_wrap=True,
+            markup=False,
+        )
+        return
     console.print(estimate(config, settings), soft_wrap=True)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
 from rich.markup import escape
 
+from bimask.progress import Console
 from study.spec.config import StudyConfig
 from study.store.environment import locked_by_another, patiently
 from study.tracking.credentials import redacted

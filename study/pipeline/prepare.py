@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
 from bimask.defences.base import Preparation
 from bimask.errors import BimaskError, DataError
 from bimask.inspection.risk import RiskProbe
-from bimask.progress import ToldProgress
+from bimask.nets import may_run
+from bimask.progress import Console, ToldProgress
 from bimask.victims import obtain_victim
 from bimask.victims.progress import VictimBars, described
 from study import search
@@ -69,10 +69,18 @@ def _named(victim: str) -> Iterator[None]:
 
 def check_data(config: StudyConfig) -> None:
     """Refuse data that are missing, too few or no match for attack or net, and nets that the defence
-    can do nothing for, before any training."""
-    if config.suspect is not None:
+    can do nothing for, before any training.
+
+    Where the code of own nets may not run (`bimask.nets.code_of_files`), these are asked nothing.
+
+    Raises:
+        BimaskError: naming the first.
+    """
+    if config.suspect is not None and may_run(config.suspect.net):
         suspect = config.suspect.load(config.clean_images_per_class)
         config.defender.check(suspect.model, suspect.load_data().val.floats()[:2])
+    elif config.suspect is not None:
+        config.suspect.load_data(config.clean_images_per_class)
     for name, spec in zip(config.suite_names(), config.suite, strict=config.suspect is None):
         with _named(name):
             splits = spec.load_data()
@@ -83,7 +91,8 @@ def check_data(config: StudyConfig) -> None:
                     raise DataError("Got no images to score it on; give more images, or other shares.")
                 if not attack.has_state:  # else the trigger is made with the victim, and refused there
                     attack.triggered(data)
-            config.defender.check(spec.fresh_net(splits.train).eval(), splits.val.floats()[:2])
+            if may_run(spec.net):
+                config.defender.check(spec.fresh_net(splits.train).eval(), splits.val.floats()[:2])
 
 
 def prepare_victims(

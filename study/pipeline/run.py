@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
 from rich.markup import escape
 
 from bimask.devices import resolve_device
+from bimask.nets import require_trusted
+from bimask.progress import Console
 from bimask.victims import Victim
 from study import search
 from study.analysis.blind import blind_metrics
@@ -161,6 +162,8 @@ def _run_in(
     device = resolve_device(config.device)
     uri = tracking_uri(outputs)
     require_server(uri)
+    for spec in [config.suspect] if config.suspect else config.suite:
+        require_trusted(spec.net)
     check_data(config)
     earlier = read_earlier(config)
     with ExitStack() as stack:

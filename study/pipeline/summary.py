@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import load_file
-
 from bimask.defences.base import Defence
 from bimask.defences.settings import DefenceConfig
+from bimask.files.tensors import load_tensors
 from bimask.metrics import Split, evaluate
 from study import search
 from study.analysis import blind, leave_out
@@ -155,7 +154,7 @@ def _on_test(
     splits = victim.load_data()
     again = sorted(folder.glob(f"{name}.*.{defence.stem}.*rs"))
     paths = (folder / f"{name}.{defence.stem}.safetensors", *again)
-    models = (defence.restore(victim.model, load_file(path), settings) for path in paths)
+    models = (defence.restore(victim.model, load_tensors(path), settings) for path in paths)
     if isinstance(victim, SuspectModel):
         clean, was = victim.eval_sets(splits, "test"), victim.scores["test"]
         known = [evaluate(model, clean) for model in models]

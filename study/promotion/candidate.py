@@ -7,11 +7,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import BimaskError
-from bimask.progress import ToldProgress
+from bimask.progress import Console, ToldProgress
 from bimask.victims import Victim, open_victim
 from study.promotion.evidence import CONFIRMED, TestEvidence, Verdict, evidence_of, judge
 from study.spec.config import Confirm, StudyConfig, StudyError

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bimask.files.bounded import read_json
 from study.spec.gates import Gates
 from study.spec.objectives import spread
 from study.store.schema import Role, StudySummary, VictimBefore, VictimScores, VictimSpreads
@@ -84,7 +85,7 @@ def evidence_of(folder: Path, summary: StudySummary, trial: int) -> TestEvidence
         chosen = None
     confirmed = folder / CONFIRMED / f"{trial:03d}.json"
     if confirmed.is_file():
-        content = json.loads(confirmed.read_text())
+        content = read_json(confirmed)
         return TestEvidence(trial, content["victims"], content["commit"])
     suite = summary.get("suite", {})
     if chosen is not None and "chosen" in suite:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import safe_open
 from torch import nn
 
@@ -22,6 +21,7 @@ from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.purify import defend
 from bimask.defences.simple import Defended, Step
 from bimask.errors import ExportError
+from bimask.files.bounded import dump_yaml
 from bimask.metrics import evaluate
 from bimask.victims import Victim
 from bimask.victims.as_suspect import suspect_of
@@ -136,7 +136,7 @@ def card_of(candidate: Candidate, verdicts: list[Verdict], victim_name: str) -> 
     )
     gates = "\n".join(f"| {v.gate} | {v.value} | {v.limit} |" for v in verdicts)
     per_class = candidate.config.clean_images_per_class
-    settings = yaml.safe_dump(candidate.settings.model_dump(), sort_keys=False)
+    settings = dump_yaml(candidate.settings.model_dump())
     return f"""# Trial {candidate.number} of the study {candidate.folder.name}
 
 A configuration of the defence `{candidate.config.defence}`, and the victim `{victim_name}`

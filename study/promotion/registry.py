@@ -31,6 +31,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
 
 import bimask
+from bimask.cleaned.classifier import Classifier
+from bimask.cleaned.folder import load_cleaned
 from study.spec.config import StudyError
 from study.store.records import BEST
 from study.tracking.credentials import redacted
@@ -198,6 +200,20 @@ def load_registered(reference: str, uri: str) -> PyFuncModel:
         StudyError: there is none.
     """
     return mlflow.pyfunc.load_model(str(_fetched(reference, uri)))
+
+
+def load_classifier(reference: str, uri: str, *, own_code: bool = False) -> Classifier:
+    """What answers in a registered model, read from its files; no code of the model's folder is run.
+
+    Args:
+        own_code: whether the code of an own net in it may be.
+
+    Raises:
+        StudyError: there is no such version.
+        BimaskError: its cleaned model cannot be read, or is built by code that is not allowed.
+    """
+    cleaned = load_cleaned(_fetched(reference, uri) / "artifacts" / "cleaned", own_code=own_code)
+    return Classifier(cleaned.model, cleaned.classes, cleaned.shape)
 
 
 def _fetched(reference: str, uri: str, part: str = "", folder: str | None = None) -> Path:

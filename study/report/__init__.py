@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -64,20 +64,27 @@ class CloseUps(TypedDict):
     victims: dict[str, VictimAnswers]
 
 
-def write_report(folder: Path, victims: Path, out: Path | None = None) -> Path:
+def write_report(
+    folder: Path,
+    victims: Path,
+    out: Path | None = None,
+    *,
+    say: Callable[[str], object] = lambda _: None,
+) -> Path:
     """Write the page of the study in `folder`.
 
     Args:
         victims: folder of the victims by digest; without a victim in it, the page does without its
             models' answers.
         out: the file, `folder/report.html` if None.
+        say: is told a sentence for every victim whose models are not asked.
 
     Raises:
         StudyError: no study in the folder, or the file cannot be written.
     """
     found = read(folder)
     content = page_content(found)
-    page = {**content, "close_ups": _close_ups(folder, victims, found, content)}
+    page = {**content, "close_ups": _close_ups(folder, victims, found, content, say)}
     out = out or folder / REPORT
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +124,13 @@ def render(content: Mapping[str, Any]) -> str:
     return re.sub("|".join(map(re.escape, parts)), lambda place: parts[place.group()], text)
 
 
-def _close_ups(folder: Path, victims: Path, study_found: Finished, content: PageContent) -> CloseUps:
+def _close_ups(
+    folder: Path,
+    victims: Path,
+    study_found: Finished,
+    content: PageContent,
+    say: Callable[[str], object],
+) -> CloseUps:
     """`trials` by number and `victims` by name, for the chosen trial, the paper's and the front."""
     study = study_found.study
     first = [content["chosen"], content["paper"], *content["front"]]
@@ -126,7 +139,7 @@ def _close_ups(folder: Path, victims: Path, study_found: Finished, content: Page
     trials = {trial["number"]: trial for trial in study_found.trials}
     reports = reports_of(folder)
     known_victims = study_found.summary["victims"] if study_found.summary else {}
-    scenes = _scenes(victims, known_victims, study)
+    scenes = _scenes(victims, known_victims, study, say)
     found: dict[int, CloseUp] = {}
     for position, number in enumerate(numbers):
         if trials[number]["status"] != "COMPLETE":
@@ -149,7 +162,10 @@ def _close_ups(folder: Path, victims: Path, study_found: Finished, content: Page
 
 
 def _scenes(
-    root: Path, victims: Mapping[str, VictimBefore], study: Mapping[str, Any]
+    root: Path,
+    victims: Mapping[str, VictimBefore],
+    study: Mapping[str, Any],
+    say: Callable[[str], object],
 ) -> dict[str, Scene]:
     """A scene for every victim that is still there with its data."""
     scenes = {}
@@ -157,8 +173,8 @@ def _scenes(
         imported, digest = spec.get("imported"), victim["digest"]
         try:
             scenes[name] = Scene.of(Path(imported) if imported else root / digest, digest, study)
-        except BimaskError:
-            continue  # the page is about the study; without a victim it says less
+        except BimaskError as error:  # the page is about the study; without a victim it says less
+            say(f"without the answers of {name}'s models: {error}")
     return scenes
 
 

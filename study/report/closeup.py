@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bimask.defences.base import Defence
+from bimask.files.bounded import read_json
+from bimask.files.tensors import load_tensors
 from bimask.masking.masks import MaskSet
 from study.spec.objectives import known_scores, number
 from study.store.records import read_reports
@@ -43,7 +43,7 @@ class Layer(TypedDict):
 def stored(folder: Path, victim: str, defence: Defence[Any]) -> dict[str, Tensor] | None:
     """What a trial stored of a victim, or None where it left nothing."""
     path = folder / f"{victim}.{defence.stem}.safetensors"
-    return load_file(path) if path.is_file() else None
+    return load_tensors(path) if path.is_file() else None
 
 
 def reports_of(folder: Path) -> dict[int, dict[str, dict[str, dict[int, float]]]]:
@@ -70,7 +70,7 @@ def curves(
     path = folder / f"{victim}.rounds.json"
     if not path.is_file():
         return None
-    rounds = json.loads(path.read_text())
+    rounds = read_json(path)
     if not rounds:
         return None  # a defence without steps
     stages = [

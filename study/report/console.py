@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from bimask.nets import is_own
-from bimask.progress import ToldProgress
+from bimask.progress import Console, ToldProgress
 from study.analysis.blind import PROMISE
 from study.report import REPORT
 from study.spec.config import StudyConfig

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import pandas as pd
-import yaml
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from bimask.defences.settings import DefenceConfig
+from bimask.files.bounded import read_yaml
 from bimask.metrics import Split
 from study.analysis.blind import PROMISE
 from study.analysis.importance import importances
@@ -166,11 +166,11 @@ def read(folder: Path) -> Finished:
             "name of a study that was launched, and its --outputs."
         )
     try:
-        study = yaml.safe_load((folder / records.STUDY).read_text())
+        study = read_yaml(folder / records.STUDY)
         trials = sorted(records.read_trials(folder), key=lambda trial: trial["number"])
         ended = (folder / records.SUMMARY).is_file()
         return Finished(study, trials, records.read_summary(folder) if ended else None)
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise StudyError(f"The study in {folder} cannot be read: {error}.") from error
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bimask.errors import DataError
+from bimask.files.drawn import save_figure
 from bimask.masking.masks import MaskSet
 from bimask.metrics import EvalSets
 from bimask.victims import Victim
@@ -85,7 +86,7 @@ def draw_front(path: Path, trials: Sequence[TrialRecord], summary: StudySummary)
     axes.set_title(f"{summary['name']}: {len(complete)} trials on {', '.join(summary['victims'])}")
     axes.grid(alpha=0.25)
     axes.legend(loc="lower center", fontsize=8, ncols=2)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
@@ -100,7 +101,7 @@ def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
             if case.victim.stored is None:
                 raise
             continue  # imported, and nothing says which of its images belong together
-        picture.savefig(folder / f"{case.name}.png")
+        save_figure(picture, folder / f"{case.name}.png")
 
 
 def draw_masks(path: Path, masks: MaskSet, title: str) -> None:
@@ -130,4 +131,4 @@ def draw_masks(path: Path, masks: MaskSet, title: str) -> None:
     panels[0].set_yticks(range(len(sites)), sites, fontsize=7)
     figure.colorbar(image, ax=panels, shrink=0.8)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
-from rich.console import Console
 
+from bimask.progress import Console
 from study.spec.config import StudyError
 from study.store.provenance import commit
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from bimask.files.bounded import read_yaml
 from study.analysis.pareto import ParetoFront
 from study.spec import space as spaces
 from study.spec.config import IMS, StudyConfig, StudyError
@@ -74,11 +73,11 @@ def _needed(config: StudyConfig) -> set[str]:
 
 def _read(folder: Path) -> tuple[Mapping[str, Any], list[TrialRecord]]:
     try:
-        study = yaml.safe_load((folder / STUDY).read_text())
+        study = read_yaml(folder / STUDY)
         if not (folder / TRIALS).is_file():
             raise StudyError(f"{TRIALS} is missing")
         rows = read_trials(folder)
-    except (OSError, ValueError, yaml.YAMLError, StudyError) as error:
+    except (OSError, ValueError, StudyError) as error:
         raise StudyError(
             f"`warm_start_from` names {folder}, which holds no study that can be read ({error}); give "
             "the folder of an earlier one, such as outputs/ims-digits."

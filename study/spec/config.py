@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from bimask.defences.base import Defence
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import BimaskError
 from bimask.victims import VictimSpec
+from bimask.victims.suite import MAX_VICTIMS
 from study.spec.directions import DIRECTIONS, Direction
 from study.spec.gates import Gates
 from study.spec.objectives import Aggregate, Constraints, ObjectiveName
@@ -79,8 +81,12 @@ class Confirm(BaseModel):
     """How the chosen configuration is confirmed: every victim of the suite purified anew, on `test`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    seeds: int = Field(5, ge=1, description="runs a victim, each with its own seed and clean images")
-    paper_seeds: int | None = Field(None, ge=0, description="of the paper's defaults; null: as many")
+    seeds: int = Field(
+        5, ge=1, le=1000, description="runs a victim, each with its own seed and clean images"
+    )
+    paper_seeds: int | None = Field(
+        None, ge=0, le=1000, description="of the paper's defaults; null: as many"
+    )
 
 
 class StudyConfig(BaseModel):
@@ -91,7 +97,7 @@ class StudyConfig(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(0, ge=0, lt=2**32)
     defence: str = Field(IMS, description="whose settings are searched: a name in `bimask.defences`")
-    trials: int = Field(ge=1)
+    trials: int = Field(ge=1, le=1_000_000)
     concurrency: int | None = Field(None, ge=1, description="actors at once; null fills the cluster")
     trials_per_actor: int = Field(1, ge=1, description="trials that one actor runs at once, as a group")
     cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of an actor")
@@ -123,36 +129,46 @@ class StudyConfig(BaseModel):
         gt=0,
         description="seconds that a study waits for a full disk or a locked database before it stops",
     )
-    victims: list[VictimSpec] = Field(description="that trials are scored on, on val")
+    victims: list[VictimSpec] = Field(
+        max_length=MAX_VICTIMS, description="that trials are scored on, on val"
+    )
     suspect: SuspectSpec | None = Field(
         None, description="instead of victims: a model of the user's own, whose trigger nobody knows"
     )
     held_out: list[VictimSpec] = Field(
-        default_factory=list, description="other attacks and seeds, met after the choice alone"
+        default_factory=list,
+        max_length=MAX_VICTIMS,
+        description="other attacks and seeds, met after the choice alone",
     )
     controls: list[VictimSpec] = Field(
-        default_factory=list, description="without a backdoor, to see what the defence costs them"
+        default_factory=list,
+        max_length=MAX_VICTIMS,
+        description="without a backdoor, to see what the defence costs them",
     )
     confirm: Confirm | None = Field(None, description="null: five seeds where there is a suite")
     objectives: list[ObjectiveName] = Field(["clean_accuracy", "attack_success"], min_length=2)
     aggregate: Aggregate = Field(Aggregate(), description="one number from those of all victims")
     constraints: Constraints = Constraints()
-    repeats: int = Field(1, ge=1, description="runs a victim in a trial, over seeds and clean images")
+    repeats: int = Field(
+        1, ge=1, le=1000, description="runs a victim in a trial, over seeds and clean images"
+    )
     early_stopping: EarlyStopping | None = Field(None, description="null: every trial runs to its end")
     paper_defaults: bool = Field(True, description="whether trial 0 is the paper's defaults")
     paper_repeats: int = Field(
         1, ge=1, description="runs a victim of the paper's defaults, `repeats` at most; they take long"
     )
     warm_start_from: list[str] = Field(
-        default_factory=list, description="folders of earlier studies to begin with"
+        default_factory=list, max_length=100, description="folders of earlier studies to begin with"
     )
     reference_point: ReferencePoint
     choose: Choice = Choice()
     gates: Gates | None = Field(None, description="what `study.promote` asks for")
     fixed: dict[str, Any] = Field(default_factory=dict)
-    space: dict[str, Parameter] = Field(min_length=1)
+    space: dict[str, Parameter] = Field(min_length=1, max_length=200)
     start: list[dict[str, Scalar]] = Field(
-        default_factory=list, description="points of the space to try first, say of earlier studies"
+        default_factory=list,
+        max_length=10_000,
+        description="points of the space to try first, say of earlier studies",
     )
 
     @model_validator(mode="before")
@@ -284,8 +300,9 @@ class StudyConfig(BaseModel):
         if self.suspect is not None:
             return [NAME]
         names = [spec.name for spec in self.suite]
+        often = Counter(names)
         return [
-            name if names.count(name) == 1 else f"{name}-{spec.digest[:6]}"
+            name if often[name] == 1 else f"{name}-{spec.digest[:6]}"
             for name, spec in zip(names, self.suite, strict=True)
         ]
 

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from bimask.errors import MOST_PROBLEMS, brief, first_of
+from bimask.files.bounded import MAX_YAML_BYTES, parsed_yaml, read_bytes, yaml_nodes
 from study.spec import space as spaces
 from study.spec.config import StudyConfig, StudyError, default_space, settings_of
 from study.spec.space import Parameter
@@ -27,18 +29,17 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
         StudyError: no file, no YAML, or a list of every problem with file, line and key.
     """
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_bytes(path, MAX_YAML_BYTES)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StudyError(
             f"Cannot read the study {path} ({reason}); give a YAML file such as "
             "search_spaces/ims_digits.yaml."
         ) from error
     try:
-        root = yaml.compose(text)
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+        root, raw = yaml_nodes(content), parsed_yaml(content)
+    except ValueError as error:
+        raise StudyError(f"{path} is not YAML that is read: {error}.") from error
     if not isinstance(raw, dict) or not isinstance(root, yaml.MappingNode):
         raise StudyError(f"{path} must hold `key: value` lines, got {type(raw).__name__}.")
     lines, duplicates = _places(root)
@@ -48,7 +49,9 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
         config = StudyConfig.model_validate(raw)
     except ValidationError as error:
         config = None
-        found += [_problem(problem) for problem in error.errors()]
+        reported = error.errors(include_url=False)
+        found += [_problem(problem) for problem in reported[:MOST_PROBLEMS]]
+        found += [("", f"{problem['loc']}") for problem in reported[MOST_PROBLEMS:]]
     settings = settings_of(raw)
     space = _readable_space(raw.get("space", default_space(raw)))
     fixed = spaces.expanded(_mapping(raw.get("fixed")), space, settings)
@@ -68,7 +71,7 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
         found.append(("victims", "the same victim is listed twice"))
     problems = dict.fromkeys(found)  # one that is of no key has no place
     rows = [": ".join(filter(None, (_where(path, p, lines), p, text))) for p, text in problems]
-    raise StudyError("\n".join(rows))
+    raise StudyError("\n".join(first_of(rows)))
 
 
 def _problem(problem: Any) -> tuple[str, str]:
@@ -85,7 +88,7 @@ def _problem(problem: Any) -> tuple[str, str]:
     if problem["type"] == "missing":
         return place, "is missing; every study needs it"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    shown = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
+    shown = "" if problem["type"] == "value_error" else f", got {brief(problem['input'])}"
     return place, f"{message[0].lower()}{message[1:]}{shown}"
 
 

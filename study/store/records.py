@@ -11,14 +11,13 @@ outputs/NAME/best.yaml       the chosen configuration, as `bimask purify` takes 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import pandas as pd
-import yaml
 
+from bimask.files.bounded import dump_yaml, read_json
 from study.spec.config import StudyConfig, StudyError
 from study.store import schema
 from study.store.files import read_lines, write_text
@@ -85,7 +84,7 @@ def read_summary(folder: Path) -> StudySummary:
         StudyError: it has not ended, or its file cannot be read.
     """
     try:
-        return schema.study_summary(json.loads((folder / SUMMARY).read_text()))
+        return schema.study_summary(read_json(folder / SUMMARY))
     except (OSError, ValueError, StudyError) as error:
         raise StudyError(
             f"{folder / SUMMARY} cannot be read ({error}); let the study run to its end."
@@ -111,7 +110,7 @@ def settings_content(config: StudyConfig, parameters: Parameters) -> dict[str, o
 def write_yaml(path: Path, content: Mapping[str, object], header: str) -> None:
     """YAML in the order of `content`, under a comment."""
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    write_text(path, comment + yaml.safe_dump(dict(content), sort_keys=False))
+    write_text(path, comment + dump_yaml(content))
 
 
 def load(name: str, outputs: Path | str = OUTPUTS) -> pd.DataFrame:

@@ -168,7 +168,7 @@ def test_several_frames_are_refused(tmp_path, suffix):
     frames = [Image.fromarray(noise(8, 8, 3, seed=seed)) for seed in range(3)]
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
     with pytest.raises(
-        DataError, match=r"has 3 frames or pages, but must have one; save the one you mean"
+        DataError, match=r"has several frames or pages, but must have one; save the one you mean"
     ):
         read_picture(tmp_path / f"a.{suffix}", 3)
 

@@ -178,7 +178,7 @@ BROKEN = {
         lambda f: write(f / "clean-example-data" / "1.json", "[" * 100_000),
         "as JSON|must hold a label",
     ),
-    "missing JSON": (lambda f: (f / "clean-example-data" / "1.json").unlink(), "no file"),
+    "missing JSON": (lambda f: (f / "clean-example-data" / "1.json").unlink(), "No such file"),
     "no picture": (lambda f: write(f / "clean-example-data" / "1.png", "x"), "as a picture"),
     "another size": (
         lambda f: Image.new("RGB", (8, 8)).save(f / "clean-example-data" / "1.png"),

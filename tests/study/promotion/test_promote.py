@@ -13,7 +13,6 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ from study import promote as promoting
 from study.pipeline import run
 from study.promotion.candidate import load_victims, read_candidate
 from study.promotion.packing import stored
-from study.promotion.registry import CHAMPION, Registry, as_png, load_registered
+from study.promotion.registry import CHAMPION, Registry, as_png, load_classifier
 from study.purify import resolved
 from study.score import score_folder
 from study.spec.config import StudyError
@@ -500,12 +499,9 @@ def test_a_configuration_is_purified_with_by_its_alias(applied, outputs, monkeyp
 @pytest.mark.parametrize("resize", [False, True])
 def test_a_folder_is_scored_by_a_model_of_oblong_images(tmp_path, resize):
     class Oblong:
-        classifier = SimpleNamespace(shape=(3, 6, 10))
+        shape = (3, 6, 10)
 
-        def unwrap_python_model(self):
-            return self
-
-        def predict(self, images):
+        def __call__(self, images):
             assert {image.shape for image in images} == {(6, 10, 3)}
             return [{"class": "a", "probabilities": {"a": 1.0}}] * len(images)
 
@@ -521,7 +517,7 @@ def test_a_folder_is_scored_and_a_broken_picture_is_told(applied, outputs, image
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{row}.png")
     (tmp_path / "broken.png").write_bytes(b"nothing")
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(tmp_path / "small.png")
-    model = load_registered("models:/tiny@champion", tracking_uri(outputs))
+    model = load_classifier("models:/tiny@champion", tracking_uri(outputs))
     frame = score_folder(model, tmp_path, Console(file=io.StringIO())).set_index("file")
     expected = [answer["class"] for answer in in_memory([as_png(image) for image in images[:5]])]
     assert frame["class"].tolist()[:5] == expected

@@ -45,12 +45,31 @@ def test_a_table_is_followed_by_its_conclusion(name):
 
 
 def test_every_record_is_on_a_page():
-    read = {"audit", "blind", "samplers", "scale", "shipped", "training", "tune", "victims", "zoo"}
+    read = {
+        "audit",
+        "blind",
+        "samplers",
+        "scale",
+        "shipped",
+        "training",
+        "tune",
+        "victims",
+        "zoo",
+    }
     assert {path.name for path in RESULTS.iterdir() if path.is_dir()} == read
 
 
 def test_a_page_without_records_says_so(tmp_path, monkeypatch):
-    from benchmarks.pages import audit, blind, driver, samplers, shipped, training, victims, zoo
+    from benchmarks.pages import (
+        audit,
+        blind,
+        driver,
+        samplers,
+        shipped,
+        training,
+        victims,
+        zoo,
+    )
 
     for module in (audit, blind, driver, samplers, shipped, training, victims, zoo):
         monkeypatch.setattr(module, "KEPT", tmp_path / "nothing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ class Classifier:
         """`class`, a name, and `probabilities`, class name -> [0, 1], of every image.
 
         Raises:
-            DataError: naming the first image that is none, or of another shape, type or range.
+            DataError: naming the first image that is none, or of another shape, type or range. Of what
+                is in it the sentence has types and shapes alone.
         """
         if not isinstance(images, (list, tuple)):
             raise DataError(f"Give a list of images, got {type(images).__name__}.")
@@ -68,10 +70,7 @@ class Classifier:
                 f"{place} must be nested lists of numbers or a PNG as base64 text, got "
                 f"{type(image).__name__}."
             )
-        try:
-            pixels = np.asarray(image)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise DataError(f"{place} is no array of numbers: rows of unequal length?") from error
+        pixels = image if isinstance(image, np.ndarray) else _array(place, image)
         if pixels.dtype.kind not in "uif":
             raise DataError(f"{place} must hold numbers, got {pixels.dtype}.")
         channels, height, width = self.shape
@@ -87,8 +86,8 @@ class Classifier:
         if not ((pixels >= 0) & (pixels <= top)).all():  # so NaN is refused, too
             kind = "whole numbers in 0 to 255" if whole else "numbers in [0, 1]"
             raise DataError(
-                f"{place} must hold {kind}, got {pixels.min()} to {pixels.max()}; images of whole "
-                "numbers are 0 to 255, all others [0, 1]."
+                f"{place} must hold {kind}, got others; images of whole numbers are 0 to 255, all "
+                "others [0, 1]."
             )
         return torch.from_numpy(pixels.astype(np.float32) / top).permute(2, 0, 1)
 
@@ -111,3 +110,25 @@ class Classifier:
             raise DataError(f"{place} must be {width}x{height} pixels, got {size[0]}x{size[1]}.")
         pixels = pixels.reshape(height, width, -1)
         return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
+
+
+def _array(place: str, image: list[Any]) -> np.ndarray[Any, Any]:
+    """Nested lists of numbers as an array.
+
+    numpy alone would make an array of text of them, in which every item is as long as the longest.
+    """
+    items, kinds = image, set(map(type, image))
+    while kinds == {list}:
+        items = list(chain.from_iterable(items))
+        kinds = set(map(type, items))
+    if list in kinds:
+        raise DataError(f"{place} is no array of numbers: its rows are of unequal length.")
+    if any(kind is bool or not issubclass(kind, (int, float, np.number)) for kind in kinds):
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise DataError(f"{place} must hold numbers, got {names}.")
+    try:
+        return np.asarray(image)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(
+            f"{place} is no array of numbers: its rows are of unequal length, or nested too deeply."
+        ) from error

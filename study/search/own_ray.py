@@ -22,7 +22,8 @@ from study.spec.config import StudyError
 # Ray's sockets are FOLDER/session_DATE_PID/sockets/plasma_store, and a socket's path has 107 characters
 # on Linux, 103 elsewhere, of which Ray's part takes 64.
 LONGEST = (107 if sys.platform.startswith("linux") else 103) - 64
-PREFIX = "bimask-"
+PREFIX, RAY = "bimask-", "r"  # our folder, and Ray's in it
+OURS = len(f"/{PREFIX}12345678/{RAY}")
 SECONDS = 40.0  # for the watchdog, which gives Ray's processes 30
 
 
@@ -78,7 +79,8 @@ def start(**parameters: Any) -> None:
     watchdog = _Watchdog()
     try:
         with _sessions_of_their_own(watchdog):
-            ray.init("local", _temp_dir=str(watchdog.folder), **parameters)
+            # Ray opens this folder to everybody, but nobody else gets into the one that it is in
+            ray.init("local", _temp_dir=str(watchdog.folder / RAY), **parameters)
     except BaseException:
         ray.shutdown()
         watchdog.end()
@@ -133,10 +135,10 @@ def short_folder() -> Path:
         if name is None:
             continue
         folder = Path(name).absolute()
-        room = LONGEST - len(str(folder)) - len(f"/{PREFIX}12345678")
+        room = LONGEST - len(str(folder)) - OURS
         if room >= 0 and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise StudyError(
         f"Got no folder for Ray's sockets: {tempfile.gettempdir()} is too long or cannot be written "
-        f"to, expected one of at most {LONGEST - len(PREFIX) - 9} characters; set RAY_TMPDIR to one."
+        f"to, expected one of at most {LONGEST - OURS} characters; set RAY_TMPDIR to one."
     )

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -89,7 +90,9 @@ def test_an_image_does_not_depend_on_its_neighbours(ask, image):
         ([[[[0] * 3] * 4] * 5], "shape"),
         ([[[[0] * 4] * 4] * 3], "shape"),
         ([[[0, 1], [2]]], "unequal"),
-        ([[[["a"] * 3] * 4] * 4], "numbers"),
+        ([[[["a"] * 3] * 4] * 4], "numbers, got str"),
+        ([[[[0, "a", None]] * 4] * 4], "numbers, got NoneType, int, str"),
+        ([[[[0, True, 1]] * 4] * 4], "numbers, got bool, int"),
         ([[[[True] * 3] * 4] * 4], "numbers"),
         ([[[[None] * 3] * 4] * 4], "numbers"),
         ([[[[10**30] * 3] * 4] * 4], "numbers"),
@@ -123,3 +126,24 @@ def test_a_huge_picture_is_refused_by_its_header(ask):
     bomb[16:24] = (100_000).to_bytes(4, "big") * 2
     with pytest.raises(DataError):
         ask([base64.b64encode(bytes(bomb)).decode()])
+
+
+def test_text_among_numbers_takes_no_memory(ask):
+    """numpy would make 2000 items as long as the longest of them."""
+    image = ["x" * 100_000, *[""] * 2000]
+    tracemalloc.start()
+    with pytest.raises(DataError, match="numbers, got str"):
+        ask([image])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize(
+    "image", ["secret" * 9, [["secret"] * 4] * 4, [[[7531] * 3] * 4] * 4, {"secret": 1}]
+)
+def test_a_sentence_quotes_nothing(ask, image):
+    with pytest.raises(DataError) as caught:
+        ask([image])
+    assert "secret" not in str(caught.value)
+    assert "7531" not in str(caught.value)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from study.search import exposure, own_ray
+from study.search import exposure, liveness, own_ray
 from study.spec.config import StudyConfig, StudyError
 
 TO_ACTORS = (  # what the package's __init__ has set; a cluster's nodes were started without it
@@ -116,6 +116,7 @@ def _require_listener(address: str) -> None:
 
 def stop_ray() -> None:
     """Leave the cluster, or stop the local one."""
+    liveness.forget()
     own_ray.stop()
     exposure.restore()
 

@@ -51,6 +51,11 @@ def ray_gone(*, own: bool) -> Callable[[], str | None]:
     return gone
 
 
+def forget() -> None:
+    """That Ray is left; nothing is known of another one."""
+    _looks.clear()
+
+
 def is_gone() -> bool:
     """Whether the Ray that `ray_gone` was last asked for is gone, so that an error is no verdict."""
     return any(look() is not None for look in _looks for _ in range(TIMES))

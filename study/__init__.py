@@ -40,7 +40,8 @@ def run(
     Raises:
         BimaskError: before the first trial, for anything that would make the study fail.
     """
-    from study.pipeline.run import named, run_in  # Ray and MLflow: not for those who only load
+    from study.pipeline.naming import named  # Ray and MLflow: not for those who only load
+    from study.pipeline.run import run_in
     from study.spec.reading import load_config
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from study.analysis import leave_out
-from study.pipeline.run import named, run_in
+from study.pipeline.naming import named
+from study.pipeline.run import run_in
 from study.report.console import show_leave_out, wide_console
 from study.spec.config import Confirm
 from study.spec.reading import load_config

@@ -8,8 +8,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,20 +21,19 @@ from bimask.nets import require_trusted
 from bimask.progress import Console
 from bimask.victims import Victim
 from study import search
-from study.analysis.blind import blind_metrics
+from study.pipeline.closing import close, make_report
 from study.pipeline.confirm import confirm_choice
+from study.pipeline.naming import named
 from study.pipeline.opening import in_mlflow, open_tracker, say
 from study.pipeline.prepare import (
     check_data,
     find_room,
     prepare_cases,
     prepare_victims,
-    require_writable,
 )
 from study.pipeline.summary import summarise
-from study.report import REPORT, write_report
+from study.report import REPORT
 from study.report.console import show, trial_progress, wide_console
-from study.report.content import headline
 from study.report.pictures import FRONT_PICTURE, draw_front, draw_victims
 from study.search.interrupts import InterruptedStudyError, Interrupts, LostRayError
 from study.search.warm_start import Earlier, read_earlier
@@ -46,14 +45,13 @@ from study.store.environment import patiently
 from study.store.files import locked, read_lines, write_text
 from study.store.mending import mend
 from study.store.provenance import commit, versions
-from study.store.schema import StudySummary, TrialStatus
+from study.store.schema import StudySummary
 from study.store.session import Identity, begin, reopen
 from study.tracking.credentials import redacted
 from study.tracking.mlflow_runs import Status, Tracker, require_server, tracking_uri
 from study.tracking.queue import MlflowQueue
 from study.tracking.recorder import Recorder
 from study.trial.cases import Case
-from study.trial.suite import confirmation_metrics
 
 VICTIM_PICTURES = "victims"
 Done = TypeVar("Done")
@@ -209,39 +207,6 @@ def _run_in(
         with interrupts.hold():
             show(console, config, summary, tracker, outputs / "victims", folder)
     return summary
-
-
-@contextmanager
-def named(
-    config: StudyConfig, outputs: Path, *, chosen_by_user: bool = False
-) -> Iterator[tuple[StudyConfig, Path]]:
-    """The study under a name that is free, and its folder, which no other process takes meanwhile.
-
-    Nothing is made but `outputs`; the name is reserved by the folder's lock.
-    """
-    require_writable(outputs)
-    reserved: set[str] = set()
-    while True:
-        name, folder = records.new_folder(
-            outputs, config.name, chosen_by_user=chosen_by_user, reserved=reserved
-        )
-        with ExitStack() as stack:
-            try:
-                lock = stack.enter_context(locked(folder))
-            except StudyError:
-                if chosen_by_user:
-                    raise
-                reserved.add(name)
-                continue
-            if folder.exists():  # made, and left, since we looked
-                continue
-            try:
-                yield config.model_copy(update={"name": name}), folder
-            finally:
-                if not folder.exists():
-                    with suppress(OSError):
-                        lock.unlink()
-            return
 
 
 def _is_whole(config: StudyConfig, folder: Path, tracker: Tracker) -> bool:
@@ -414,46 +379,3 @@ class _Study:
             "on, and tells it again until it does.",
             soft_wrap=True,
         )
-
-
-def make_report(folder: Path, victims: Path, console: Console) -> None:
-    """The study's page; whatever keeps it from being drawn must not cost the study its end."""
-    try:
-        write_report(folder, victims)
-    except Exception as error:
-        again = shlex.join(
-            ["python", "-m", "study.report", folder.name, "--outputs", str(folder.parent)]
-        )
-        console.print(f"no report ({escape(str(error))}); try: {escape(again)}", soft_wrap=True)
-
-
-def close(
-    mirror: Tracker | MlflowQueue, folder: Path, summary: StudySummary, status: Status, page: str
-) -> None:
-    """The summary in MLflow's parent run.
-
-    Args:
-        page: where MLflow's UI shows the study's page.
-    """
-    metrics = {"hypervolume": summary["hypervolume"], "n_failed": summary["n_failed"]}
-    if chosen := summary["chosen"]:
-        metrics |= {f"chosen/{name}": value for name, value in chosen["val"].items()}
-        if (risk := chosen["risk"]) is not None:
-            metrics["chosen/risk"] = risk
-        metrics |= {f"chosen/test/{n}": value for n, value in chosen["test"].items()}
-    metrics |= confirmation_metrics(summary.get("suite") or {}) | blind_metrics(summary["selection"])
-    names = (REPORT, FRONT_PICTURE, records.SUMMARY, records.STUDY, records.BEST, records.CONFIRM)
-    count: dict[TrialStatus, int] = {
-        "COMPLETE": summary["n_complete"],
-        "PRUNED": summary["n_pruned"],
-        "FAILED": summary["n_failed"],
-    }
-    told = headline(summary, count)
-    mirror.end_study(
-        metrics=metrics,
-        artifacts=[folder / name for name in names if (folder / name).is_file()],
-        status=status,
-        note=f"**{told['title']}.** {told['text']} [The study's page]({page}) shows all of it.",
-        front=[point["number"] for point in summary["front"]],
-        chosen=chosen and chosen["number"],
-    )

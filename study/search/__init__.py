@@ -38,7 +38,7 @@ from study.search.actor import trainable
 from study.search.cluster import check_resources, release_workers, start_ray, stop_ray
 from study.search.confirm import run_confirmation
 from study.search.driver import run_search
-from study.search.liveness import ray_gone
+from study.search.embedded.liveness import ray_gone
 from study.search.pareto_search import ParetoSearch, first_points
 from study.search.preflight import check_nodes
 from study.search.tasks import LostTaskError, run_tasks

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from study.search import exposure, liveness, own_ray
+from study.search.embedded import exposure, liveness, own_ray
 from study.spec.config import StudyConfig, StudyError
 
 TO_ACTORS = (  # what the package's __init__ has set; a cluster's nodes were started without it

@@ -16,8 +16,8 @@ from ray import tune
 
 from study.search import storage as storages
 from study.search.actor import trainable, with_bucket, within_limits
+from study.search.embedded.liveness import is_gone
 from study.search.interrupts import Interrupts
-from study.search.liveness import is_gone
 from study.search.pareto_search import (
     CHECKPOINTS,
     ParetoSearch,

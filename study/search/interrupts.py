@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from study.search.liveness import from_ray
+from study.search.embedded.liveness import from_ray
 from study.spec.config import StudyError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 import torch
 
-from study.search.liveness import is_gone
+from study.search.embedded.liveness import is_gone
 from study.spec.config import StudyConfig
 
 RETRIES = 2  # of a task whose process died

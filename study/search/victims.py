@@ -15,7 +15,7 @@ from ray.util.queue import Queue
 
 from bimask.files.atomic import sync, sync_tree
 from bimask.victims import EpochLog, VictimSpec, obtain_victim
-from study.search.liveness import ray_gone
+from study.search.embedded.liveness import ray_gone
 from study.spec.config import StudyError
 
 # name, and what happened: an EpochLog, or what is prepared, the steps done and how many there are

@@ -9,8 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from study.pipeline.naming import named
 from study.pipeline.prepare import check_data, prepare_victims
-from study.pipeline.run import named
 from study.spec.config import StudyConfig, StudyError
 
 ROOT = Path(__file__).parents[3]
@@ -42,7 +42,7 @@ def config_of(*victims):
 HOLDS = """
 import sys, time
 from pathlib import Path
-from study.pipeline.run import named
+from study.pipeline.naming import named
 from study.spec.config import StudyConfig
 config = StudyConfig.model_validate_json(sys.argv[2])
 with named(config, Path(sys.argv[1])) as (_, folder):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from study.search import liveness, own_ray, watchdog
+from study.search.embedded import liveness, own_ray, watchdog
 from study.search.interrupts import WAKE, Interrupts
 from study.spec.config import StudyError
 

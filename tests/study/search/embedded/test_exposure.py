@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from study.search import cluster, exposure
+from study.search import cluster
+from study.search.embedded import exposure
 from study.spec.config import StudyError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 STRANGER = 65534
 # A machine with an address beside loopback, which Ray finds by the way to the network.
 MACHINE = """

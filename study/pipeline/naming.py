@@ -1,0 +1,45 @@
+"""A study's name, reserved before anything is made or trained under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from study.pipeline.prepare import require_writable
+from study.spec.config import StudyConfig, StudyError
+from study.store import records
+from study.store.files import locked
+
+
+@contextmanager
+def named(
+    config: StudyConfig, outputs: Path, *, chosen_by_user: bool = False
+) -> Iterator[tuple[StudyConfig, Path]]:
+    """The study under a name that is free, and its folder, which no other process takes meanwhile.
+
+    Nothing is made but `outputs`; the name is reserved by the folder's lock.
+    """
+    require_writable(outputs)
+    reserved: set[str] = set()
+    while True:
+        name, folder = records.new_folder(
+            outputs, config.name, chosen_by_user=chosen_by_user, reserved=reserved
+        )
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(locked(folder))
+            except StudyError:
+                if chosen_by_user:
+                    raise
+                reserved.add(name)
+                continue
+            if folder.exists():  # made, and left, since we looked
+                continue
+            try:
+                yield config.model_copy(update={"name": name}), folder
+            finally:
+                if not folder.exists():
+                    with suppress(OSError):
+                        lock.unlink()
+            return

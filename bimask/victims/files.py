@@ -152,13 +152,17 @@ def save_victim(victim: Victim, root: Path) -> Path:
     return folder
 
 
-def load_victim(folder: Path, *, own_code: bool = False, digest: str | None = None) -> Victim:
+def load_victim(
+    folder: Path, *, own_code: bool = False, digest: str | None = None, known: VictimSpec | None = None
+) -> Victim:
     """Read a victim back.
 
     Args:
         own_code: whether the code that the manifest names for an own net may be imported and run. A
             manifest from someone else could name any.
         digest: of the spec that must be there; another one is refused before it is built.
+        known: the spec that must be there. Its own words name the code that builds the net, not the
+            manifest's, which may name another place of the same digest.
 
     Raises:
         VictimError: a file is missing, damaged, or not the one the manifest names; own code is not
@@ -191,8 +195,10 @@ def load_victim(folder: Path, *, own_code: bool = False, digest: str | None = No
             f"The spec in {folder / MANIFEST} has the digest {spec.digest}, but the manifest says "
             f"{manifest.spec_digest}: it was edited; {again}."
         )
+    digest = digest if known is None else known.digest
     if digest is not None and spec.digest != digest:
         raise VictimError(f"{folder} holds the victim {spec.digest}, not {digest}; {again}.")
+    spec = known or spec
     weights = _promised(folder / WEIGHTS, manifest.weights_sha256, "victim's file of weights", again)
     image_size = manifest.image_size
     if "image_size" not in manifest.model_fields_set:  # before it was written down

@@ -214,7 +214,7 @@ def obtain_victim(
     if spec.imported is not None:
         return train_victim(spec, device=device)
     if (root / spec.digest).is_dir():
-        victim = load_victim(root / spec.digest, own_code=True, digest=spec.digest)
+        victim = load_victim(root / spec.digest, own_code=True, known=spec)
         # the caller's bounds may be stricter than the saved ones
         victim = replace(victim, spec=spec)
         refuse_if_useless(victim)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -185,7 +186,7 @@ def _victims(config: StudyConfig, root: Path) -> Table:
         for column in ("weights", "net", "clean pictures", "digest"):
             table.add_column(column)
         one = config.suspect
-        table.add_row(one.model, one.net, one.clean, one.digest)
+        table.add_row(escape(one.model), escape(one.net), escape(one.clean), one.digest)
         return table
     table = Table(title="victims", title_justify="left")
     for column in ("victim", "role", "net", "digest", "there"):
@@ -193,5 +194,6 @@ def _victims(config: StudyConfig, root: Path) -> Table:
     for (name, role), spec in zip(roles(config).items(), config.suite, strict=True):
         there = "yes" if (root / spec.digest).is_dir() else "to be trained"
         there = "given" if spec.given else there
-        table.add_row(name, role.replace("_", " "), f"{spec.net}, {spec.width}", spec.digest, there)
+        net = escape(f"{spec.net}, {spec.width}")
+        table.add_row(escape(name), role.replace("_", " "), net, spec.digest, there)
     return table

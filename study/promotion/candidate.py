@@ -15,6 +15,8 @@ from study.promotion.evidence import CONFIRMED, TestEvidence, Verdict, evidence_
 from study.spec.config import Confirm, StudyConfig, StudyError
 from study.spec.reading import load_config
 from study.store import records
+from study.store.files import write_text
+from study.store.mending import fault_of
 from study.store.provenance import commit
 from study.trial.suite import confirm, confirmation, jobs_of
 
@@ -27,7 +29,8 @@ class Candidate:
         folder: of the study.
         number: of the trial.
         settings: of the defence.
-        commits: of the sources that measured the evidence, and of those here.
+        commits: of the sources that measured the evidence, of those that the trial ran with, and of
+            those here.
         evidence: scores on `test`; None where there are only those on `val`.
     """
 
@@ -35,7 +38,7 @@ class Candidate:
     folder: Path
     number: int
     settings: DefenceConfig
-    commits: tuple[str, str]
+    commits: tuple[str, str, str]
     evidence: TestEvidence | None
 
     @property
@@ -49,7 +52,8 @@ def read_candidate(name: str, outputs: Path, trial: int | None) -> Candidate:
     """A study's chosen trial, or another COMPLETE one.
 
     Raises:
-        StudyError: no such study, unfinished or older than what is needed; no such trial.
+        StudyError: no such study, unfinished or older than what is needed; no such trial, or one whose
+            files are not those that it left.
     """
     folder = outputs / name
     records.load(name, outputs)  # says if there is no such study
@@ -67,10 +71,16 @@ def read_candidate(name: str, outputs: Path, trial: int | None) -> Candidate:
     known = {row["number"]: row for row in records.read_trials(folder)}
     if (record := known.get(trial)) is None or record["status"] != "COMPLETE":
         raise StudyError(f"The study {name!r} has no COMPLETE trial {trial}.")
+    if fault := fault_of(folder / "trials" / f"{trial:03d}", record):
+        raise StudyError(
+            f"Trial {trial} of {name!r} cannot be promoted: {fault}; run it again with `python -m "
+            f"study.launch --resume {name}`."
+        )
     settings = config.defence_config(record["parameters"])
     evidence = evidence_of(folder, summary, trial)
     measured = evidence.commit if evidence is not None else None
-    commits = (measured or record["provenance"]["commit"], commit())
+    ran = record["provenance"]["commit"]
+    commits = (measured or ran, ran, commit())
     return Candidate(config, folder, trial, settings, commits, evidence)
 
 
@@ -87,11 +97,12 @@ def verdicts_of(candidate: Candidate) -> list[Verdict]:
         )
     study = candidate.folder.name
     command = f"run `python -m study.promote {study} --trial {candidate.number} --confirm`"
-    dirty = [
-        where for where, c in zip(("evidence", "here"), candidate.commits, strict=True) if _dirty(c)
-    ]
+    places = ("evidence", "trial", "here")
+    dirty = [where for where, c in zip(places, candidate.commits, strict=True) if _dirty(c)]
     remark = f"uncommitted changes ({', '.join(dirty)}): commit, and measure again" if dirty else ""
-    tree = Verdict("sources", " / ".join(candidate.commits), "committed", not dirty, remark)
+    tree = Verdict(
+        "sources", " / ".join(dict.fromkeys(candidate.commits)), "committed", not dirty, remark
+    )
     return [*judge(candidate.config.gates, candidate.evidence, command), tree]
 
 
@@ -119,7 +130,7 @@ def confirm_trial(candidate: Candidate, victims: dict[str, Victim], console: Con
     place = candidate.folder / CONFIRMED
     place.mkdir(exist_ok=True)
     content = found["chosen"] | {"commit": commit(), "runs": rows}
-    (place / f"{candidate.number:03d}.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_text(place / f"{candidate.number:03d}.json", json.dumps(content, indent=2) + "\n")
 
 
 def load_victims(config: StudyConfig, outputs: Path) -> dict[str, Victim]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from bimask.files.bounded import read_json
+from study.spec.config import StudyError
 from study.spec.gates import Gates
 from study.spec.objectives import spread
 from study.store.schema import Role, StudySummary, VictimBefore, VictimScores, VictimSpreads
@@ -85,8 +86,14 @@ def evidence_of(folder: Path, summary: StudySummary, trial: int) -> TestEvidence
         chosen = None
     confirmed = folder / CONFIRMED / f"{trial:03d}.json"
     if confirmed.is_file():
-        content = read_json(confirmed)
-        return TestEvidence(trial, content["victims"], content["commit"])
+        try:
+            content = read_json(confirmed)
+            return TestEvidence(trial, content["victims"], content["commit"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StudyError(
+                f"{confirmed} cannot be read ({type(error).__name__}: {error}); measure it anew with "
+                f"`python -m study.promote {folder.name} --trial {trial} --confirm`."
+            ) from error
     suite = summary.get("suite", {})
     if chosen is not None and "chosen" in suite:
         return TestEvidence(trial, suite["chosen"]["victims"])

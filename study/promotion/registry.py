@@ -193,15 +193,6 @@ def fetch_config(reference: str, uri: str, folder: Path) -> Path:
     return _fetched(reference, uri, f"/artifacts/{BEST}", str(folder))
 
 
-def load_registered(reference: str, uri: str) -> PyFuncModel:
-    """A registered model, by `models:/NAME@ALIAS` or `models:/NAME/VERSION`; its code is run.
-
-    Raises:
-        StudyError: there is none.
-    """
-    return mlflow.pyfunc.load_model(str(_fetched(reference, uri)))
-
-
 def load_classifier(reference: str, uri: str, *, own_code: bool = False) -> Classifier:
     """What answers in a registered model, read from its files; no code of the model's folder is run.
 

@@ -46,6 +46,7 @@ from study.store.schema import (
 )
 
 COMPLETE: Final = "COMPLETE"
+NEEDED = ("name", "victims", "fixed", "space")  # of a study's YAML, resolved
 LOST: dict[TrialStatus, str] = {"PRUNED": "stopped early", "FAILED": "failed"}
 RISK: Final = "risk"  # of what a purified model says without the attack: `bimask.inspection.risk`
 SHOWN: tuple[Literal[ScoreName, "risk", "pruned_share"], ...] = (*SCORES, RISK, "pruned_share")
@@ -167,6 +168,8 @@ def read(folder: Path) -> Finished:
         )
     try:
         study = read_yaml(folder / records.STUDY)
+        if missing := [key for key in NEEDED if not isinstance(study, dict) or key not in study]:
+            raise ValueError(f"{records.STUDY} has no {' and '.join(missing)}")
         trials = sorted(records.read_trials(folder), key=lambda trial: trial["number"])
         ended = (folder / records.SUMMARY).is_file()
         return Finished(study, trials, records.read_summary(folder) if ended else None)

@@ -141,6 +141,8 @@ class Interrupts:
             return True
 
         self._ask = ask
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGUSR1)
         try:
             yield
         except KeyboardInterrupt:
@@ -152,6 +154,8 @@ class Interrupts:
         finally:
             self._ask, self._taken = None, self.ended
             over.set()
+            if main:  # Tune leaves its handler behind, which asks a Tune that is over
+                signal.signal(signal.SIGUSR1, before)
 
     def explains(self, error: Exception) -> bool:
         """Whether an error is only what follows from a Ray that is gone."""

@@ -48,8 +48,7 @@ class ParetoSearch(Searcher):
 
     Attributes:
         lost: trials that the storage knows to have ended, and that have no record: it was lost since.
-        They
-            are run again, with their numbers and parameters, and end as they had ended.
+            They are run again, with their numbers and parameters, and end as they had ended.
 
     Raises:
         StudyError: the storage cannot be read, does not let us in for `environment_timeout`, or is not

@@ -32,6 +32,10 @@ def mend(folder: Path) -> list[str]:
 
     Returns:
         A sentence for each thing that was lost: what it is, why, and what happens with it.
+
+    Raises:
+        NewerSchemaError: a later version wrote a record; nothing is taken out then.
+        OSError: a file that is there cannot be read now.
     """
     notes = mend_lines(folder / records.TRIALS, _trial_with_files(folder), "{} is run again")
     notes += mend_lines(
@@ -62,6 +66,9 @@ def fault_of(folder: Path, record: TrialRecord) -> str | None:
 
     Args:
         folder: the trial's.
+
+    Raises:
+        OSError: the environment does not let us read what is there.
     """
     if (promised := record.get("files")) is None:
         return _fault_of_unsigned(folder, record)
@@ -70,6 +77,9 @@ def fault_of(folder: Path, record: TrialRecord) -> str | None:
             if file_sha256(folder / name)[:16] != digest:
                 return f"its file {name} has another content than was written"
         except VictimError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise cause from error  # of the environment, and no verdict on the trial
             return f"its file {name} cannot be read ({first_line(error.__cause__ or error)})"
     return None
 
@@ -119,6 +129,8 @@ def mend_lines(path: Path, checked: Checked, consequence: str) -> list[str]:
         if fault is None:
             try:
                 checked(line.row)
+            except schema.NewerSchemaError as error:
+                raise schema.NewerSchemaError(f"{path}:{line.number}: {error}.") from error
             except StudyError as error:
                 fault = str(error)
         (good if fault is None else bad).append(line.content)

@@ -25,10 +25,16 @@ from study.spec.space import Scalar
 
 SCHEMA: Final = 2
 
+
+class NewerSchemaError(StudyError):
+    """A later version wrote it: it is whole, but not for this version to read."""
+
+
 Role = Literal["tuning", "held_out", "control"]
 Configuration = Literal["chosen", "paper_defaults"]
 TrialStatus = Literal["COMPLETE", "PRUNED", "FAILED"]
 Parameters = dict[str, Scalar]
+OF_COMPLETE = ("scores", "seconds", "rounds", "passes")  # what every complete trial leaves
 OPEN = ConfigDict(extra="allow")  # what a later version adds is kept
 
 
@@ -173,8 +179,7 @@ class TrialRecord(Outcome):
     Attributes:
         ended: seconds since 1970; 0 where the first versions did not write it down.
         files: of a COMPLETE trial, name -> first 16 hex digits of the SHA-256 of each file in its
-        folder,
-            but for pictures.
+            folder, but for pictures.
     """
 
     schema: int
@@ -338,7 +343,12 @@ CONFIRMED, SUMMARY = TypeAdapter(ConfirmRecord), TypeAdapter(StudySummary)
 
 def trial_record(found: Mapping[str, object]) -> TrialRecord:
     """A line of trials.jsonl, of whatever schema."""
-    return _checked(TRIAL, {"reason": None, "preset": None, "ended": 0.0}, found)
+    record = _checked(TRIAL, {"reason": None, "preset": None, "ended": 0.0}, found)
+    if record["status"] == "COMPLETE":
+        for name in OF_COMPLETE:
+            if name not in record:
+                raise StudyError(f"{name}: a complete trial has it, and this record has not")
+    return record
 
 
 def step_report(found: Mapping[str, object]) -> StepReport:
@@ -366,13 +376,14 @@ def _checked(adapter: TypeAdapter[Row], lacking: Mapping[str, object], found: ob
         lacking: what records of schema 1 may be without.
 
     Raises:
-        StudyError: it is none, or a later version wrote it.
+        StudyError: it is none.
+        NewerSchemaError: a later version wrote it.
     """
     if not isinstance(found, dict):
         raise StudyError(f"it is {type(found).__name__}, and a record is an object of JSON")
     schema = found.get("schema", 1)
     if not isinstance(schema, int) or schema > SCHEMA:
-        raise StudyError(
+        raise NewerSchemaError(
             f"its schema is {schema!r}, and this version reads up to {SCHEMA}; use the version that "
             "wrote it"
         )

@@ -25,7 +25,8 @@ IN_A_QUERY = {
     **dict.fromkeys(("password", "passwd", "pwd"), PASSWORD),
     "token": TOKEN,
 }
-SECRET = re.compile("pass|pwd|secret|token|credential|odbc_connect", re.IGNORECASE)
+SECRET = re.compile("pass|pwd|secret|token|key|credential|odbc_connect", re.IGNORECASE)
+NO_SCHEME = re.compile(r"[^@]*:[^@]*@")  # USER:PASSWORD@, where http:// was forgotten
 
 _databases: dict[str, URL] = {}  # address without secrets -> with them
 
@@ -56,7 +57,8 @@ def redacted(address: str) -> str:
     try:
         return _split(address)[0]
     except (ArgumentError, ValueError):
-        return f"{address.partition(':')[0]}://..."
+        scheme, separator, _ = address.partition("://")
+        return f"{scheme}://..." if separator else "..."
 
 
 def _keep(clean: str, found: URL | dict[str, str]) -> None:
@@ -90,6 +92,8 @@ def _split(address: str) -> tuple[str, URL | dict[str, str]]:
         return _split_server(address)
     if "://" in address and ("@" in address or SECRET.search(address)):
         return _split_database(address)
+    if "://" not in address and NO_SCHEME.match(address):
+        raise ValueError("no scheme, but a password")
     return address, {}
 
 
@@ -110,9 +114,11 @@ def _split_server(address: str) -> tuple[str, dict[str, str]]:
     for key, value in parse_qsl(parts.query):
         if name := IN_A_QUERY.get(key.lower()):
             found[name] = value
-    if not found and not SECRET.search(parts.query):
+    beside = f"{parts.query} {parts.fragment} {parts.path.partition(';')[2]}"
+    if not found and not SECRET.search(beside):
         return address, {}
-    return parts._replace(query="", fragment="").geturl(), found
+    path = parts.path.partition(";")[0]
+    return parts._replace(path=path, query="", fragment="").geturl(), found
 
 
 def _split_database(address: str) -> tuple[str, URL | dict[str, str]]:

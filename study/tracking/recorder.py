@@ -153,8 +153,8 @@ class Recorder:
         with replaced_folder(kept := self._kept(number)) as part:
             shutil.copytree(artifacts, part, dirs_exist_ok=True)
             self._write_settings(part, number)
-        outcome = _part(result, (*DIRECTIONS, *RESULTS))
-        self._end(self.open.pop(number), "COMPLETE", None, outcome, digests_of(kept))
+        outcome, files = _part(result, (*DIRECTIONS, *RESULTS)), digests_of(kept)
+        self._end(self.open.pop(number), "COMPLETE", None, outcome, files)
 
     def _write_settings(self, kept: Path, number: int) -> None:
         write_yaml(
@@ -226,7 +226,8 @@ class Recorder:
         written, self.unwritten = self.unwritten, []
         self.records += written
         for record in written:
-            self._show_end(record)
+            with suppress(OSError):  # the record stands; `--resume` tells MLflow what it lacks
+                self._show_end(record)
         self.on_change(self.records)
         return written
 

@@ -167,3 +167,39 @@ def test_what_a_line_says_is_what_was_written(tmp_path):
     append_lines(tmp_path / "rows", [row])
     assert len(json.loads((tmp_path / "rows").read_text())["checksum"]) == 8
     assert mend(tmp_path) == []
+
+
+def test_records_of_a_later_version_are_left_where_they_are(folder):
+    """They are whole: a version that cannot read them must not take them for damaged."""
+    path = folder / records.TRIALS
+    rows = [dict(row) | {"schema": 3} for row in records.read_trials(folder)]
+    path.unlink()
+    append_lines(path, rows)
+    before = path.read_bytes()
+    with pytest.raises(
+        StudyError, match=r"trials.jsonl:1: its schema is 3, .*the version that wrote it"
+    ):
+        mend(folder)
+    assert path.read_bytes() == before
+    assert not path.with_name("trials.jsonl.damaged").exists()
+
+
+def test_a_complete_record_without_what_every_trial_leaves_is_damaged(folder):
+    path = folder / records.TRIALS
+    rows = [dict(row) for row in records.read_trials(folder)]
+    del rows[2]["scores"]
+    path.unlink()
+    append_lines(path, rows)
+    (note,) = mend(folder)
+    assert "scores: a complete trial has it" in note
+    assert numbers(folder) == [row["number"] for row in rows if row is not rows[2]]
+
+
+def test_what_the_environment_does_not_let_us_read_is_no_verdict_on_a_trial(folder):
+    """A folder in a file's place stands for a disk that answers with an error."""
+    file = next((folder / "trials" / "001").glob("*.masks.safetensors"))
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(IsADirectoryError):
+        mend(folder)
+    assert numbers(folder) == [0, 1, 2, 3]

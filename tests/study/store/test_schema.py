@@ -14,6 +14,7 @@ from rich.console import Console
 
 import study
 from study.promote import promote
+from study.promotion.candidate import read_candidate
 from study.promotion.registry import Registry
 from study.report import write_report
 from study.report.content import page_content, read
@@ -21,6 +22,8 @@ from study.search.warm_start import read_earlier
 from study.spec.config import StudyError
 from study.spec.reading import load_config
 from study.store import records
+from study.store.files import append_lines
+from study.store.mending import digests_of
 from study.store.schema import SCHEMA, study_summary, trial_record
 from study.tracking.mlflow_runs import tracking_uri
 
@@ -107,3 +110,25 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line, said):
     (tmp_path / "trials.jsonl").write_text(good + line + "\n")
     with pytest.raises(StudyError, match=f"trials.jsonl:5 cannot be read: {said}"):
         records.read_trials(tmp_path)
+
+
+def test_a_trial_whose_files_are_not_those_it_left_is_not_promoted(outputs):
+    folder = outputs / "old" / "trials" / "003"
+    path = outputs / "old" / "trials.jsonl"
+    rows = [dict(row) for row in records.read_trials(outputs / "old")]
+    rows[3]["files"] = digests_of(folder)
+    path.unlink()
+    append_lines(path, rows)
+    assert read_candidate("old", outputs, 3).number == 3
+    masks = next(folder.glob("*.masks.safetensors"))
+    masks.write_bytes(masks.read_bytes()[:-1] + b"\0")
+    with pytest.raises(
+        StudyError, match=r"Trial 3 of 'old' cannot be promoted: its file .* another con"
+    ):
+        read_candidate("old", outputs, 3)
+
+
+def test_a_study_that_lacks_what_every_study_has_is_told_of(outputs):
+    (outputs / "old" / "study.yaml").write_text("- a\n- b\n")
+    with pytest.raises(StudyError, match="study.yaml has no name and victims"):
+        read(outputs / "old")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from study.promotion.registry import Registry, load_registered
+from study.promotion.registry import Registry, load_classifier
 from study.report import log_report
 from study.spec.config import StudyError
 from study.tracking import credentials
@@ -56,6 +56,9 @@ def moved(address):
         ("http://h/?user=me&password=word", "http://h/", "me", "word", None),
         ("http://h?token=word", "http://h", None, None, "word"),
         ("http://me@h", "http://h", "me", None, None),
+        ("http://h/x?api_key=word", "http://h/x", None, None, None),
+        ("http://h/x#token=word", "http://h/x", None, None, None),
+        ("http://h/x;token=word", "http://h/x", None, None, None),
         ("databricks://profile", "databricks://profile", None, None, None),
         ("sqlite:////a/x.db", "sqlite:////a/x.db", None, None, None),
         ("sqlite:////a/x.db?password=word", "sqlite:////a/x.db", None, None, None),
@@ -74,7 +77,13 @@ def test_a_password_goes_to_mlflows_variables_and_leaves_the_address(
 
 @pytest.mark.parametrize(
     "address",
-    [f"http://me:{CANARY}@h:port", f"mysql://me:{CANARY}@h:{CANARY}/db", f"mysql://me:x@{CANARY}@h/db"],
+    [
+        f"me:{CANARY}@h:5000",
+        f"//me:{CANARY}@h",
+        f"http://me:{CANARY}@h:port",
+        f"mysql://me:{CANARY}@h:{CANARY}/db",
+        f"mysql://me:x@{CANARY}@h/db",
+    ],
 )
 def test_what_is_no_address_is_refused_and_not_shown(address):
     with pytest.raises(StudyError, match="Got a MLFLOW_TRACKING_URI that is no address") as caught:
@@ -197,7 +206,7 @@ WRONG = (
 CALLS = {
     "the study's runs": lambda uri: Tracker(uri, Path("artifacts")),
     "the registry": lambda uri: Registry(uri, "tiny"),
-    "a registered model": lambda uri: load_registered("models:/tiny@champion", uri),
+    "a registered model": lambda uri: load_classifier("models:/tiny@champion", uri),
     "a report": lambda uri: log_to_study(uri, "tiny", "0" * 16, Path(__file__)),
 }
 

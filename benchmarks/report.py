@@ -14,6 +14,7 @@ from benchmarks.pages.audit import audit
 from benchmarks.pages.blind import blind
 from benchmarks.pages.driver import driver
 from benchmarks.pages.samplers import samplers
+from benchmarks.pages.serving import serving
 from benchmarks.pages.shipped import shipped, shipped_table
 from benchmarks.pages.speed import speed
 from benchmarks.pages.training import training
@@ -26,6 +27,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "blind": blind,
     "driver": driver,
     "samplers": samplers,
+    "serving": serving,
     "shipped": shipped,
     "speed": speed,
     "training": training,

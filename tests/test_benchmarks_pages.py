@@ -50,6 +50,7 @@ def test_every_record_is_on_a_page():
         "blind",
         "samplers",
         "scale",
+        "serving",
         "shipped",
         "training",
         "tune",
@@ -65,13 +66,14 @@ def test_a_page_without_records_says_so(tmp_path, monkeypatch):
         blind,
         driver,
         samplers,
+        serving,
         shipped,
         training,
         victims,
         zoo,
     )
 
-    for module in (audit, blind, driver, samplers, shipped, training, victims, zoo):
+    for module in (audit, blind, driver, samplers, serving, shipped, training, victims, zoo):
         monkeypatch.setattr(module, "KEPT", tmp_path / "nothing")
         page = getattr(module, module.__name__.rpartition(".")[2])
         assert "Nothing was measured yet." in page()

@@ -17,11 +17,14 @@ DOORS = {
         f"study/search/{name}.py"
         for name in (
             *("actor", "cluster", "driver", "jobs", "pareto_search", "preflight", "tasks", "victims"),
+            *("embedded/exposure", "embedded/liveness", "embedded/own_ray"),
         )
     ],
     "optuna": [
         f"study/{name}.py"
-        for name in ("analysis/importance", "search/pareto_search", "search/samplers")
+        for name in (
+            *("analysis/importance", "search/optuna_door", "search/pareto_search", "search/samplers"),
+        )
     ],
     "mlflow": [
         f"study/{name}.py"

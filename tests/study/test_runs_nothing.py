@@ -51,7 +51,12 @@ def here(tmp_path, monkeypatch):
         (tmp_path / place).write_text(CODE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    _forget()  # other tests have modules of this name as well
     yield tmp_path
+    _forget()
+
+
+def _forget():
     for name in [name for name in sys.modules if name.partition(".")[0] == "evil"]:
         del sys.modules[name]
 

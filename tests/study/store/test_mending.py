@@ -196,10 +196,10 @@ def test_a_complete_record_without_what_every_trial_leaves_is_damaged(folder):
 
 
 def test_what_the_environment_does_not_let_us_read_is_no_verdict_on_a_trial(folder):
-    """A folder in a file's place stands for a disk that answers with an error."""
+    """A link to itself stands for a disk that answers with an error."""
     file = next((folder / "trials" / "001").glob("*.masks.safetensors"))
     file.unlink()
-    file.mkdir()
-    with pytest.raises(IsADirectoryError):
+    file.symlink_to(file.name)
+    with pytest.raises(OSError, match="Too many levels"):
         mend(folder)
     assert numbers(folder) == [0, 1, 2, 3]

@@ -72,11 +72,16 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that gets a status and a sentence; the sentence holds nothing of the request."""
+    """A request that gets a status and a sentence; the sentence holds nothing of the request.
+
+    Attributes:
+        ended: whether its body has come to its end, so that nothing more is to be dropped.
+    """
 
     def __init__(self, status: int, sentence: str, *headers: tuple[bytes, bytes]) -> None:
         super().__init__(sentence)
         self.status, self.headers = status, headers
+        self.ended = False
 
 
 class Left(Exception):
@@ -138,9 +143,8 @@ class ModelServer:
     async def _invocation(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
         """What the classifier says of a request's body, which is counted as held until then."""
         self._look_at(headers)
-        body = bytearray()
+        body, more = bytearray(), True
         try:
-            more = True
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -154,6 +158,9 @@ class ModelServer:
                 self.held += len(part)
             async with self.turns:
                 return await asyncio.to_thread(self._asked, body)
+        except Refused as refused:
+            refused.ended = not more
+            raise
         finally:
             self.held -= len(body)
 
@@ -232,11 +239,10 @@ async def _refuse(refused: Refused, receive: Receive, send: Send) -> None:
     A connection that is closed while bytes arrive is reset, and the client never sees the answer.
     """
     body = json.dumps({"error_code": "BAD_REQUEST", "message": str(refused)}).encode()
-    whole = refused.status == 400  # all others are raised by what stands before the body's end
-    closing = [] if whole else [(b"connection", b"close")]
+    closing = [] if refused.ended else [(b"connection", b"close")]
     await send(_head(refused.status, body, *refused.headers, *closing))
     await send({"type": "http.response.body", "body": body, "more_body": True})
-    if not whole:
+    if not refused.ended:
         try:
             await asyncio.wait_for(_drop(receive), LINGER)
         except asyncio.TimeoutError:

@@ -151,6 +151,9 @@ def test_the_code_of_a_folder_runs_where_it_is_trusted(here, net, capsys):
     told = yaml.safe_load(Path("outputs/old/study.yaml").read_text())
     told["victims"][0] = spec.model_dump()
     Path("outputs/old/study.yaml").write_text(yaml.safe_dump(told))
+    identity = json.loads(Path("outputs/old/identity.json").read_text())
+    identity["digest"] = load_config(Path("outputs/old/study.yaml")).digest  # else it is another study
+    Path("outputs/old/identity.json").write_text(json.dumps(identity))
     capsys.readouterr()
 
     report.main("old", Path("outputs"), None)
@@ -161,6 +164,7 @@ def test_the_code_of_a_folder_runs_where_it_is_trusted(here, net, capsys):
     with code_of_files(False), pytest.raises(SettingError, match="nothing of it was run"):
         load_victims(config, Path("outputs"))
     assert code_of(launch.main, outputs=Path("outputs"), resume="old") == 2
+    assert "--trust-code" in capsys.readouterr().err
     assert not ran()
 
     report.main("old", Path("outputs"), None, trust_code=True)

@@ -11,12 +11,8 @@ equation 6), and takes the gradient there:
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -24,22 +20,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bimask.data import augment
-from bimask.defences.base import CleanData, Passes
+from bimask.defences.base import CleanData
+from bimask.defences.loop import Loop, batches, cosine, logits_of, set_lr, steps_an_epoch
 from bimask.defences.settings import DefenceConfig, Search
 from bimask.defences.simple import (
     BEGINNING,
     Defended,
-    Halfway,
     Keeper,
     OnOwnStep,
     SimpleDefence,
-    Step,
     with_tensors,
 )
-from bimask.devices import upload
-from bimask.errors import ModelError, NonFiniteError
-from bimask.files.moments import below, moments_of, prefixed, put_moments
 from bimask.nets.admission import admit
 
 
@@ -68,7 +59,7 @@ class FtSamConfig(DefenceConfig):
 
     def steps(self, images: int) -> int:
         """Batches over all epochs."""
-        return self.epochs * len(_batches(images, self.batch_size, torch.Generator()))
+        return self.epochs * steps_an_epoch(images, self.batch_size)
 
 
 class FtSam(SimpleDefence[FtSamConfig]):
@@ -91,81 +82,42 @@ class FtSam(SimpleDefence[FtSamConfig]):
     ) -> Defended[FtSamConfig]:
         """Fine-tune all weights; batch norms learn, too, but count each batch once. Epochs are what a
         run goes on from."""
-        began = time.perf_counter()
-        assert clean.labels is not None
         net = admit(model, clean.images).model.train().requires_grad_(True)
         weights = [p for p in net.parameters() if p.is_floating_point()]
         optimiser = torch.optim.SGD(
             weights, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
-        history: list[Step] = []
-        passes = Passes()
-        first = 0
-
-        def current() -> Defended[FtSamConfig]:
-            state = {
-                name: value.detach().clone(memory_format=torch.contiguous_format)
-                for name, value in net.state_dict().items()
-            }
-            if not all(bool(v.isfinite().all()) for v in state.values() if v.is_floating_point()):
-                raise NonFiniteError(
-                    f"Weights not finite after step {len(history) - 1}; lower `lr` or `rho`."
-                )
-            spent = time.perf_counter() - began
-            return Defended(self, model, config, state, {}, tuple(history), passes, spent)
-
-        with _seeded(generator, clean.images.device) as random:
-            if keeper.begun is not None:
-                tensors, about = keeper.begun.tensors, keeper.begun.about
-                net.load_state_dict(below("net", tensors))
-                put_moments(optimiser, below("moments", tensors))
-                random.put(below("random", tensors))
-                history += [Step(**step) for step in about["history"]]
-                passes, first = Passes(**about["passes"]), about["epochs"]
-                began -= about["seconds"]
-
-            def taken(epochs: int) -> Halfway:
-                own = {name: value.detach().cpu().clone() for name, value in net.state_dict().items()}
-                tensors = {
-                    **prefixed("net", own),
-                    **prefixed("moments", {k: t.cpu() for k, t in moments_of(optimiser).items()}),
-                    **prefixed("random", random.taken()),
-                }
-                about = {"epochs": epochs, "passes": asdict(passes)}
-                about |= {"history": [asdict(step) for step in history]}
-                about |= {"seconds": time.perf_counter() - began}
-                return Halfway({name: t.contiguous() for name, t in tensors.items()}, about)
-
-            for epoch in range(first, config.epochs):
-                cosine = (1 + math.cos(math.pi * epoch / config.epochs)) / 2
-                optimiser.param_groups[0]["lr"] = config.lr * cosine
-                for batch in _batches(len(clean.images), config.batch_size, generator):
-                    index = upload(batch, clean.images)
-                    images = augment(
-                        clean.images[index], shift=config.shift, flip=config.flip, generator=generator
-                    ).to(weights[0].dtype)
-                    labels = clean.labels[index]
+        with Loop(
+            self,
+            model,
+            config,
+            {"net": net, "moments": optimiser},
+            lambda: (net.state_dict(), {}),
+            generator=generator,
+            device=clean.images.device,
+            keeper=keeper,
+        ) as loop:
+            for epoch in loop.epochs(config.epochs):
+                set_lr(optimiser, config.lr * cosine(epoch, config.epochs))
+                for images, labels in batches(
+                    clean,
+                    config.batch_size,
+                    generator,
+                    shift=config.shift,
+                    flip=config.flip,
+                    dtype=weights[0].dtype,
+                ):
 
                     def loss_of(images: Tensor = images, labels: Tensor = labels) -> Tensor:
-                        logits = net(images)
-                        if not isinstance(logits, Tensor):
-                            raise ModelError(
-                                f"In training mode the model answers with a {type(logits).__name__}, "
-                                "but logits are expected; switch its auxiliary outputs off."
-                            )
-                        return F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+                        return F.cross_entropy(
+                            logits_of(net, images), labels, label_smoothing=config.label_smoothing
+                        )
 
                     loss = sam_step(net, optimiser, loss_of, config.rho)
-                    passes.add(forward=2, backward=2)
-                    if not math.isfinite(loss):
-                        raise NonFiniteError(
-                            f"Loss not finite in step {len(history)}: {loss}; lower `lr` or `rho`."
-                        )
-                    history.append(Step(len(history), {"cross_entropy": loss}, loss))
-                    if on_step is not None and on_step(history[-1], current):
-                        return current()
-                keeper.keep(partial(taken, epoch + 1))
-        return current()
+                    loop.passes.add(forward=2, backward=2)
+                    if loop.step({"cross_entropy": loss}, on_step):
+                        return loop.result()
+            return loop.result()
 
     def restore(
         self, model: nn.Module, tensors: Mapping[str, Tensor], config: FtSamConfig
@@ -202,43 +154,6 @@ def perturbation(
     norm = torch.stack([(w.abs() * g).norm() for w, g in zip(weights, known, strict=True)]).norm()
     scale = rho / norm.clamp_min(1e-12)
     return [w.square() * g * scale for w, g in zip(weights, known, strict=True)]
-
-
-def _batches(count: int, size: int, generator: torch.Generator) -> Sequence[Tensor]:
-    """All images once, in a new order; one alone, of which no batch norm can learn, joins the last."""
-    parts = list(torch.randperm(count, generator=generator).split(size))
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    return parts
-
-
-@dataclass(frozen=True)
-class _Random:
-    """What a run draws from: its own generator, and torch's, which dropout takes."""
-
-    generator: torch.Generator
-    device: torch.device
-
-    def taken(self) -> dict[str, Tensor]:
-        states = {"own": self.generator.get_state(), "torch": torch.random.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        return states
-
-    def put(self, states: Mapping[str, Tensor]) -> None:
-        self.generator.set_state(states["own"])
-        torch.random.set_rng_state(states["torch"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], self.device)
-
-
-@contextmanager
-def _seeded(generator: torch.Generator, device: torch.device) -> Iterator[_Random]:
-    """torch's own generators are seeded by the run's, and put back after it."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        yield _Random(generator, device)
 
 
 @contextmanager

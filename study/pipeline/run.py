@@ -42,7 +42,7 @@ from study.spec.reading import load_config
 from study.spec.suspect import Subject
 from study.store import records
 from study.store.environment import patiently
-from study.store.files import locked, read_lines, write_text
+from study.store.files import locked, write_text
 from study.store.mending import mend
 from study.store.provenance import commit, versions
 from study.store.schema import StudySummary
@@ -170,10 +170,11 @@ def _run_in(
                 say(console, note)
             tracker = open_tracker(uri, outputs, config, console)
             if _is_whole(config, folder, tracker):
-                console.print(f"The study {config.name} is finished, all {config.trials} trials.")
-                return records.read_summary(folder)
+                whole = records.read_summary(folder)
+                console.print(f"The study {config.name} is finished, all {whole['n_trials']} trials.")
+                return whole
         concurrency, own = 0, True
-        if config.confirmation or config.trials > len(read_lines(folder / records.TRIALS)):
+        if config.confirmation or not records.search_is_over(config, records.read_trials(folder)):
             stack.callback(search.stop_ray)
             with interrupts.defer():
                 own = search.start_ray(
@@ -216,9 +217,9 @@ def _is_whole(config: StudyConfig, folder: Path, tracker: Tracker) -> bool:
     except StudyError:
         return False
     confirmed = config.confirmation is None or not summary["n_complete"] or "suite" in summary
-    recorded = len(records.read_trials(folder))  # one may have been lost since
-    finished = summary["n_trials"] == recorded == config.trials and confirmed
-    return finished and tracker.has_whole(Identity.load(folder).study_id, config.trials)
+    trials = records.read_trials(folder)  # one may have been lost since
+    searched = summary["n_trials"] == len(trials) and records.search_is_over(config, trials)
+    return searched and confirmed and tracker.has_whole(Identity.load(folder).study_id, len(trials))
 
 
 def _begin(

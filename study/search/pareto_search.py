@@ -19,6 +19,7 @@ from study.search.warm_start import Earlier, Observed
 from study.spec.config import PAPER, StudyConfig, StudyError
 from study.spec.objectives import quantities
 from study.spec.space import suggest
+from study.store.records import search_is_over
 from study.store.schema import Group, Member, MemberReport, Parameters, TrialRecord
 from study.trial.history import ParetoHistory
 from study.trial.limits import default_timeout
@@ -72,6 +73,7 @@ class ParetoSearch(Searcher):
         self.given: set[int] = set()
         self.asked: dict[int, optuna.Trial] = {}
         self.untold: dict[int, TrialRecord] = {}
+        self.told: list[TrialRecord] = []
         self.seconds: list[float] = []
         self.took: list[float] = []  # seconds of complete trials, for one run a victim
         self.earlier = earlier or Earlier()
@@ -148,7 +150,7 @@ class ParetoSearch(Searcher):
 
     def groups_left(self) -> int:
         """At most so many groups are still to be run."""
-        unasked = self.config.trials - len(self._trials(*ENDED, TrialState.RUNNING))
+        unasked = self._unasked()
         return len(self._open_groups()) + math.ceil(max(0, unasked) / self.config.trials_per_actor)
 
     def suggest(self, trial_id: str) -> Group | str | None:
@@ -183,9 +185,15 @@ class ParetoSearch(Searcher):
             each = default_timeout(known) * max(map(self.config.repeats_of, presets))
         return each * len(members)
 
+    def _unasked(self) -> int:
+        """How many new trials there may still be."""
+        if search_is_over(self.config, self.told):
+            return 0
+        return self.config.trials - len(self._trials(*ENDED, TrialState.RUNNING))
+
     def _ask(self) -> list[optuna.Trial]:
         """New trials, a group of them; fewer or none where that is all there is."""
-        left = self.config.trials - len(self._trials(*ENDED, TrialState.RUNNING))
+        left = self._unasked()
         trials: list[optuna.Trial] = []
         for _ in range(min(self.config.trials_per_actor, left)):
             trials.append(self.study.ask())
@@ -242,6 +250,7 @@ class ParetoSearch(Searcher):
         """
         self.given.add(record["number"])
         self.untold[record["number"]] = record
+        self.told.append(record)
         for where, losses in record.get("rungs", {}).items():
             self.history.passed(where, losses)
         if is_complete(record):

@@ -44,6 +44,7 @@ LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constrai
     "warm_start_from",
     "suspect",
     "defence",
+    "search_seconds",
 }
 PAPER = "paper"  # the preset of trial 0, the published defaults
 IMS = "ims"  # what a study without a word of it searches
@@ -98,6 +99,12 @@ class StudyConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32)
     defence: str = Field(IMS, description="whose settings are searched: a name in `bimask.defences`")
     trials: int = Field(ge=1, le=1_000_000)
+    search_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="seconds in trials, all together, after which no new one begins; null: none ends "
+        "the search",
+    )
     concurrency: int | None = Field(None, ge=1, description="actors at once; null fills the cluster")
     trials_per_actor: int = Field(1, ge=1, description="trials that one actor runs at once, as a group")
     cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of an actor")

@@ -11,9 +11,9 @@ outputs/NAME/best.yaml       the chosen configuration, as `bimask purify` takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -56,6 +56,13 @@ def new_folder(
 
 
 Record = TypeVar("Record")
+
+
+def search_is_over(config: StudyConfig, trials: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no new trial is to begin: there are as many as asked for, or their time is spent."""
+    spent = sum(trial.get("seconds", 0.0) for trial in trials)
+    limit = config.search_seconds
+    return len(trials) >= config.trials or (limit is not None and spent >= limit)
 
 
 def read_trials(folder: Path) -> list[TrialRecord]:

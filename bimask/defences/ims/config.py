@@ -111,6 +111,14 @@ class PurifyConfig(DefenceConfig):
     clean_weight: Annotated[NonNegative, Search(1.0, 16.0, log=True)] = Field(
         1.0, description="of agree(f_a(x), f(x)) in the outer loss"
     )
+    inverse_weight: NonNegative = Field(
+        1.0,
+        description="of all terms of the inverse mask, in both problems; 0 is the ablation without it",
+    )
+    learn_selection: bool = Field(
+        True,
+        description="false holds s at initial_selection; with 0 there, the ablation of the mask alone",
+    )
     inner_steps: Annotated[int, Search(1, 8)] = Field(
         20, ge=1, description="of the inner problem, each round"
     )

@@ -9,7 +9,8 @@ model, x clean images, d the inner problem's perturbations (`bimask.defences.ims
                  + disagree(f_abar(x+d), f(x)) + disagree(f_abar(x), f(x))             (eqs. 6, 7)
     select       the same + selection cost
 
-`clean_weight` multiplies agree(f_a(x), f(x)); it is 1 in the paper. The selection cost knows no image
+`clean_weight` multiplies agree(f_a(x), f(x)), `inverse_weight` all terms of f_abar, here and in the
+inner problem; both are 1 in the paper. The selection cost knows no image
 and is the caller's.
 """
 
@@ -83,6 +84,7 @@ class Objective:
         keep, inverse = factors
         m = len(group)
         weight = column(lambda member: member.config.clean_weight, group, factors).squeeze(1)
+        of_inverse = column(lambda member: member.config.inverse_weight, group, factors).squeeze(1)
         if not shared.triggered:
             for member in group:
                 member.passes.add(forward=2, backward=2)
@@ -90,7 +92,7 @@ class Objective:
                 [(x, keep), (x, inverse)],
                 [
                     _Term("clean_agree", 0, agree, clean, weight),
-                    _Term("inverse_clean_disagree", m, disagree, clean),
+                    _Term("inverse_clean_disagree", m, disagree, clean, of_inverse),
                 ],
                 shared,
             )
@@ -103,9 +105,9 @@ class Objective:
             [
                 _Term("clean_agree", 0, agree, clean, weight),
                 _Term("triggered_agree", m, agree, clean),
-                _Term("inverse_triggered_agree", 2 * m, agree, triggered_logits),
-                _Term("inverse_triggered_disagree", 2 * m, disagree, clean),
-                _Term("inverse_clean_disagree", 3 * m, disagree, clean),
+                _Term("inverse_triggered_agree", 2 * m, agree, triggered_logits, of_inverse),
+                _Term("inverse_triggered_disagree", 2 * m, disagree, clean, of_inverse),
+                _Term("inverse_clean_disagree", 3 * m, disagree, clean, of_inverse),
             ],
             shared,
         )
@@ -181,6 +183,7 @@ class Objective:
                 weight_decay=[c.inner_weight_decay for c in settings],
                 clip_images=common.clip_images,
                 form=common.loss_form,
+                inverse_weight=[c.inverse_weight for c in settings],
             )
             triggers = synthesize(
                 self._both(inverse[part]),

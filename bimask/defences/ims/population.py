@@ -208,6 +208,10 @@ class PopulationPurifier:
             ),
             rows=rows,
         )
+        if not all(member.config.learn_selection for member in group):
+            learned = self._column(lambda m: m.config.learn_selection, group).bool()
+            before = self.state[rows][:, channels:]
+            state[:, channels:] = torch.where(learned, state[:, channels:], before)
         self.state[rows] = state.clamp_(0, 1)
         self._keep_average(group, rows, state)
         # the round's only read-back

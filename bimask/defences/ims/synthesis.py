@@ -60,6 +60,7 @@ class TriggerSynthesizer:
         weight_decay: AdamW's, decoupled; "sign" has none. Members: a list.
         clip_images: keep x + d in [0, 1]; the published program does not.
         form: of the losses, see `bimask.metrics.agreement`.
+        inverse_weight: of agree(f_abar(x + d), f(x + d)); 1 as published. Members: a list.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TriggerSynthesizer:
         weight_decay: float | Sequence[float] = 0.01,
         clip_images: bool = False,
         form: LossForm = "paper",
+        inverse_weight: float | Sequence[float] = 1.0,
     ) -> None:
         self.steps = steps
         self.step_size = step_size
@@ -84,6 +86,7 @@ class TriggerSynthesizer:
         self.weight_decay = weight_decay
         self.clip_images = clip_images
         self.form: LossForm = form
+        self.inverse_weight = inverse_weight
 
     def __call__(
         self,
@@ -113,6 +116,7 @@ class TriggerSynthesizer:
         delta = torch.zeros_like(images) if start is None else start.clone()
         if start is not None:  # the images may have moved since
             self._project_(delta, images, budget, shared)
+        weight = upload(self.inverse_weight, images)
         last, last_logits = delta.clone(), clean_logits.clone()
         moments = AdamWState(delta) if self.optimizer == "adamw" else None
         velocity = torch.zeros_like(delta) if self.momentum else None
@@ -128,7 +132,8 @@ class TriggerSynthesizer:
             logits, inverse_logits = answers(self.perturb(x, point, common))
             terms = torch.stack(
                 [
-                    agree(inverse_logits, logits, form=self.form),
+                    agree(inverse_logits, logits, form=self.form)
+                    * (weight[rows] if weight.ndim else weight),
                     disagree(logits, clean_logits[rows], form=self.form),
                 ]
             )

@@ -33,6 +33,8 @@ def test_the_defaults_are_the_published_settings():
         "keep": "last",
         "batch_size": 256,
         "loss_form": "paper",
+        "inverse_weight": 1,
+        "learn_selection": True,
         "inner_steps": 20,
         "step_size": 0.001,
         "budget": 1,

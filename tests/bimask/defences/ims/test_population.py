@@ -41,6 +41,7 @@ MIX = [
     {"inner_steps": 3, "warm_start": 0.5, "initial_selection": 0.8, "initial_mask": 0.7},
     {"initialise_rounds": 0, "select_rounds": 4, "mask_lr_schedule": "cosine", "keep": "best"},
     {"minimise_rounds": 0, "warm_start": 1, "step_size": 0.01, "selection_weight": 1},
+    {"inverse_weight": 0, "learn_selection": False, "initial_selection": 0},
     {"batch_size": 15, "warm_start": 0.5, "keep": "best", "mask_lr": 0.3},
     {"batch_size": 15, "warm_start": 1, "inner_steps": 3, "inner_weight_decay": 0.5},
     {"batch_size": 20, "early_batch_size": 10, "inner_steps": 5, "inner_steps_at_start": 1},

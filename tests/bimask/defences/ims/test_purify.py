@@ -571,3 +571,22 @@ def test_a_planted_backdoor_is_removed_and_its_channel_found(changes):
     assert inverse.attack_success > 0.9
     assert result.masks.keep()[PLANTED] < 0.01
     assert result.masks.keep()[:CLASSES].min() > 0.1
+
+
+# --- ablations ---
+
+
+def test_without_selection_the_mask_alone_decides(tiny_net, pictures):
+    result = purify(tiny_net, pictures, short(learn_selection=False, initial_selection=0.0))
+    assert result.masks.selection.count_nonzero() == 0
+    assert result.masks.mask.unique().numel() > 1
+
+
+def test_without_the_inverse_mask_nothing_of_it_is_left(tiny_net, pictures):
+    """Its terms are 0, and what the inverse-masked model answers changes no mask."""
+    result = purify(tiny_net, pictures, short(inverse_weight=0.0, initial_selection=0.9))
+    for log in result.rounds:
+        assert all(value == 0 for name, value in log.losses.items() if name.startswith("inverse"))
+        assert log.losses["clean_agree"] > 0
+    usual = purify(tiny_net, pictures, short(initial_selection=0.9))
+    assert not torch.equal(usual.masks.mask, result.masks.mask)

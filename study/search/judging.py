@@ -1,0 +1,43 @@
+"""The runs of a comparison on the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from bimask.errors import BimaskError
+from bimask.victims import Victim
+from study.search.tasks import LostTaskError, run_tasks
+from study.spec.config import StudyConfig
+from study.store.comparison import JudgedRecord
+from study.trial.judging import Judgement, judge
+
+
+def run_judgements(
+    config: StudyConfig,
+    victims: Mapping[str, Victim],
+    jobs: Sequence[Judgement],
+    on_done: Callable[[JudgedRecord], None],
+) -> None:
+    """Run all jobs, as many at once as there is room for.
+
+    Args:
+        config: of a study of the comparison; it says what a run may take of the machine.
+        victims: by digest.
+        on_done: called with the record of each job as it ends; one that failed has a `reason` and no
+            scores.
+    """
+
+    def ended(at: int, result: JudgedRecord | LostTaskError) -> None:
+        if isinstance(result, LostTaskError):
+            job = jobs[at]
+            result = {**job.about(victims[job.victim]), "reason": str(result)}
+        on_done(result)
+
+    run_tasks(config, _run, victims, [(job.victim, job, config) for job in jobs], ended)
+
+
+def _run(victim: Victim, job: Judgement, config: StudyConfig) -> JudgedRecord:
+    try:
+        return judge(job, victim, device=config.device_of_a_trial)
+    except BimaskError as error:
+        return {**job.about(victim), "reason": f"{type(error).__name__}: {error}"}

@@ -1,0 +1,237 @@
+"""What a comparison of defences is: victims by their part, the seconds of each, and its YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bimask.defences import DEFENCES
+from bimask.errors import describe, first_of
+from bimask.files.bounded import read_yaml
+from bimask.victims import VictimSpec
+from study.spec import space as spaces
+from study.spec.config import IMS, Choice, StudyConfig, StudyError
+from study.spec.space import Scalar
+
+# Ablations of IMS: what is left out -> settings that hold it out of every trial.
+ABLATIONS: dict[str, dict[str, Scalar]] = {
+    "no_selection": {"learn_selection": False, "initial_selection": 0.0},
+    "no_inverse_mask": {"inverse_weight": 0.0},
+    "no_inner_problem": {"budget": 1e-6, "step_size": None, "class_triggers": 0.0},
+    "no_initialise": {"initialise_rounds": 0},
+    "no_minimise": {"minimise_rounds": 0},
+    "no_select": {"select_rounds": 0},
+    "paper_loss": {"loss_form": "paper"},
+    "log_loss": {"loss_form": "log"},
+}
+Part = Literal["unseen_seed", "held_out", "control"]
+MINUTE = 60.0
+RUNNING = {"concurrency"}  # how it runs, not what it finds
+
+
+class OwnSettings(BaseModel):
+    """What a defence's own study says otherwise, under the keys of a study."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fixed: dict[str, Any] = Field(default_factory=dict, description="settings that all trials share")
+    space: dict[str, Any] | None = Field(None, description="null: the ranges that the defence declares")
+    start: list[dict[str, Any]] = Field(default_factory=list, description="points to try first")
+    paper_defaults: bool = Field(True, description="whether trial 0 is the published settings")
+
+
+class Seeds(BaseModel):
+    """Of a victim's training; no seed is both tuned on and judged on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tuning: list[int] = Field([0, 1], min_length=1, max_length=100)
+    judged: list[int] = Field([2, 3, 4], min_length=1, max_length=100)
+
+    @model_validator(mode="after")
+    def _apart(self) -> Seeds:
+        if both := sorted(set(self.tuning) & set(self.judged)):
+            raise ValueError(f"a seed is tuned on or judged on, but {both[0]} is both")
+        return self
+
+
+class ComparisonConfig(BaseModel):
+    """A comparison of defences. See search_spaces/comparison_digits.yaml for a commented one.
+
+    Every defence gets a study of its own on the tuning attacks, of the same seconds. Its choice is
+    judged, on `test`, on victims that no trial saw: other training seeds of the tuning attacks,
+    attacks that are held out, and twins that were never poisoned.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
+    seed: int = Field(0, ge=0, lt=2**32)
+    defences: list[str] | Literal["all"] = Field("all", description="names in `bimask.defences`")
+    ablations: list[str] = Field(
+        default_factory=list, description="of ims, each a row: " + ", ".join(ABLATIONS)
+    )
+    search_seconds: float = Field(gt=0, description="in trials, of every defence")
+    trials: int = Field(1000, ge=1, le=100_000, description="of a defence, at most")
+    concurrency: int | None = Field(None, ge=1, description="actors at once; null fills the cluster")
+    cpus_per_trial: int = Field(1, ge=1)
+    gpus_per_trial: float = Field(0, ge=0)
+    trial_timeout: float | None = Field(
+        None, gt=0, description="seconds; null: `search_seconds`, and a minute at least"
+    )
+    clean_images_per_class: int = Field(10, ge=1, description="that a trial has")
+    budgets: list[int] = Field([2, 10, 100], min_length=1, max_length=10)
+    common: dict[str, Any] = Field(default_factory=dict, description="of all victims")
+    tuning: list[dict[str, Any]] = Field(min_length=1, max_length=50, description="attacks of trials")
+    held_out: list[dict[str, Any]] = Field(
+        default_factory=list, max_length=50, description="attacks that no trial sees"
+    )
+    seeds: Seeds = Seeds()
+    aggregate: Literal["worst", "mean"] = "mean"
+    choose: Choice = Choice()
+    settings: dict[str, OwnSettings] = Field(default_factory=dict, description="by defence")
+
+    @model_validator(mode="after")
+    def _known(self) -> ComparisonConfig:
+        chosen = [] if self.defences == "all" else list(self.defences)
+        for kind, names, known in (
+            ("defence", [*chosen, *self.settings], DEFENCES),
+            ("ablation", self.ablations, ABLATIONS),
+        ):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"there is no {kind} {unknown[0]!r}; known are {', '.join(known)}")
+        for names in (chosen, self.ablations):
+            if len(set(names)) < len(names):
+                raise ValueError(f"each may be named once, got {', '.join(names)}")
+        if sorted(set(self.budgets)) != self.budgets or self.budgets[0] < 1:
+            raise ValueError(f"budgets are whole numbers that rise, got {self.budgets}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of everything that decides results."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"name", *RUNNING}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def main_budget(self) -> int:
+        """Images a class at which defences are ranked: the trials' own, or the nearest to it."""
+        return min(self.budgets, key=lambda budget: abs(budget - self.clean_images_per_class))
+
+    def specs(self, attacks: list[dict[str, Any]], seeds: list[int]) -> list[VictimSpec]:
+        """A victim of each attack and seed."""
+        return [
+            VictimSpec.model_validate({**self.common, **own, "seed": seed})
+            for own in attacks
+            for seed in seeds
+        ]
+
+    def judged(self) -> dict[Part, list[VictimSpec]]:
+        """The victims that a choice is judged on."""
+        seeds = self.seeds.judged
+        return {
+            "unseen_seed": self.specs(self.tuning, seeds),
+            "held_out": self.specs(self.held_out, seeds),
+            "control": self.specs([{"poisoning_rate": 0}], seeds),
+        }
+
+    def entries(self) -> list[Entry]:
+        """The rows of the comparison."""
+        names = list(DEFENCES) if self.defences == "all" else list(self.defences)
+        rows = [Entry(name, name, {}) for name in names]
+        return rows + [Entry(f"{IMS}-{name}", IMS, ABLATIONS[name]) for name in self.ablations]
+
+    def study_of(self, entry: Entry) -> StudyConfig:
+        """The study that tunes an entry.
+
+        Raises:
+            ValueError: its settings do not fit, as of pydantic.
+        """
+        own = self.settings.get(entry.defence, OwnSettings())
+        fixed = {**own.fixed, **entry.held}
+        content: dict[str, Any] = {
+            "name": f"{self.name}.{entry.name}",
+            "defence": entry.defence,
+            "seed": self.seed,
+            "trials": self.trials,
+            "search_seconds": self.search_seconds,
+            "trial_timeout": self.trial_timeout or max(MINUTE, self.search_seconds),
+            "concurrency": self.concurrency,
+            "cpus_per_trial": self.cpus_per_trial,
+            "gpus_per_trial": self.gpus_per_trial,
+            "clean_images_per_class": self.clean_images_per_class,
+            "victims": [spec.model_dump() for spec in self.specs(self.tuning, self.seeds.tuning)],
+            "aggregate": self.aggregate,
+            "choose": self.choose.model_dump(),
+            "reference_point": {"clean_accuracy": 0.0, "attack_success": 1.0},
+            "paper_defaults": own.paper_defaults and not entry.held,
+            "fixed": fixed,
+            "start": [_without(point, entry.held) for point in own.start],
+        }
+        if own.space is not None:
+            content["space"] = _without(own.space, entry.held)
+        return StudyConfig.model_validate(content)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a comparison: a defence, or an ablation of one.
+
+    Attributes:
+        held: settings that every trial of it has.
+    """
+
+    name: str
+    defence: str
+    held: Mapping[str, Scalar]
+
+
+def load_comparison(path: Path, overrides: Mapping[str, object] | None = None) -> ComparisonConfig:
+    """Read and check a comparison with all of its studies.
+
+    Raises:
+        StudyError: no file, no YAML, or settings that do not fit, all named.
+    """
+    try:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"Cannot read the comparison {path}: {error}; give a YAML file such as "
+            "search_spaces/comparison_digits.yaml."
+        ) from error
+    if not isinstance(content, dict):
+        raise StudyError(f"{path} must hold `key: value` lines, got {type(content).__name__}.")
+    try:
+        config = ComparisonConfig.model_validate(content | dict(overrides or {}))
+        for part in config.judged().values():
+            names = [spec.digest for spec in part]
+            if len(set(names)) < len(names):
+                raise StudyError(f"{path}: the same victim is listed twice.")
+        found = [
+            f"{path}: settings.{entry.defence}.{place}: {problem}"
+            for entry in config.entries()
+            for place, problem in _problems(config.study_of(entry))
+        ]
+    except ValidationError as error:
+        raise StudyError(f"{path}: {describe(error)}") from error
+    if found:
+        raise StudyError("\n".join(first_of(list(dict.fromkeys(found)))))
+    return config
+
+
+def _problems(study: StudyConfig) -> list[tuple[str, str]]:
+    """What does not fit its defence in a study, by place."""
+    settings = study.defender.config
+    return spaces.problems(study.space, study.fixed, settings) + spaces.start_problems(
+        study.space, study.start
+    )
+
+
+def _without(named: Mapping[str, Any], held: Mapping[str, Scalar]) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if name not in held}

@@ -1,0 +1,120 @@
+"""What a comparison leaves in its folder, and how it is read back.
+
+outputs/NAME/comparison.yaml   the comparison, resolved
+outputs/NAME/judged.jsonl      one record a run of a choice on a victim that no trial saw
+outputs/NAME/comparison.json   the tables
+outputs/NAME/comparison.csv    the same, one row a defence, budget and part
+outputs/NAME/comparison.html   the page
+outputs/NAME.DEFENCE           the study that tuned a defence
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError, with_config
+from typing_extensions import NotRequired, TypedDict
+
+from bimask.files.atomic import sync, sync_tree
+from study.spec.comparison import RUNNING, ComparisonConfig, Part, load_comparison
+from study.spec.config import StudyError
+from study.store.files import read_lines
+from study.store.records import write_yaml
+from study.store.schema import OPEN, VictimScores
+
+COMPARISON, JUDGED = "comparison.yaml", "judged.jsonl"
+TABLES, CSV, PAGE = "comparison.json", "comparison.csv", "comparison.html"
+
+
+@with_config(OPEN)
+class JudgedRecord(TypedDict):
+    """A choice on one victim with so many clean images a class: a line of judged.jsonl.
+
+    Attributes:
+        entry: the row of the comparison.
+        victim: its digest; `attack` and `victim_seed` say what it is.
+        before, test: the victim's and the defended model's scores; without `test` there is a reason.
+        forward, backward: passes of a batch through the network.
+        own: what the defence says of itself.
+    """
+
+    schema: int
+    entry: str
+    budget: int
+    part: Part
+    victim: str
+    attack: str
+    victim_seed: int
+    seed: int
+    before: VictimScores
+    test: NotRequired[VictimScores]
+    arr: NotRequired[float]
+    rdr: NotRequired[float]
+    der: NotRequired[float]
+    seconds: NotRequired[float]
+    forward: NotRequired[int]
+    backward: NotRequired[int]
+    own: NotRequired[dict[str, float]]
+    reason: NotRequired[str]
+
+
+RECORD = TypeAdapter(JudgedRecord)
+
+
+def read_judged(folder: Path) -> list[JudgedRecord]:
+    """The records of a comparison, as they were written.
+
+    Raises:
+        StudyError: a line that is no record.
+    """
+    found = []
+    for line, row in enumerate(read_lines(folder / JUDGED), start=1):
+        try:
+            found.append(RECORD.validate_python(row))
+        except ValidationError as error:
+            raise StudyError(
+                f"{folder / JUDGED}:{line} is no record ({error.errors()[0]['msg']}); take it out."
+            ) from error
+    return found
+
+
+def begin(folder: Path, config: ComparisonConfig) -> None:
+    """Make the comparison's folder, whole or not at all."""
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    part.mkdir()
+    try:
+        header = f"comparison {config.name}, resolved"
+        write_yaml(part / COMPARISON, config.model_dump(mode="json"), header)
+        sync_tree(part)
+        os.rename(part, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def reopen(
+    outputs: Path, name: str, path: Path | None, overrides: Mapping[str, object]
+) -> tuple[ComparisonConfig, Path]:
+    """The comparison NAME and its folder, to be gone on with.
+
+    Raises:
+        StudyError: there is no such comparison, or it would be another one.
+    """
+    folder = outputs / name
+    if not (folder / COMPARISON).is_file():
+        known = sorted(p.parent.name for p in outputs.glob(f"*/{COMPARISON}"))
+        raise StudyError(
+            f"There is no comparison {name!r} in {outputs} to go on with; there are: "
+            f"{', '.join(known) or 'none'}."
+        )
+    begun = load_comparison(folder / COMPARISON)
+    config = load_comparison(path or folder / COMPARISON, {**overrides, "name": name})
+    if config.digest != begun.digest:
+        raise StudyError(
+            f"The comparison {name!r} was begun with other settings; only {', '.join(sorted(RUNNING))} "
+            "may change. Start a new one under another --name."
+        )
+    return config, folder

@@ -1,0 +1,97 @@
+import pytest
+import yaml
+
+from bimask.defences import DEFENCES
+from study.launch import SPACES
+from study.spec.comparison import ABLATIONS, ComparisonConfig, load_comparison
+from study.spec.config import StudyError
+
+SMALL = {
+    "name": "small",
+    "defences": ["clp", "ims"],
+    "search_seconds": 30,
+    "common": {"dataset": "digits", "net": "small_resnet", "width": 4, "epochs": 2},
+    "tuning": [{"attack": {"name": "badnets"}}],
+    "held_out": [{"attack": {"name": "blended"}}],
+}
+
+
+def config(**changes):
+    return ComparisonConfig.model_validate(SMALL | changes)
+
+
+def test_no_victim_is_both_tuned_on_and_judged_on():
+    found = config()
+    seen = {spec.digest for spec in found.study_of(found.entries()[0]).suite}
+    judged = {part: {spec.digest for spec in specs} for part, specs in found.judged().items()}
+    assert {part: len(digests) for part, digests in judged.items()} == {
+        "unseen_seed": 3,
+        "held_out": 3,
+        "control": 3,
+    }
+    assert len(seen) == 2
+    assert all(seen.isdisjoint(digests) for digests in judged.values())
+
+
+def test_every_defence_of_the_registry_has_a_study_of_equal_seconds():
+    found = config(defences="all")
+    studies = [found.study_of(entry) for entry in found.entries()]
+    assert [study.defence for study in studies] == list(DEFENCES)
+    assert {study.search_seconds for study in studies} == {30}
+    assert len({tuple(spec.digest for spec in study.victims) for study in studies}) == 1
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_holds_its_settings_out_of_the_search(name):
+    found = config(defences=["ims"], ablations=[name])
+    study = found.study_of(found.entries()[1])
+    assert study.name == f"small.ims-{name}"
+    for setting, value in ABLATIONS[name].items():
+        assert setting not in study.space
+        assert getattr(study.defence_config({}), setting) == value
+
+
+def test_own_settings_are_of_a_defence_alone():
+    own = {"ims": {"fixed": {"profile": "fast"}, "paper_defaults": False}}
+    clp, ims = (config(settings=own).study_of(entry) for entry in config().entries())
+    assert (clp.paper_defaults, ims.paper_defaults) == (True, False)
+    assert (clp.fixed, ims.fixed["loss_form"]) == ({}, "log")
+
+
+BAD = {
+    "seeds": ({"seeds": {"tuning": [0, 1], "judged": [1]}}, "1 is both"),
+    "defence": ({"defences": ["magic"]}, "no defence 'magic'; known are ims"),
+    "ablation": ({"ablations": ["heart"]}, "no ablation 'heart'; known are no_selection"),
+    "twice": ({"defences": ["clp", "clp"]}, "named once"),
+    "budgets": ({"budgets": [10, 2]}, "whole numbers that rise"),
+    "key": ({"secs": 3}, "secs"),
+    "attack": ({"held_out": [{"attack": {"name": "no"}}]}, "attack"),
+    "same": ({"tuning": [{}, {}]}, "listed twice"),
+    "setting": ({"settings": {"clp": {"fixed": {"v": 1}}}}, "v"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_comparisons_are_refused_in_a_sentence(case, tmp_path):
+    changes, words = BAD[case]
+    path = tmp_path / "comparison.yaml"
+    path.write_text(yaml.safe_dump(SMALL | changes))
+    with pytest.raises(StudyError, match=words) as refused:
+        load_comparison(path)
+    assert str(path) in str(refused.value)
+
+
+def test_a_resolved_comparison_reads_back_as_itself(tmp_path):
+    found = config(ablations=["no_select"])
+    path = tmp_path / "comparison.yaml"
+    path.write_text(yaml.safe_dump(found.model_dump(mode="json")))
+    assert load_comparison(path) == found
+    assert load_comparison(path, {"concurrency": 1}).digest == found.digest
+    assert load_comparison(path, {"search_seconds": 31}).digest != found.digest
+
+
+def test_the_shipped_comparison_is_whole():
+    found = load_comparison(SPACES / "comparison_digits.yaml")
+    assert {entry.defence for entry in found.entries()} == set(DEFENCES)
+    assert len(found.held_out) >= 3
+    assert len(found.seeds.judged) >= 3

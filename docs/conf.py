@@ -19,6 +19,7 @@ project = "bimask"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 include_patterns = ["README.md", "docs/*.md", "docs/decisions/*.md", "docs/reference/*.md"]
+include_patterns += ["docs/reference/defences/*.md"]
 include_patterns += ["benchmarks/*.md", "SECURITY.md"]
 html_theme = "furo"
 html_title = "bimask"

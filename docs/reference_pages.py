@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,28 @@ def write(folder: Path) -> None:
     """Write all of them; a page is touched only where it changes."""
     folder.mkdir(exist_ok=True)
     pages = {"settings": settings(), "study": study(), "commands": commands(), "api": api()}
+    pages |= {f"defences/{name}": defence(name) for name in DEFENCES}
+    (folder / "defences").mkdir(exist_ok=True)
     for name, text in pages.items():
         path = folder / f"{name}.md"
         if not path.is_file() or path.read_text() != text:
             path.write_text(text)
+
+
+def defence(name: str) -> str:
+    """The page of a defence: what its module says of it, and its settings."""
+    found = DEFENCES[name]
+    module = sys.modules[type(found).__module__]
+    title, _, text = inspect.cleandoc(module.__doc__ or "").partition("\n")
+    needs = (
+        "It learns from the labels of the clean images."
+        if found.needs_labels
+        else ("It is handed no labels.")
+    )
+    return (
+        f"# {name}\n\n{title}\n{text}\n\n{needs}\n\n## Settings\n\nA study searches what has a range; "
+        f"defaults are the published values.\n\n{table(found.config)}"
+    )
 
 
 def settings() -> str:

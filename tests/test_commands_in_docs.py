@@ -34,7 +34,7 @@ PAGES = [
     *sorted(
         str(path.relative_to(ROOT))
         for path in (ROOT / "docs").rglob("*.md")
-        if path.parent.name != "reference"  # made of the commands themselves
+        if "reference" not in path.parts  # made of the code itself
     ),
 ]
 FENCE = re.compile(r"^(`{3,})(\S*)[^\n]*\n(.*?)^\1\s*$", re.M | re.S)

@@ -58,6 +58,7 @@ def draw_critical_difference(path: Path, ranks: Ranks, title: str) -> None:
     test = "too few to test" if p is None else f"Friedman p = {p:.2g}, Nemenyi at {ALPHA:g}"
     axes.set_title(f"{title}: mean rank over {ranks['blocks']} victims ({test})", fontsize=10)
     axes.set_xlim(low - 0.28 * (high - low) - 0.6, high + 0.28 * (high - low) + 0.6)
+    axes.set_ylim(-depth - 0.4 * half, 1.5)
     axes.axis("off")
     save_figure(figure, path)
 

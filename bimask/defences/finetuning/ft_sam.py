@@ -7,6 +7,10 @@ equation 6), and takes the gradient there:
 
     e = rho T^2 g / ||T g||_2,    g the gradient of the loss at w,    T = |w|
     w <- SGD step along the gradient at w + e
+
+Use it where some hundred labelled images are there, and the suspect was not itself trained with SAM: at
+a flat minimum it moves little. It costs twice the passes of plain fine-tuning. It needs labels. The
+learning rate follows one cosine over the epochs, where the published program steps it once a batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,20 @@
-"""IMS under the contract of all defences."""
+"""Invertible pruning masks, learned against triggers that their own inverse makes up.
+
+Dunnett, Arablouei, Miller, Dedeoglu, Jurdak, "Backdoor Mitigation via Invertible Pruning Masks",
+NeurIPS 2025 (arXiv 2509.15497). Every channel has a mask a and a selection s. With the slope k of the
+mask's sigmoid, a channel of the kept model f_a and of its inverse f_abar is multiplied by
+
+    a' + s (1 - a'),   a' = sigmoid(k (a - 1/2)),   in the inverse with 1 - a in place of a
+
+The inner problem makes up a perturbation d of each clean image that moves the inverse and the suspect f
+alike, and away from the clean answer. The outer problem learns a and s so that f_a agrees with f on
+clean images and ignores d, while f_abar follows d and drops the clean task (`objective.py`).
+
+Use it where few clean images are there and nobody said their labels. It costs a round of forward and
+backward passes for each of its some hundreds of rounds; `profile: fast` needs about 50. It needs no
+labels. The profile `robust` also masks linear layers, attention heads and norms, and learns on searched
+triggers, for nets that nobody tuned it on.
+"""
 
 from __future__ import annotations
 

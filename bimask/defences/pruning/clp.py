@@ -7,6 +7,11 @@ convolution W and the batch norm behind it (equation 9):
     UCLC_k = sigma_max(W_k as a matrix (in, height x width)) |gamma_k| / sqrt(var_k + eps)
 
 gamma_k and beta_k become 0 where UCLC_k > mean + u std over the channels of the layer.
+
+Use it as a first look, and where there are no clean images to learn from. It costs one singular value
+decomposition a channel, seconds on a CPU. It needs batch norms right behind convolutions. The published
+program pairs a batch norm with the convolution before it in the order of modules, which in residual
+nets may be another one; here a forward pass shows the pairs.
 """
 
 from __future__ import annotations

@@ -55,6 +55,10 @@ DIGITS: dict[str, dict[str, Any]] = {
     "wanet": {"attack": {"strength": 1.5}, "epochs": 60},
     "adaptive_blend": {"poisoning_rate": 0.02},
     "label_consistent": {"attack": {"budget": 0.25}, "poisoning_rate": 0.08, "epochs": 60},
+    "badnets, all to all": {"attack": {"label_rule": "all_to_all"}},
+    # flat minima, where fine-tuning that looks for flat ones has little to do
+    "badnets, SAM": {"sam_rho": 3.0},
+    "blended, SAM": {"sam_rho": 3.0},
 }
 CIFAR = {"net": "preactresnet18", "width": 16, "epochs": 8, "shift": 2, "precision": "bfloat16"}
 CIFAR_ATTACKS: dict[str, dict[str, Any]] = {
@@ -163,10 +167,9 @@ def main(arguments: list[str]) -> None:
 
 def _settings(changes: dict[str, Any]) -> Iterable[str]:
     for key, value in changes.items():
-        if key == "attack":
-            yield from (f"{name} {setting:g}" for name, setting in value.items())
-        else:
-            yield f"{key.replace('_', ' ')} {value:g}"
+        named = value.items() if key == "attack" else [(key.replace("_", " "), value)]
+        for name, one in named:
+            yield f"{name} {one}" if isinstance(one, str) else f"{name} {one:g}"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from bimask.nets.weights import file_sha256
 
 # Left out of a spec's dump where unset, so that what was made before there were such keeps its digest.
 UNLESS_SET = (
-    *("weights", "weights_sha256", "net_sha256", "normalise", "optimizer", "warmup"),
+    *("weights", "weights_sha256", "net_sha256", "normalise", "optimizer", "warmup", "sam_rho"),
     *("imported", "imported_sha256", "dataset_sha256"),
 )
 

@@ -56,6 +56,12 @@ class VictimSpec(NetSpec):
     warmup: float | None = Field(
         None, gt=0, lt=1, description="share of the steps in which `lr` is reached; null is 0.3"
     )
+    sam_rho: float | None = Field(
+        None,
+        gt=0,
+        description="train by sharpness-aware minimisation with an adaptive perturbation of this size, "
+        "to a flat minimum; null does without",
+    )
     shift: int = Field(1, ge=0, description="augmentation: random shift by up to this many pixels")
     flip: bool = Field(False, description="augmentation: random horizontal flip")
     precision: Literal["float32", "bfloat16"] = Field(
@@ -116,7 +122,12 @@ class VictimSpec(NetSpec):
             raise ValueError(f"`dataset_sha256` is of pictures, but the dataset is {self.dataset}")
         if "name" not in self.attack:
             raise ValueError("`attack` needs a `name`")
-        build_attack(**self.attack)  # SettingError is a ValueError: pydantic reports it
+        attack = build_attack(**self.attack)  # SettingError is a ValueError: pydantic reports it
+        if self.sam_rho is not None and attack.batchwise and attack.has_state:
+            raise ValueError(
+                f"`sam_rho` takes two gradients of a batch, and {self.attack['name']} learns from one; "
+                "leave it out"
+            )
         return self
 
     @property
@@ -181,7 +192,7 @@ class VictimSpec(NetSpec):
     def recipe(self) -> dict[str, Any]:
         """What `bimask.victims.training.fit` is told of net and training."""
         keys = {"epochs", "batch_size", "lr", "weight_decay", "shift", "flip", "precision", "seed"}
-        keys |= {"optimizer", "warmup"}
+        keys |= {"optimizer", "warmup", "sam_rho"}
         return {"fresh_net": self.fresh_net} | self.model_dump(include=keys)
 
     def rates(self) -> dict[str, Any]:

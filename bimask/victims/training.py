@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.attacks import Attack
 from bimask.data import ImageData, augment
+from bimask.defences.finetuning.ft_sam import sam_step
 from bimask.devices import fast_bfloat16
 from bimask.errors import NonFiniteError
 from bimask.victims.training_state import Checkpoint, TrainingState
@@ -33,6 +34,7 @@ def fit(
     seed: int,
     optimizer: Literal["sgd", "adamw"] | None = None,
     warmup: float | None = None,
+    sam_rho: float | None = None,
     attack: Attack | None = None,
     share: float = 0.0,
     on_epoch: Callable[[int, float, nn.Module], None] | None = None,
@@ -46,6 +48,8 @@ def fit(
         lr: the largest of the cycle, which starts at a 25th of it and ends near 0.
         optimizer: "sgd" (also None) with Nesterov momentum 0.9, which follows the cycle, or "adamw".
         warmup: share of the steps in which the rate rises; None is 0.3.
+        sam_rho: size of the adaptive perturbation of sharpness-aware minimisation (Kwon et al. 2021,
+            equation 6); None trains without.
         attack: poisons every batch, a share `share` of it; it learns with the net if it can. None
             where `data` is clean or holds its triggers already.
         on_epoch: called with the epoch just done (from 1), its mean loss and the net.
@@ -88,12 +92,19 @@ def fit(
                     )
                     images, labels, penalty = batch.images, batch.labels, batch.penalty
                 images = augment(images, shift=shift, flip=flip).contiguous(memory_format=layout)
-                with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-                    logits = model(images)
-                loss = F.cross_entropy(logits.float(), labels)
-                descent.zero_grad()
-                (loss if penalty is None else loss + penalty).backward()
-                descent.step()
+
+                def loss_of(images: Tensor = images, labels: Tensor = labels) -> Tensor:
+                    with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+                        logits = model(images)
+                    return F.cross_entropy(logits.float(), labels)
+
+                if sam_rho is None:
+                    loss = loss_of()
+                    descent.zero_grad()
+                    (loss if penalty is None else loss + penalty).backward()
+                    descent.step()
+                else:
+                    loss = sam_step(model, descent, loss_of, sam_rho)
                 cycle.step()
                 if attack is not None:
                     attack.step()

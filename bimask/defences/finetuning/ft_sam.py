@@ -117,7 +117,7 @@ class FtSam(SimpleDefence[FtSamConfig]):
                             logits_of(net, images), labels, label_smoothing=config.label_smoothing
                         )
 
-                    loss = sam_step(net, optimiser, loss_of, config.rho)
+                    loss = sam_step(net, optimiser, loss_of, config.rho).item()
                     loop.passes.add(forward=2, backward=2)
                     if loop.step({"cross_entropy": loss}, on_step):
                         return loop.result()
@@ -130,7 +130,7 @@ class FtSam(SimpleDefence[FtSamConfig]):
         return with_tensors(model, tensors)
 
 
-def sam_step(net: nn.Module, optimiser: torch.optim.Optimizer, loss_of: Any, rho: float) -> float:
+def sam_step(net: nn.Module, optimiser: torch.optim.Optimizer, loss_of: Any, rho: float) -> Tensor:
     """One step of the optimiser along the gradient at w + e; the loss at w."""
     weights = [p for group in optimiser.param_groups for p in group["params"]]
     optimiser.zero_grad()
@@ -147,7 +147,8 @@ def sam_step(net: nn.Module, optimiser: torch.optim.Optimizer, loss_of: Any, rho
         for weight, move in zip(weights, moves, strict=True):
             weight.sub_(move)
     optimiser.step()
-    return float(loss.item())
+    found: Tensor = loss.detach()
+    return found
 
 
 def perturbation(

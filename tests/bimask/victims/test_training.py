@@ -7,6 +7,7 @@ from bimask.attacks import BadNets, PoisonedBatch
 from bimask.data import ImageData
 from bimask.errors import NonFiniteError
 from bimask.nets.spec import NetSpec
+from bimask.victims import VictimSpec
 from bimask.victims.training import fit
 
 RECIPE = {
@@ -104,3 +105,22 @@ def test_nets_too_narrow_for_onednn_keep_their_layout(data, width, spread):
     net = fit(data, **{**RECIPE, "fresh_net": fresh_net, "epochs": 1})
     widest = max(net.parameters(), key=lambda weight: weight.numel())
     assert widest.is_contiguous(memory_format=torch.channels_last) is spread
+
+
+def test_sharpness_aware_training_is_seeded_and_without_sharpness_the_plain_one(data):
+    plain = weights_of(fit(data, **RECIPE))
+    sharp = weights_of(fit(data, sam_rho=0.5, **RECIPE))
+    assert not torch.equal(plain, sharp)
+    assert torch.equal(sharp, weights_of(fit(data, sam_rho=0.5, **RECIPE)))
+    nearly = weights_of(fit(data, sam_rho=1e-9, **RECIPE))
+    torch.testing.assert_close(nearly, plain, rtol=0, atol=1e-5)
+
+
+def test_an_attack_that_learns_from_a_batch_is_refused_with_sharpness():
+    with pytest.raises(ValueError, match="input_aware learns from one"):
+        VictimSpec(attack={"name": "input_aware"}, sam_rho=1.0)
+
+
+def test_a_spec_without_sharpness_keeps_its_digest():
+    assert "sam_rho" not in VictimSpec().model_dump()
+    assert VictimSpec().digest != VictimSpec(sam_rho=1.0).digest

@@ -31,7 +31,7 @@ def test_a_step_goes_along_the_gradient_where_the_loss_is_high(rho):
         net.weight.fill_(2.0)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
     loss = sam_step(net, optimiser, lambda: net.weight.square().sum() / 2, rho)
-    assert loss == pytest.approx(2.0)
+    assert loss.item() == pytest.approx(2.0)
     assert net.weight.item() == pytest.approx(2 - 0.1 * (2 + 2 * rho))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bimask.defences.base import CleanData
 
@@ -34,7 +36,7 @@ def _rows(clean: CleanData, rows: Tensor) -> CleanData:
 
 
 @torch.no_grad()
-def accuracy(net: nn.Module, clean: CleanData, batch_size: int = 512) -> float:
+def accuracy(net: Callable[[Tensor], Tensor], clean: CleanData, batch_size: int = 512) -> float:
     """The share of images, in [0, 1], that the net, in the mode it is in, gives their label."""
     assert clean.labels is not None
     right = sum(

@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from types import TracebackType
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +204,26 @@ def batches(
         yield images, torch.zeros_like(index) if clean.labels is None else clean.labels[index]
 
 
+def iterations(
+    loop: Loop[Any],
+    count: int,
+    clean: CleanData,
+    size: int,
+    generator: torch.Generator,
+    *,
+    shift: int = 0,
+    flip: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """So many `batches`, epoch after epoch of the loop: number from 0, images and labels."""
+    an_epoch = steps_an_epoch(len(clean.images), size)
+    for epoch in loop.epochs(math.ceil(count / an_epoch)):
+        numbers = range(epoch * an_epoch, min(count, (epoch + 1) * an_epoch))
+        seen = batches(clean, size, generator, shift=shift, flip=flip, dtype=dtype)
+        for number, (images, labels) in zip(numbers, seen, strict=False):
+            yield number, images, labels
+
+
 def shuffled(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
     """The rows of every batch of an epoch."""
     parts = list(torch.randperm(count, generator=generator).split(size))
@@ -217,7 +237,7 @@ def steps_an_epoch(images: int, size: int) -> int:
     return len(shuffled(images, size, torch.Generator()))
 
 
-def logits_of(net: nn.Module, images: Tensor) -> Tensor:
+def logits_of(net: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     """(N, K), also of a net in training mode.
 
     Raises:

@@ -25,12 +25,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bimask.defences.base import CleanData
+from bimask.defences.pruning.layers import BatchNorm, outliers, pairs, share_of, without
 from bimask.defences.settings import DefenceConfig, Search
 from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
 from bimask.errors import ModelError
 from bimask.nets.admission import admit
-
-BatchNorm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class ClpConfig(DefenceConfig):
@@ -71,22 +70,18 @@ class Clp(SimpleDefence[ClpConfig]):
         """
         began = time.perf_counter()
         net, found = _admitted(model, clean.images)
-        tensors, pruned, channels = {}, 0, 0
-        modules = dict(net.named_modules())
-        for name, convolution in found.items():
-            norm = modules[name]
-            bound = channel_lipschitz(modules[convolution], norm)
-            out = (bound > bound.mean() + config.u * bound.std()).to(norm.weight.device)
-            pruned, channels = pruned + int(out.sum()), channels + len(out)
-            for kind in ("weight", "bias"):
-                own = getattr(norm, kind).detach()
-                tensors[f"{name}.{kind}"] = own.masked_fill(out, 0)
+        out = {
+            name: outliers(
+                channel_lipschitz(net.get_submodule(convolution), net.get_submodule(name)), config.u
+            )
+            for name, convolution in found.items()
+        }
         return Defended(
             self,
             model,
             config,
-            tensors,
-            {"pruned_share": pruned / channels},
+            without(net, out, "weight", "bias"),
+            {"pruned_share": share_of(out)},
             seconds=time.perf_counter() - began,
         )
 
@@ -116,39 +111,5 @@ def channel_lipschitz(convolution: nn.Module, norm: nn.Module) -> Tensor:
     scale = (
         norm.weight.detach().cpu().double().abs() / (norm.running_var.cpu().double() + norm.eps).sqrt()
     )
-    return torch.linalg.matrix_norm(weight, ord=2) * scale
-
-
-@torch.no_grad()
-def pairs(model: nn.Module, images: Tensor) -> dict[str, str]:
-    """Batch norm -> the convolution whose output it gets as it is, as one forward pass shows.
-
-    By the order of calls or of modules, a batch norm behind a sum would be paired with a convolution
-    whose channels it does not scale.
-    """
-    made: list[tuple[Tensor, str]] = []  # outputs are kept alive, so that no other gets their address
-    found: dict[str, str] = {}
-    handles = []
-
-    def convolved(name: str) -> Any:
-        return lambda _module, _args, output: made.append((output, name))
-
-    def normed(name: str) -> Any:
-        def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            for output, convolution in made:
-                if args[0] is output:
-                    found[name] = convolution
-
-        return look
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
-            handles.append(module.register_forward_hook(convolved(name)))
-        elif isinstance(module, BatchNorm) and module.affine and module.running_var is not None:
-            handles.append(module.register_forward_pre_hook(normed(name)))
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    bound: Tensor = torch.linalg.matrix_norm(weight, ord=2) * scale
+    return bound

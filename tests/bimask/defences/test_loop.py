@@ -5,7 +5,7 @@ from torch import nn
 from bimask.defences.base import CleanData
 from bimask.defences.finetuning.ft_sam import FtSam, FtSamConfig
 from bimask.defences.held_out import accuracy, split
-from bimask.defences.loop import Loop, batches, shuffled, steps_an_epoch
+from bimask.defences.loop import Loop, batches, iterations, shuffled, steps_an_epoch
 from bimask.defences.simple import Keeper
 from bimask.errors import NonFiniteError
 
@@ -40,6 +40,18 @@ def test_phases_behind_a_run_that_goes_on_are_not_run_again():
             for phase, count in (("one", 2), ("two", 3)):
                 again += [(phase, epoch, float(torch.rand(()))) for epoch in loop.epochs(count)]
         assert again == seen[done + 1 :], "and torch's generator stands where it stood"
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_iterations_go_on_over_epochs_until_there_were_so_many(count):
+    """Nine images are three batches of 3."""
+    kept, clean = [], CleanData(torch.arange(9.0).view(9, 1, 1, 1) / 9, torch.arange(9))
+    with loop_of(Keeper(None, lambda take: kept.append(take().about["epochs"]))) as loop:
+        seen = [(n, labels) for n, _, labels in iterations(loop, count, clean, 3, seeded())]
+    assert [number for number, _ in seen] == list(range(count))
+    assert kept == list(range(1, -(-count // 3) + 1))
+    whole = torch.cat([labels for _, labels in seen][:3])
+    assert len(whole.unique()) == len(whole)
 
 
 def test_the_generator_of_torch_is_put_back():

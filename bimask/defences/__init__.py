@@ -9,11 +9,20 @@ from bimask.defences.base import Defence
 from bimask.defences.finetuning.ft_sam import FtSam
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.clp import Clp
+from bimask.defences.pruning.fine_pruning import FinePruning
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import SettingError
 from bimask.files.bounded import read_yaml
 
-DEFENCES: dict[str, Defence[Any]] = {defence.name: defence for defence in (Ims(), Clp(), FtSam())}
+DEFENCES: dict[str, Defence[Any]] = {
+    defence.name: defence
+    for defence in (
+        Ims(),
+        Clp(),
+        FtSam(),
+        FinePruning(),
+    )
+}
 
 
 def defence_named(name: object) -> Defence[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from bimask.defences.base import Defence
 from bimask.defences.finetuning.ft_sam import FtSam
 from bimask.defences.ims.defence import Ims
+from bimask.defences.pruning.anp import Anp
 from bimask.defences.pruning.clp import Clp
 from bimask.defences.pruning.fine_pruning import FinePruning
 from bimask.defences.settings import DefenceConfig
@@ -21,6 +22,7 @@ DEFENCES: dict[str, Defence[Any]] = {
         Clp(),
         FtSam(),
         FinePruning(),
+        Anp(),
     )
 }
 

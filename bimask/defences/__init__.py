@@ -11,6 +11,7 @@ from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.anp import Anp
 from bimask.defences.pruning.clp import Clp
 from bimask.defences.pruning.fine_pruning import FinePruning
+from bimask.defences.pruning.rnp import Rnp
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import SettingError
 from bimask.files.bounded import read_yaml
@@ -23,6 +24,7 @@ DEFENCES: dict[str, Defence[Any]] = {
         FtSam(),
         FinePruning(),
         Anp(),
+        Rnp(),
     )
 }
 

@@ -9,6 +9,7 @@ from bimask.defences.base import Defence
 from bimask.defences.finetuning.ft_sam import FtSam
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.anp import Anp
+from bimask.defences.pruning.bnp import Bnp
 from bimask.defences.pruning.clp import Clp
 from bimask.defences.pruning.fine_pruning import FinePruning
 from bimask.defences.pruning.rnp import Rnp
@@ -25,6 +26,7 @@ DEFENCES: dict[str, Defence[Any]] = {
         FinePruning(),
         Anp(),
         Rnp(),
+        Bnp(),
     )
 }
 

@@ -9,6 +9,7 @@ from bimask.defences.base import Defence
 from bimask.defences.finetuning.ft_sam import FtSam
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.anp import Anp
+from bimask.defences.pruning.awm import Awm
 from bimask.defences.pruning.bnp import Bnp
 from bimask.defences.pruning.clp import Clp
 from bimask.defences.pruning.fine_pruning import FinePruning
@@ -27,6 +28,7 @@ DEFENCES: dict[str, Defence[Any]] = {
         Anp(),
         Rnp(),
         Bnp(),
+        Awm(),
     )
 }
 

@@ -13,6 +13,7 @@ from bimask.defences.pruning.awm import Awm
 from bimask.defences.pruning.bnp import Bnp
 from bimask.defences.pruning.clp import Clp
 from bimask.defences.pruning.fine_pruning import FinePruning
+from bimask.defences.pruning.fmp import Fmp
 from bimask.defences.pruning.nft import Nft
 from bimask.defences.pruning.rnp import Rnp
 from bimask.defences.settings import DefenceConfig
@@ -31,6 +32,7 @@ DEFENCES: dict[str, Defence[Any]] = {
         Bnp(),
         Awm(),
         Nft(),
+        Fmp(),
     )
 }
 

@@ -1,4 +1,4 @@
-"""The settings that defences of this room share, each written once: of SGD, and of how images are seen.
+"""What defences of this room share, written once: settings of SGD, and steps along a loss.
 
 The types are for configurations that have the fields in an order of their own.
 """
@@ -71,3 +71,10 @@ def epoch_of(
         flip=config.flip,
         dtype=weights_of(net)[0].dtype,
     )
+
+
+def descend(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of an optimiser along the gradient of a loss."""
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()

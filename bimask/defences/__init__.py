@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bimask.defences.base import Defence
+from bimask.defences.finetuning.fst import Fst
 from bimask.defences.finetuning.ft import Ft
 from bimask.defences.finetuning.ft_sam import FtSam
 from bimask.defences.ims.defence import Ims
@@ -14,7 +15,9 @@ from bimask.defences.settings import DefenceConfig
 from bimask.errors import SettingError
 from bimask.files.bounded import read_yaml
 
-DEFENCES: dict[str, Defence[Any]] = {defence.name: defence for defence in (Ims(), Clp(), FtSam(), Ft())}
+DEFENCES: dict[str, Defence[Any]] = {
+    defence.name: defence for defence in (Ims(), Clp(), FtSam(), Ft(), Fst())
+}
 
 
 def defence_named(name: object) -> Defence[Any]:

@@ -26,6 +26,7 @@ SHORT = {
     "step_size": None,
     "mask_lr": 0.3,
     "patience": None,
+    "teacher_epochs": 1,
 }
 BREAKING = {"budget": 1e38, "lr": 1e30}  # what makes a loss infinite; of a defence without losses none
 EACH = pytest.mark.parametrize("name", DEFENCES)

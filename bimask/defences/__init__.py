@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bimask.defences.base import Defence
+from bimask.defences.finetuning.fip import Fip
 from bimask.defences.finetuning.fst import Fst
 from bimask.defences.finetuning.ft import Ft
 from bimask.defences.finetuning.ft_sam import FtSam
@@ -17,7 +18,7 @@ from bimask.errors import SettingError
 from bimask.files.bounded import read_yaml
 
 DEFENCES: dict[str, Defence[Any]] = {
-    defence.name: defence for defence in (Ims(), Clp(), FtSam(), Ft(), Fst(), Nad())
+    defence.name: defence for defence in (Ims(), Clp(), FtSam(), Ft(), Fst(), Nad(), Fip())
 }
 
 

@@ -11,6 +11,7 @@ from bimask.defences.finetuning.fst import Fst
 from bimask.defences.finetuning.ft import Ft
 from bimask.defences.finetuning.ft_sam import FtSam
 from bimask.defences.finetuning.nad import Nad
+from bimask.defences.finetuning.neural_cleanse import NeuralCleanse
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.clp import Clp
 from bimask.defences.settings import DefenceConfig
@@ -18,7 +19,8 @@ from bimask.errors import SettingError
 from bimask.files.bounded import read_yaml
 
 DEFENCES: dict[str, Defence[Any]] = {
-    defence.name: defence for defence in (Ims(), Clp(), FtSam(), Ft(), Fst(), Nad(), Fip())
+    defence.name: defence
+    for defence in (Ims(), Clp(), FtSam(), Ft(), Fst(), Nad(), Fip(), NeuralCleanse())
 }
 
 

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from bimask.defences.base import Defence
+from bimask.defences.finetuning.fip import Fip
+from bimask.defences.finetuning.fst import Fst
+from bimask.defences.finetuning.ft import Ft
 from bimask.defences.finetuning.ft_sam import FtSam
+from bimask.defences.finetuning.nad import Nad
+from bimask.defences.finetuning.neural_cleanse import NeuralCleanse
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.anp import Anp
 from bimask.defences.pruning.awm import Awm
@@ -24,15 +29,20 @@ DEFENCES: dict[str, Defence[Any]] = {
     defence.name: defence
     for defence in (
         Ims(),
-        Clp(),
-        FtSam(),
         FinePruning(),
         Anp(),
         Rnp(),
+        Clp(),
         Bnp(),
         Awm(),
         Nft(),
         Fmp(),
+        Ft(),
+        FtSam(),
+        Fst(),
+        Nad(),
+        NeuralCleanse(),
+        Fip(),
     )
 }
 

@@ -115,6 +115,7 @@ class Defence(ABC, Generic[Config]):
         numbers: what its results say of themselves, beyond accuracy and attack success.
         stem: of the file that a trial's tensors are kept in.
         has_twin: whether there is a model that keeps the backdoor and drops the rest.
+        ends_early: whether a run may have fewer steps than its settings say.
     """
 
     name: ClassVar[str]
@@ -123,6 +124,7 @@ class Defence(ABC, Generic[Config]):
     numbers: ClassVar[tuple[str, ...]] = ()
     stem: ClassVar[str] = "tensors"
     has_twin: ClassVar[bool] = False
+    ends_early: ClassVar[bool] = False
 
     def preparation(self, may_use: Callable[[str], bool]) -> Preparation | None:
         """What is to be made of a victim beforehand.

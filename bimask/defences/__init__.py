@@ -7,6 +7,7 @@ from typing import Any
 
 from bimask.defences.base import Defence
 from bimask.defences.finetuning.ft_sam import FtSam
+from bimask.defences.finetuning.ibau import Ibau
 from bimask.defences.finetuning.sau import Sau
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.clp import Clp
@@ -15,7 +16,7 @@ from bimask.errors import SettingError
 from bimask.files.bounded import read_yaml
 
 DEFENCES: dict[str, Defence[Any]] = {
-    defence.name: defence for defence in (Ims(), Clp(), FtSam(), Sau())
+    defence.name: defence for defence in (Ims(), Clp(), FtSam(), Ibau(), Sau())
 }
 
 

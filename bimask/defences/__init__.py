@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bimask.defences.base import Defence
+from bimask.defences.finetuning.bti_dbf import BtiDbf
 from bimask.defences.finetuning.ft_sam import FtSam
 from bimask.defences.finetuning.ibau import Ibau
 from bimask.defences.finetuning.sau import Sau
@@ -16,7 +17,7 @@ from bimask.errors import SettingError
 from bimask.files.bounded import read_yaml
 
 DEFENCES: dict[str, Defence[Any]] = {
-    defence.name: defence for defence in (Ims(), Clp(), FtSam(), Ibau(), Sau())
+    defence.name: defence for defence in (Ims(), Clp(), BtiDbf(), FtSam(), Ibau(), Sau())
 }
 
 

@@ -26,6 +26,11 @@ SHORT = {
     "step_size": None,
     "mask_lr": 0.3,
     "patience": None,
+    "rounds": 2,
+    "pretrain_epochs": 1,
+    "mask_epochs": 1,
+    "generator_epochs": 1,
+    "width": 4,
 }
 BREAKING = {"budget": 1e38, "lr": 1e30}  # what makes a loss infinite; of a defence without losses none
 EACH = pytest.mark.parametrize("name", DEFENCES)

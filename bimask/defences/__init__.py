@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from bimask.defences.base import Defence
+from bimask.defences.finetuning.bti_dbf import BtiDbf
 from bimask.defences.finetuning.fip import Fip
 from bimask.defences.finetuning.fst import Fst
 from bimask.defences.finetuning.ft import Ft
 from bimask.defences.finetuning.ft_sam import FtSam
+from bimask.defences.finetuning.ibau import Ibau
 from bimask.defences.finetuning.nad import Nad
 from bimask.defences.finetuning.neural_cleanse import NeuralCleanse
+from bimask.defences.finetuning.sau import Sau
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.anp import Anp
 from bimask.defences.pruning.awm import Awm
@@ -41,7 +44,10 @@ DEFENCES: dict[str, Defence[Any]] = {
         FtSam(),
         Fst(),
         Nad(),
+        Ibau(),
+        Sau(),
         NeuralCleanse(),
+        BtiDbf(),
         Fip(),
     )
 }

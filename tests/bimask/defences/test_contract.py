@@ -31,6 +31,11 @@ SHORT = {
     "search_epochs": 2,
     "min_success": 0.0,
     "anomaly": 0.0,
+    "rounds": 2,
+    "pretrain_epochs": 1,
+    "mask_epochs": 1,
+    "generator_epochs": 1,
+    "width": 4,
 }
 BREAKING = {"budget": 1e38, "lr": 1e30}  # what makes a loss infinite; of a defence without losses none
 EACH = pytest.mark.parametrize("name", DEFENCES)

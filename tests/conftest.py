@@ -1,6 +1,10 @@
 """Shared by the tests: one thread, a cache of the session's own, small nets, ready attacks, recorded
 numbers."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: `make test` has a process for each core
+
 import copy
 import functools
 import inspect

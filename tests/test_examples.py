@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SAID = {

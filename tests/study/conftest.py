@@ -21,13 +21,15 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import ray
 import yaml
 from filelock import FileLock
 from playwright.sync_api import sync_playwright
 from safetensors.torch import save_file
 
 from bimask.defences.ims.config import PurifyConfig
-from bimask.victims import obtain_victim
+from bimask.victims import VictimSpec, obtain_victim
+from study import search
 from study.pipeline.summary import summarise
 from study.spec.config import StudyConfig
 from study.spec.objectives import SCORES
@@ -46,6 +48,14 @@ VICTIM = {
     "epochs": 8,
     "min_clean_accuracy": 0.0,
     "min_attack_success": 0.0,
+}
+SMALL = {
+    "dataset": "digits",
+    "image_size": 12,
+    "net": "small_resnet",
+    "width": 4,
+    "attack": {"name": "badnets"},
+    "epochs": 6,
 }
 STUDY = {
     "name": "large",
@@ -146,17 +156,72 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def with_store(tmp_path_factory):
+def made_once(tmp_path_factory, worker_id):
+    """A name and what fills a folder -> that folder, made once for all processes of the tests.
+
+    It is for reading: who writes takes a copy.
+    """
+
+    def made(name, fill):
+        if worker_id == "master":
+            fill(folder := tmp_path_factory.mktemp(name))
+            return folder
+        common = tmp_path_factory.getbasetemp().parent / name
+        with FileLock(common.with_suffix(".lock")):
+            if not common.exists():
+                fill(part := tmp_path_factory.mktemp("part"))
+                part.rename(common)
+        return common
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def with_store(made_once):
     """A folder -> the same with MLflow's tables in a file; to make those takes MLflow seconds."""
-    made = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{made}").search_experiments()
+
+    def fill(folder):
+        mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+
+    made = made_once("store", fill)
 
     def put(folder, name="mlflow.db"):
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(made, folder / name)
+        shutil.copy(made / "mlflow.db", folder / name)
         return folder
 
     return put
+
+
+@pytest.fixture(scope="session")
+def with_victim(made_once, with_store):
+    """A folder -> the same with MLflow's tables, and the victim that the small studies share."""
+
+    def fill(folder):
+        obtain_victim(VictimSpec(**SMALL), folder)
+
+    made = made_once("victims", fill)
+
+    def put(outputs):
+        shutil.copytree(made, with_store(outputs) / "victims")
+        return outputs
+
+    return put
+
+
+@pytest.fixture(scope="module")
+def kept_ray():
+    """One real Ray for the studies of a file, of which each would start and end its own."""
+    start, stop = search.start_ray, search.stop_ray
+
+    def start_once(address, say=print):
+        return (address == "local" and ray.is_initialized()) or start(address, say)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "start_ray", start_once)
+        patch.setattr(search, "stop_ray", lambda: None)
+        yield
+    stop()
 
 
 @pytest.fixture
@@ -168,20 +233,10 @@ def server(tmp_path, with_store):
 
 
 @pytest.fixture(scope="session")
-def large_study(tmp_path_factory, worker_id):
-    """The folder of a study of 200 trials on two victims: 10 failed, 20 stopped early.
-
-    Made once for all processes of the tests; each has a copy.
-    """
-    mine = tmp_path_factory.mktemp("large")
-    if worker_id == "master":
-        return make_study(mine)
-    common = tmp_path_factory.getbasetemp().parent / "large"
-    with FileLock(common.with_suffix(".lock")):
-        if not common.exists():
-            make_study(part := tmp_path_factory.mktemp("part"))
-            part.rename(common)
-    shutil.copytree(common, mine, dirs_exist_ok=True)
+def large_study(tmp_path_factory, made_once):
+    """The folder of a study of 200 trials on two victims: 10 failed, 20 stopped early."""
+    mine = tmp_path_factory.mktemp("mine")
+    shutil.copytree(made_once("large", make_study), mine, dirs_exist_ok=True)
     return mine / STUDY["name"]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bimask.victims import VictimSpec, obtain_victim
+from bimask.victims import VictimSpec
 from study import launch
 from study.spec.config import StudyError
 from study.tracking.mlflow_runs import Tracker
@@ -98,12 +98,16 @@ def without_batch_norms():
         ),
     ],
 )
+@pytest.mark.ray
+@pytest.mark.usefixtures("kept_ray")
 def test_one_sentence_and_nothing_left(refused, study, options, expected):
     if "victims" in study and study["victims"][0].get("min_attack_success") is not None:
         options = {**options, "address": "local"}
     assert expected in refused(study, **options)
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("kept_ray")
 def test_a_gpu_share_without_a_gpu(refused):
     assert "Ray sees no GPU" in refused(changed(gpus_per_trial=0.5), address="local")
 
@@ -156,10 +160,11 @@ def test_an_offline_download_names_the_folder_to_fill(refused, tmp_path, monkeyp
     "damage",
     ["weights", *(pytest.param(name, marks=pytest.mark.slow) for name in ("manifest", "missing"))],
 )
-def test_a_damaged_victim(refused, tmp_path, damage):
-    root = tmp_path / "outputs" / "victims"
+@pytest.mark.ray
+@pytest.mark.usefixtures("kept_ray")
+def test_a_damaged_victim(refused, tmp_path, damage, with_victim):
+    root = with_victim(tmp_path / "outputs") / "victims"
     spec = VictimSpec(**VICTIM)
-    obtain_victim(spec, root)
     weights, manifest = root / spec.digest / "victim.safetensors", root / spec.digest / "manifest.json"
     if damage == "weights":
         content = bytearray(weights.read_bytes())

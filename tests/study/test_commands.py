@@ -52,8 +52,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     (folder / "spec.yaml").write_text(yaml.safe_dump(SPEC))
     (folder / "best.yaml").write_text(yaml.safe_dump(BEST))
-    done = command("train-victim", "spec.yaml", "--out", "victims", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    words = [str(folder / "spec.yaml"), "--out", str(folder / "victims")]
+    done = CliRunner().invoke(app, ["train-victim", *words])
+    assert done.exit_code == 0, done.output
     (victim,) = (folder / "victims").iterdir()
     done = command(
         "purify", "--victim", victim, "--config", "best.yaml", "--out", "cleaned", cwd=folder

@@ -86,9 +86,9 @@ class Launched:
 
 
 @pytest.fixture
-def launch(tmp_path, with_store):
+def launch(tmp_path, with_victim):
     """The words and changes of a launch -> `Launched`; none outlives its test."""
-    with_store(tmp_path / "outputs")
+    with_victim(tmp_path / "outputs")
     launches = []
 
     def start(*words, **changes):

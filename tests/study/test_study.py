@@ -43,7 +43,7 @@ TINY = {
             "net": "small_resnet",
             "width": 4,
             "attack": {"name": "badnets"},
-            "epochs": 10,
+            "epochs": 6,
         }
     ],
     "reference_point": {"clean_accuracy": 0.3, "attack_success": 1.0},
@@ -64,8 +64,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    return tmp_path_factory.mktemp("outputs")
+def outputs(tmp_path_factory, with_victim, kept_ray):
+    return with_victim(tmp_path_factory.mktemp("outputs"))
 
 
 @pytest.fixture(scope="module")

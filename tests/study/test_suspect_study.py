@@ -1,13 +1,14 @@
 """A study on a model whose trigger nobody knows: there are weights, a factory and clean pictures."""
 
 import hashlib
+import io
 import json
 import os
+import runpy
 import sqlite3
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,6 @@ from study.spec.config import StudyError
 from study.spec.reading import load_config
 from study.spec.suspect import shared_out
 
-ROOT = Path(__file__).parents[2]
 FACTORY = """
 from torch import nn
 
@@ -88,21 +88,23 @@ def home(tmp_path_factory, with_store):
     return home
 
 
-def run(*words, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"},
-    )
+def run(module, *words, cwd):
+    """`python -m` in this process, which has imported everything: what it says."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.chdir(cwd)
+        patch.setenv("RAY_ADDRESS", "local")
+        patch.setattr(sys, "argv", [module, *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(module, run_name="__main__")
+    assert not ended.value.code, said.getvalue()
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
 def launched(home):
-    done = run("study.launch", "study.yaml", "--concurrency", "1", cwd=home)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return home / "outputs" / "doubt", done.stdout
+    said = run("study.launch", "study.yaml", "--concurrency", "1", cwd=home)
+    return home / "outputs" / "doubt", said
 
 
 @pytest.fixture
@@ -181,9 +183,7 @@ def test_page_and_console_say_what_this_can_and_cannot_promise(launched, browser
 def test_the_choice_purifies_the_suspect_and_is_not_promoted(launched, at_home):
     folder, said = launched
     (line,) = [line for line in said.splitlines() if line.startswith("reuse: ")]
-    words = line.removeprefix("reuse: python -m ").split()
-    done = run(*words, cwd=at_home)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(*line.removeprefix("reuse: python -m ").split(), cwd=at_home)
     assert (folder / "cleaned" / "model.safetensors").is_file()
     with pytest.raises(StudyError, match="whose attack success nobody can measure"):
         read_candidate("doubt", folder.parent, None)

@@ -1,6 +1,7 @@
 """What holds of every defence in the registry."""
 
 from contextlib import suppress
+from typing import get_args
 
 import pytest
 import torch
@@ -15,28 +16,9 @@ from bimask.defences.simple import SimpleDefence
 from bimask.defences.state import DefenceState
 from bimask.errors import NonFiniteError, SettingError
 
-# Of every setting that makes a run long, a short one, and one under which a short run does something;
-# settings that a defence has not are left out.
-SHORT = {
-    "epochs": 2,
-    "batch_size": 8,
-    "initialise_rounds": 1,
-    "minimise_rounds": 1,
-    "select_rounds": 2,
-    "inner_steps": 1,
-    "step_size": None,
-    "mask_lr": 0.3,
-    "patience": None,
-    "teacher_epochs": 1,
-    "search_epochs": 2,
-    "min_success": 0.0,
-    "anomaly": 0.0,
-    "rounds": 2,
-    "pretrain_epochs": 1,
-    "mask_epochs": 1,
-    "generator_epochs": 1,
-    "width": 4,
-}
+LENGTHS = ("epochs", "rounds", "steps", "iterations")  # the last word of what makes a run long
+SMALL = {"width": 4, "min_success": 0.0, "anomaly": 0.0}  # what is no length, by its name
+EAGER = {"u": 1.0}  # of a setting that would spare so small a net: one that does not
 BREAKING = {"budget": 1e38, "lr": 1e30}  # what makes a loss infinite; of a defence without losses none
 EACH = pytest.mark.parametrize("name", DEFENCES)
 
@@ -75,9 +57,37 @@ def clean():
     return CleanData(images, torch.arange(19) % 3)
 
 
-def short(defence, **changes):
-    fields = defence.config.model_fields
-    return defence.config(**{k: v for k, v in (SHORT | changes).items() if k in fields})
+def short(defence, length=2, **changes):
+    """Settings under which a run on these images takes a moment, by what the defence says of its own.
+
+    Whole numbers whose name ends in what they count, one of `LENGTHS`, are `length`, and batches are
+    small. A setting that may be null is: nothing ends a run before its last step. A learning rate is
+    the highest that is searched, so that few steps do something.
+    """
+    settings = {}
+    for name, info in defence.config.model_fields.items():
+        last = name.rsplit("_", 1)[-1]
+        if type(None) in get_args(info.annotation):
+            settings[name] = None
+        elif info.annotation is int and last in LENGTHS:
+            settings[name] = length
+        elif name.endswith("batch_size"):
+            settings[name] = 8
+        elif last == "lr" and name in defence.config.searched():
+            settings[name] = defence.config.searched()[name][0].high
+    changes = {name: value for name, value in changes.items() if name in defence.config.model_fields}
+    small = {name: value for name, value in SMALL.items() if name in defence.config.model_fields}
+    return defence.config(**settings | small | changes)
+
+
+def another(defence, length=1):
+    """Another such configuration."""
+    rates = {
+        name: (range_.low + range_.high) / 2
+        for name, (range_, _) in defence.config.searched().items()
+        if name.endswith("lr")
+    }
+    return short(defence, length, **rates | EAGER)
 
 
 def seen_by(defence, clean):
@@ -109,20 +119,19 @@ def test_the_suspect_is_left_as_it_is(name, net, clean):
 @EACH
 def test_it_does_something_and_the_same_seed_gives_the_same_bits(name, net, clean):
     defence = DEFENCES[name]
-    changes = {"u": 1.0}
     torch.manual_seed(1)
-    (one,) = run(defence, net, clean, [short(defence, **changes)])
+    (one,) = run(defence, net, clean, [short(defence, **EAGER)])
     torch.manual_seed(2)
-    (other,) = run(defence, net, clean, [short(defence, **changes)])
+    (again,) = run(defence, net, clean, [short(defence, **EAGER)])
     assert one.changed
-    assert_same(dict(one.tensors), dict(other.tensors))
-    assert [log.loss for log in one.history] == [log.loss for log in other.history]
+    assert_same(dict(one.tensors), dict(again.tensors))
+    assert [log.loss for log in one.history] == [log.loss for log in again.history]
 
 
 @EACH
 def test_company_changes_nothing(name, net, clean):
     defence = DEFENCES[name]
-    configs = [short(defence), short(defence, epochs=1, mask_lr=0.1, u=1.0)]
+    configs = [short(defence), another(defence)]
     together = run(defence, net, clean, configs)
     for config, mine in zip(configs, together, strict=True):
         (alone,) = run(defence, net, clean, [config])
@@ -132,7 +141,7 @@ def test_company_changes_nothing(name, net, clean):
 @EACH
 def test_what_is_restored_answers_as_the_result(name, net, clean):
     defence = DEFENCES[name]
-    (result,) = run(defence, net, clean, [short(defence, u=1.0)])
+    (result,) = run(defence, net, clean, [short(defence, **EAGER)])
     tensors = {key: value.detach().cpu().clone() for key, value in result.tensors.items()}
     restored = defence.restore(net, tensors, result.config)
     assert not restored.training
@@ -149,7 +158,7 @@ def test_a_run_that_was_cut_short_goes_on_with_the_same_bits(
     name, at, net, clean, tmp_path, monkeypatch
 ):
     defence, path = DEFENCES[name], tmp_path / "state.safetensors"
-    configs = [short(defence), short(defence, epochs=3, mask_lr=0.1, u=1.0)]
+    configs = [short(defence), another(defence, length=3)]
     whole = run(defence, net, clean, configs)
 
     class Cut(Exception):
@@ -205,8 +214,8 @@ def test_steps_are_counted_and_a_true_answer_ends_a_run(name, net, clean):
 
     stop = False
     (result,) = run(defence, net, clean, [config], on_step=on_step)
-    most = config.steps(len(clean.images)) if heard else 0
-    expected = min(most, len(heard)) if defence.ends_early else most
+    assert result.passes.forward <= 500, "what makes it long is none of LENGTHS"
+    expected = config.steps(len(clean.images)) if heard else 0
     assert heard == [(0, step) for step in range(expected)]
     assert len(result.history) == expected
     heard.clear()
@@ -222,7 +231,7 @@ def test_what_is_not_finite_is_an_error_of_that_configuration_alone(name, net, c
     if not breaking:
         pytest.skip("it has no loss")
     good = short(defence)
-    bad = good.model_copy(update=breaking | {"epochs": 1})
+    bad = short(defence, length=1).model_copy(update=breaking)
     first, second = run(defence, net, clean, [bad, good])
     assert isinstance(first, NonFiniteError)
     (alone,) = run(defence, net, clean, [good])
@@ -276,7 +285,7 @@ def test_strangers_models_come_out_as_they_went_in(name, how, net, clean, tmp_pa
     defence, model = DEFENCES[name], WRAPPED[how](net).eval()
     given = clean.images.half() if how == "half" else clean.images
     before = model(given)
-    (result,) = run(defence, model, clean, [short(defence, u=1.0)])
+    (result,) = run(defence, model, clean, [short(defence, **EAGER)])
     after = result.model()
     answers = after(given)
     assert answers.shape == before.shape

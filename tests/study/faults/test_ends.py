@@ -102,14 +102,9 @@ def in_summary(ran):
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory, with_store):
+def cached(tmp_path_factory, with_victim):
     """Outputs with a trained victim and MLflow's tables: what a study needs before its first trial."""
-    from bimask.victims import obtain_victim
-    from study.spec.config import StudyConfig
-
-    outputs = with_store(tmp_path_factory.mktemp("cached") / "outputs")
-    obtain_victim(StudyConfig.model_validate(STUDY).victims[0], outputs / "victims")
-    return outputs
+    return with_victim(tmp_path_factory.mktemp("cached") / "outputs")
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ VICTIM = {
     "net": "small_resnet",
     "width": 4,
     "attack": {"name": "badnets"},
-    "epochs": 10,
+    "epochs": 6,
 }
 STUDY = {
     "name": "tiny",
@@ -77,9 +77,9 @@ def _clean_tree():
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory, with_store):
+def outputs(tmp_path_factory, with_victim):
     """A finished study."""
-    outputs = with_store(tmp_path_factory.mktemp("outputs"))
+    outputs = with_victim(tmp_path_factory.mktemp("outputs"))
     (outputs / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
     assert run.run_study(outputs / "tiny.yaml", {"concurrency": 1}, outputs=outputs, address="local")
     return outputs

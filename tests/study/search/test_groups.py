@@ -73,8 +73,8 @@ GOOD, BAD = STUDY["start"][0], {**STUDY["start"][1], "budget": 1e38}
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory, with_store):
-    return with_store(tmp_path_factory.mktemp("outputs"))
+def outputs(tmp_path_factory, with_victim):
+    return with_victim(tmp_path_factory.mktemp("outputs"))
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ VICTIM = {
     "image_size": 12,
     "net": "small_resnet",
     "width": 4,
-    "epochs": 6,
+    "epochs": 4,
     "min_clean_accuracy": 0.0,
     "min_attack_success": 0.0,
 }

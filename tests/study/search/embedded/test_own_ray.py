@@ -147,7 +147,7 @@ def test_signals_wait_while_ray_starts_and_are_then_heard():
 
     def start():
         with interrupts.defer():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # another thread would die of it
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what `ray.init` does, in its way
             time.sleep(0.05)
 

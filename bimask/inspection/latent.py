@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 Floats = NDArray[np.float64]
@@ -59,6 +58,8 @@ def least_distance(normals: Floats, needed: Floats) -> float:
     """
     if (needed <= 0).all():
         return 0.0
+    from scipy.optimize import nnls  # half a second, which most programs need not spend
+
     stacked = np.vstack([normals.T, needed])  # (D + 1, M)
     wanted = np.zeros(len(stacked))
     wanted[-1] = 1

@@ -23,7 +23,6 @@ from study.report.closeup import Curves, Layer, curves, layers, reports_of, stor
 from study.report.content import Finished, PageContent, page_content, read, settings_of
 from study.spec.config import IMS, StudyError
 from study.store.schema import VictimBefore
-from study.tracking.mlflow_runs import log_to_study, require_server, tracking_uri
 
 REPORT = "report.html"
 CLOSE_UPS = 24  # trials with curves and masks
@@ -98,6 +97,8 @@ def write_report(
 
 def log_report(path: Path, folder: Path, outputs: Path) -> str:
     """Log a page to its study's run in MLflow; what became of it in a few words, never an error."""
+    from study.tracking.mlflow_runs import log_to_study, require_server, tracking_uri  # takes a second
+
     found = read(folder)
     study = found.study["name"]
     digests = {trial["provenance"]["study"] for trial in found.trials}

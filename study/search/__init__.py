@@ -34,15 +34,40 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
 os.environ.setdefault("MALLOC_TOP_PAD_", str(2**26))
 
-from study.search.actor import trainable
-from study.search.cluster import check_resources, release_workers, start_ray, stop_ray
-from study.search.confirm import run_confirmation
-from study.search.driver import run_search
-from study.search.embedded.liveness import ray_gone
-from study.search.pareto_search import ParetoSearch, first_points
-from study.search.preflight import check_nodes
-from study.search.tasks import LostTaskError, run_tasks
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from study.spec.config import PAPER
+
+if TYPE_CHECKING:
+    from study.search.actor import trainable
+    from study.search.cluster import check_resources, release_workers, start_ray, stop_ray
+    from study.search.confirm import run_confirmation
+    from study.search.driver import run_search
+    from study.search.embedded.liveness import ray_gone
+    from study.search.pareto_search import ParetoSearch, first_points
+    from study.search.preflight import check_nodes
+    from study.search.tasks import LostTaskError, run_tasks
+else:
+    _PLACES = {
+        "trainable": "actor",
+        **dict.fromkeys(("check_resources", "release_workers", "start_ray", "stop_ray"), "cluster"),
+        "run_confirmation": "confirm",
+        "run_search": "driver",
+        "ray_gone": "embedded.liveness",
+        **dict.fromkeys(("ParetoSearch", "first_points"), "pareto_search"),
+        "check_nodes": "preflight",
+        **dict.fromkeys(("LostTaskError", "run_tasks"), "tasks"),
+    }
+
+    def __getattr__(name: str) -> Any:
+        """Each actor imports this package, and needs neither Optuna nor MLflow, which take a second."""
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+        globals()[name] = found
+        return found
+
 
 __all__ = [
     "PAPER",

@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def build(name, channels=3, classes=10, width=8, size=32):
 
 def settled(name, channels=1, size=16):
     """A net in eval mode, batch norms with a history, logits that vary by about 1 between images."""
+    return copy.deepcopy(_settled(name, channels, size))
+
+
+@functools.cache
+def _settled(name, channels, size):
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = build(name, channels=channels, width=WIDTHS[name], size=size)

@@ -223,6 +223,7 @@ def again(finished, path):
     return kept
 
 
+@pytest.mark.slow  # pipeline/test_prepare.py has the name, search/test_groups.py the numbers
 def test_a_second_study_trains_nothing_takes_a_new_name_and_leaves_the_first_alone(finished, again):
     assert study_package.load("tiny-2", finished.outputs)["status"].tolist() == ["COMPLETE"] * 2
     assert (finished.outputs / "tiny-2" / "summary.json").is_file()
@@ -231,6 +232,7 @@ def test_a_second_study_trains_nothing_takes_a_new_name_and_leaves_the_first_alo
     assert {p: p.stat().st_mtime_ns for p in victims.rglob("*")} == again.stamps
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("again")
 def test_the_same_seed_gives_the_same_trials_however_many_an_actor_runs(finished):
     alone, together = (study_package.load(name, finished.outputs) for name in ("tiny", "tiny-2"))

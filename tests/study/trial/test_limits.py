@@ -34,30 +34,43 @@ def run(code, folder):
     )
 
 
-def test_code_that_never_comes_back_is_ended_and_says_where_it_was(tmp_path):
+LIMITED = """
+import sys, time
+from pathlib import Path
+from study.trial.limits import time_limit
+place = Path(sys.argv[1])
+with time_limit(0.5, place / "in time"):
+    pass
+with time_limit(None, place / "no"):
+    pass
+time.sleep(1)
+print("alive", flush=True)
+source = "def hang():\\n    return 3 ** (10 ** 9) % 7\\nhang()"
+with time_limit(0.5, place / "hung"):
+    exec(compile(source, "study/search/actor.py", "exec"))
+"""
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory):
+    """A process that ends twice in time and then hangs, and its folders."""
+    place = tmp_path_factory.mktemp("limited")
+    return run(LIMITED, place), place
+
+
+def test_code_that_never_comes_back_is_ended_and_says_where_it_was(limited):
     """One huge power, so that no Python thread gets a turn; the file is named as an actor's."""
-    code = (
-        "import sys; from pathlib import Path; from study.trial.limits import time_limit\n"
-        "source = 'def hang():\\n    return 3 ** (10 ** 9) % 7\\nhang()'\n"
-        "with time_limit(0.5, Path(sys.argv[1])):\n"
-        "    exec(compile(source, 'study/search/actor.py', 'exec'))"
-    )
-    done = run(code, tmp_path)
+    done, place = limited
     assert done.returncode == 1
-    assert where_it_hung(tmp_path) == "study/search/actor.py, line 2, in hang"
+    assert where_it_hung(place / "hung") == "study/search/actor.py, line 2, in hang"
 
 
-def test_what_ends_in_time_is_left_alone(tmp_path):
-    code = (
-        "import sys, time; from pathlib import Path; from study.trial.limits import time_limit\n"
-        "with time_limit(0.5, Path(sys.argv[1])):\n    pass\n"
-        "with time_limit(None, Path(sys.argv[1]) / 'no'):\n    pass\n"
-        "time.sleep(1); print('alive')"
-    )
-    assert run(code, tmp_path).stdout == "alive\n"
-    assert not (tmp_path / STACK).exists()
-    assert not (tmp_path / "no").exists()
-    assert where_it_hung(tmp_path) is None
+def test_what_ends_in_time_is_left_alone(limited):
+    done, place = limited
+    assert done.stdout == "alive\n"
+    assert not (place / "in time" / STACK).exists()
+    assert not (place / "no").exists()
+    assert where_it_hung(place / "in time") is None
 
 
 def test_memory_beyond_the_limit_is_an_error_of_the_trial_alone(tmp_path):

@@ -14,10 +14,11 @@ def backdoored() -> Victim:
     """A small residual net on scikit-learn's digits: a white square makes it answer 0."""
     spec = VictimSpec(
         dataset="digits",
+        image_size=12,
         net="small_resnet",
         width=8,
-        attack={"name": "badnets", "size": 3, "target": 0},
-        epochs=12,
+        attack={"name": "badnets", "size": 2, "target": 0},
+        epochs=10,
         min_attack_success=0.8,
     )
     return obtain_victim(spec, Path("outputs/victims"))
@@ -46,7 +47,7 @@ def attack_result(folder: Path, data: Path) -> None:
         width=8,
         normalise={"mean": cifar10.mean, "std": cifar10.std},
         attack={"name": "badnets", "size": 3, "target": 0},
-        epochs=15,
+        epochs=10,
         batch_size=32,
         min_attack_success=0.8,
     )

@@ -7,8 +7,8 @@ on images mixed in pairs (mixup, l drawn from Beta(a, a)):
     x = l x_i + (1 - l) x_j
     min over m   l CE(f(x), y_i) + (1 - l) CE(f(x), y_j) + (w / N_c) sum |1 - m|
 
-with N_c clean images a class. After every step the masks of layer l = 1, 2, ... are put back into
-[mu exp(-beta l), 1]: early layers, which clean images need most, stay closest to 1.
+with N_c clean images a class. After every step the masks of layer l = 1, 2, ... are put back between
+mu exp(-beta l) and 1: those of early layers, which clean images need most, stay closest to 1.
 
 Use it where there are few clean images, one a class at the least. It costs one pass forward and one
 back in each iteration. It needs labelled clean images and batch norms with a scale.

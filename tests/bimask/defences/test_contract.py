@@ -18,7 +18,7 @@ from bimask.errors import NonFiniteError, SettingError
 
 LENGTHS = ("epochs", "rounds", "steps", "iterations")  # the last word of what makes a run long
 SMALL = {"width": 4, "min_success": 0.0, "anomaly": 0.0}  # what is no length, by its name
-EAGER = {"u": 1.0}  # of a setting that would spare so small a net: one that does not
+EAGER = {"u": 1.0, "threshold": 1.0}  # of a setting that would spare so small a net: one that does not
 BREAKING = {"budget": 1e38, "lr": 1e30}  # what makes a loss infinite; of a defence without losses none
 EACH = pytest.mark.parametrize("name", DEFENCES)
 
@@ -173,8 +173,16 @@ def test_a_run_that_was_cut_short_goes_on_with_the_same_bits(
         if kept == at:
             raise Cut
 
+    behind = []
     with suppress(Cut):
-        run(defence, net, clean, configs, between_steps=keep_and_stop)
+        run(
+            defence,
+            net,
+            clean,
+            configs,
+            between_steps=keep_and_stop,
+            on_step=lambda member, log, _current: behind.append((member, log.step)),
+        )
     state = DefenceState.load(path)
     assert state.seconds > 0
     ran = []
@@ -184,7 +192,7 @@ def test_a_run_that_was_cut_short_goes_on_with_the_same_bits(
 
     again = run(defence, net, clean, configs, state=state, on_step=count)
     steps = [(m, log.step) for m, result in enumerate(whole) for log in result.history]
-    assert set(ran) < set(steps) or not steps, "what was behind it is not run again"
+    assert set(ran) < set(steps) or not behind, "what was behind it is not run again"
     assert steps[len(steps) - len(ran) :] == ran or not isinstance(defence, SimpleDefence)
     for one, other in zip(whole, again, strict=True):
         assert_same(dict(one.tensors), dict(other.tensors))
@@ -254,7 +262,7 @@ def test_every_setting_is_described_and_what_is_searched_holds_its_bounds(name):
 @EACH
 def test_labels_reach_only_those_that_declare_them(name, net, clean):
     defence = DEFENCES[name]
-    config = short(defence)
+    config = short(defence, **EAGER)
     assert defence_of(config) is defence
     if defence.needs_labels:
         with pytest.raises(SettingError, match="labels"):

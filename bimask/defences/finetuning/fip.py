@@ -14,7 +14,8 @@ all images, each alone, of the suspect in eval mode.
 
 Use it where plain fine-tuning leaves the backdoor and accuracy must stay. It costs one pass forward and
 three back of every image an epoch, and at first one forward and back of every image alone. It needs
-labels, and layers that can be derived twice.
+labels, layers that can be derived twice, and images that the model does not answer by heart: where it
+does, the trace is 0 already, so published runs shift and flip images, as `shift` and `flip` do.
 
 Otherwise than in the published code, which multiplies one gradient of the batch by normal draws in
 place of the trace, so that its term has mean 0; takes the logits of every label for every image;

@@ -68,11 +68,11 @@ class FstConfig(FineTuningConfig):
         float,
         Field(
             gt=0,
-            description="of D3, weight lambda of the cross-entropy: 10 in the paper, 0.5 in its "
-            "published configuration",
+            description="of D3, weight lambda of the cross-entropy: 0.5 in its configuration, 10 in "
+            "notes on the paper",
         ),
-        Search(0.5, 50, log=True),
-    ] = 10.0
+        Search(0.1, 20, log=True),
+    ] = 0.5  # of the two the one that ten digits a class suffice for, against BadNets and Blended
     epsilon: float = Field(
         0.1, ge=0, description="of D3, cross-entropy in nats under which clean images pull no more"
     )

@@ -73,7 +73,7 @@ def test_the_classifier_begins_elsewhere_with_its_norm(variant):
 
 
 @pytest.mark.parametrize(
-    "config", [FstConfig(lr=0.5, alpha=0.02, epochs=30), FstConfig.profile("d3", lr=0.5)]
+    "config", [FstConfig(lr=0.5, alpha=0.02, epochs=30), FstConfig.profile("d3", lr=0.5, penalty=10)]
 )
 def test_a_planted_trigger_goes_where_plain_fine_tuning_leaves_it(config):
     """Pixel 2 is a trigger of class 1 that no clean image has, so that it has no gradient of theirs."""

@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning import neural_cleanse
-from bimask.defences.finetuning.neural_cleanse import (
-    NeuralCleanse,
-    NeuralCleanseConfig,
+from bimask.defences.finetuning import trigger_search
+from bimask.defences.finetuning.neural_cleanse import NeuralCleanse, NeuralCleanseConfig
+from bimask.defences.finetuning.trigger_search import (
     TriggerSearch,
     anomaly_index,
     as_share,
@@ -162,8 +161,8 @@ def test_the_loss_of_a_step_by_hand():
 def test_classes_in_one_pass_or_one_by_one_are_the_same(monkeypatch):
     net, clean = toy(triggered=True)
     found = []
-    for values in (neural_cleanse.VALUES, 1):
-        monkeypatch.setattr(neural_cleanse, "VALUES", values)
+    for values in (trigger_search.VALUES, 1):
+        monkeypatch.setattr(trigger_search, "VALUES", values)
         search = searching(5, (1, 6, 6))
         adam = torch.optim.Adam(search.parameters(), lr=0.1)
         for _ in range(5):

@@ -16,7 +16,8 @@ is left as it is, and `found` is 0.
 
 Use it against small patches that lead all images to one class. It costs a search with the images of an
 epoch times the classes in every epoch, and plain fine-tuning if a class is flagged. It needs labels for
-the second part, and three classes; triggers that cover the image, such as Blended's, it hardly finds.
+the second part, and three classes. The search is for a region, so a trigger that differs from image to
+image is none of its own.
 
 Otherwise than in the published code: all classes are searched at once, from one random start, so that
 none has a better one; success is that of the trigger that is kept, asked after the epoch; a class of

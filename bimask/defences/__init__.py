@@ -14,6 +14,7 @@ from bimask.defences.finetuning.ft_sam import FtSam
 from bimask.defences.finetuning.ibau import Ibau
 from bimask.defences.finetuning.nad import Nad
 from bimask.defences.finetuning.neural_cleanse import NeuralCleanse
+from bimask.defences.finetuning.npd import Npd
 from bimask.defences.finetuning.sau import Sau
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.anp import Anp
@@ -46,6 +47,7 @@ DEFENCES: dict[str, Defence[Any]] = {
         Nad(),
         Ibau(),
         Sau(),
+        Npd(),
         NeuralCleanse(),
         BtiDbf(),
         Fip(),

@@ -38,6 +38,7 @@ from bimask.files.tensors import load_tensors
 from bimask.inspection.held_back import HeldBack
 from bimask.inspection.suspect import Suspect
 from bimask.masking.coverage import coverage
+from bimask.masking.inserted import insert, inserted_in
 from bimask.masking.masks import MaskSet, fold, masked_forward
 from bimask.masking.sites import add_gates, gates_in
 from bimask.metrics import Scores
@@ -61,6 +62,7 @@ class _Manifest(BaseModel):
     image: tuple[Sides, Sides, Sides]
     classes: tuple[str, ...] = Field(min_length=1, max_length=100_000)
     gates: list[str]
+    inserted: dict[str, str] = Field(default_factory=dict)
     mean: list[float]
     std: list[float]
     wrapped: bool
@@ -172,6 +174,7 @@ def _manifest(
         "image": list(suspect.clean.images.shape[1:]),
         "wrapped": suspect.wrapped,
         "gates": gates_in(inner),
+        "inserted": inserted_in(inner),
         "door": suspect.door.as_json(),
         "coverage": reached,
         "defence": defence_of(result.config).name,
@@ -232,6 +235,7 @@ def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
         model = spec.net_of(manifest.mean, manifest.std, *shape)
         inner = _inner(model, manifest.wrapped)
         add_gates(inner, manifest.gates)
+        insert(inner, manifest.inserted, state)
         inner.load_state_dict(state)
         Door.from_json(manifest.door).install(model)
     except (

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bimask.defences.base import Defence
+from bimask.defences.clipping.unit import Unit
 from bimask.defences.finetuning.bti_dbf import BtiDbf
 from bimask.defences.finetuning.fip import Fip
 from bimask.defences.finetuning.fst import Fst
@@ -49,6 +50,7 @@ DEFENCES: dict[str, Defence[Any]] = {
         NeuralCleanse(),
         BtiDbf(),
         Fip(),
+        Unit(),
     )
 }
 

@@ -32,6 +32,8 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from bimask.masking.inserted import Around, put_around
+
 Kind = Literal["conv", "linear", "projection", "heads", "features", "embedding", "norm", "block"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HEADS, FEATURES = "@heads", "@features"  # behind a module's name in a site's key
@@ -77,7 +79,7 @@ class Site:
         return factor.repeat_interleave(width // self.channels, -1)
 
 
-class ChannelGate(nn.Module):
+class ChannelGate(Around):
     """A module with a factor on every channel of its output, or of its input.
 
     Args:
@@ -87,6 +89,7 @@ class ChannelGate(nn.Module):
         input_factor: (C,) on the last axis of the first input; None leaves it.
     """
 
+    kind = "gate"
     factor: Tensor
     input_factor: Tensor | None
 
@@ -98,22 +101,11 @@ class ChannelGate(nn.Module):
         axis: int = -1,
         input_factor: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.block = block
+        super().__init__(block)
         self.axis = axis
         self.register_buffer("factor", factor.detach().clone())
         given = None if input_factor is None else input_factor.detach().clone()
         self.register_buffer("input_factor", given)
-
-    def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """What the gate has not is the module's: a model may read the weights of a layer it calls."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "block":
-                raise
-            found: Tensor | nn.Module = getattr(super().__getattr__("block"), name)
-            return found
 
     def forward(self, first: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[object, ...]:
         """As the module's."""
@@ -242,9 +234,7 @@ def gate_at(model: nn.Module, name: str) -> ChannelGate:
     channels = channels_of(module)
     assert channels is not None, f"{name} cannot be masked"
     gate = ChannelGate(module, like(model, name).new_ones(channels), axis=axis_of(module))
-    for place, other in list(model.named_modules(remove_duplicate=False)):
-        if other is module:  # a module that is used under two names has its gate under both
-            model.set_submodule(place, gate)
+    put_around(model, name, gate)
     return gate
 
 

@@ -16,6 +16,7 @@ from bimask.defences.finetuning.ibau import Ibau
 from bimask.defences.finetuning.nad import Nad
 from bimask.defences.finetuning.neural_cleanse import NeuralCleanse
 from bimask.defences.finetuning.sau import Sau
+from bimask.defences.finetuning.strategic import Strategic
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.anp import Anp
 from bimask.defences.pruning.awm import Awm
@@ -50,6 +51,7 @@ DEFENCES: dict[str, Defence[Any]] = {
         NeuralCleanse(),
         BtiDbf(),
         Fip(),
+        Strategic(),
         Unit(),
     )
 }

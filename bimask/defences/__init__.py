@@ -25,6 +25,7 @@ from bimask.defences.pruning.clp import Clp
 from bimask.defences.pruning.fine_pruning import FinePruning
 from bimask.defences.pruning.fmp import Fmp
 from bimask.defences.pruning.nft import Nft
+from bimask.defences.pruning.onp_like import OnpLike
 from bimask.defences.pruning.rnp import Rnp
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import SettingError
@@ -42,6 +43,7 @@ DEFENCES: dict[str, Defence[Any]] = {
         Awm(),
         Nft(),
         Fmp(),
+        OnpLike(),
         Ft(),
         FtSam(),
         Fst(),

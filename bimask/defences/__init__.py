@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bimask.defences.base import Defence
+from bimask.defences.clipping.unit import Unit
 from bimask.defences.finetuning.bti_dbf import BtiDbf
 from bimask.defences.finetuning.fip import Fip
 from bimask.defences.finetuning.fst import Fst
@@ -16,6 +17,7 @@ from bimask.defences.finetuning.nad import Nad
 from bimask.defences.finetuning.neural_cleanse import NeuralCleanse
 from bimask.defences.finetuning.npd import Npd
 from bimask.defences.finetuning.sau import Sau
+from bimask.defences.finetuning.strategic import Strategic
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.anp import Anp
 from bimask.defences.pruning.awm import Awm
@@ -24,6 +26,7 @@ from bimask.defences.pruning.clp import Clp
 from bimask.defences.pruning.fine_pruning import FinePruning
 from bimask.defences.pruning.fmp import Fmp
 from bimask.defences.pruning.nft import Nft
+from bimask.defences.pruning.onp_like import OnpLike
 from bimask.defences.pruning.rnp import Rnp
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import SettingError
@@ -41,6 +44,7 @@ DEFENCES: dict[str, Defence[Any]] = {
         Awm(),
         Nft(),
         Fmp(),
+        OnpLike(),
         Ft(),
         FtSam(),
         Fst(),
@@ -51,6 +55,8 @@ DEFENCES: dict[str, Defence[Any]] = {
         NeuralCleanse(),
         BtiDbf(),
         Fip(),
+        Strategic(),
+        Unit(),
     )
 }
 

@@ -28,6 +28,8 @@ from bimask.errors import NonFiniteError
 from bimask.masking.copies import copied
 from bimask.nets.admission import unwrapped
 
+BESIDE = "@"  # begins the names of tensors that tell of a run and are none of the defended model's
+
 # of one run: its step, and what it would end with now; a true answer ends it there
 OnOwnStep = Callable[[StepLog, Callable[[], DefenceResult]], "bool | None"]
 
@@ -191,11 +193,13 @@ class Defended(Generic[Config]):
 
     @property
     def changed(self) -> bool:
-        """Whether any tensor differs from the suspect's own, or there is one that it has not."""
+        """Whether any tensor of the model differs from the suspect's own, or there is one that it has
+        not."""
         own = unwrapped(self.suspect)[0].state_dict()
         return any(
             name not in own or not torch.equal(value.to(own[name]), own[name])
             for name, value in self.tensors.items()
+            if not name.startswith(BESIDE)
         )
 
     def model(self) -> nn.Module:
@@ -241,7 +245,8 @@ def _state_of(
 
 def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the model, out of torch.compile and the wrappers of parallel training, that has these
-    tensors in place of its own; in eval mode."""
+    tensors in place of its own, but for those beside it; in eval mode."""
     cleaned = copied(unwrapped(model)[0])
-    cleaned.load_state_dict({**cleaned.state_dict(), **tensors})
+    given = {name: value for name, value in tensors.items() if not name.startswith(BESIDE)}
+    cleaned.load_state_dict({**cleaned.state_dict(), **given})
     return cleaned.eval()

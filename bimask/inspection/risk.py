@@ -38,10 +38,8 @@ from bimask.inspection.class_triggers import (
     steps_of,
 )
 from bimask.inspection.latent import latent_distances
-from bimask.metrics.agreement import disagree
+from bimask.inspection.shared_errors import BUDGETS, Stressed, adversarial, answers_of, share
 
-BUDGETS = (0.3, 0.8)
-STEPS = 10
 CARRIERS: tuple[Family, ...] = ("patch", "pattern")
 FITTED_ON = 3  # one image of so many makes the universal triggers; all of them show what they do
 SHARPNESS = 8.0
@@ -100,8 +98,8 @@ class RiskProbe:
         if len(images) < 2:
             raise DataError(f"Evidence needs two clean images or more, got {len(images)}.")
         self.images = images
-        self.answers = _answers(suspect, images)
-        self.adversarial = [_Stressed.of(suspect, _adversarial(suspect, images, b)) for b in BUDGETS]
+        self.answers = answers_of(suspect, images)
+        self.adversarial = [Stressed.of(suspect, adversarial(suspect, images, b)) for b in BUDGETS]
         fitted_on = images[::FITTED_ON]
         net = prepared(suspect, fitted_on)
         triggers = [find_class_triggers(net, fitted_on, f, on_step=on_step) for f in CARRIERS]
@@ -125,10 +123,10 @@ class RiskProbe:
     def __call__(self, model: nn.Module, inverse: nn.Module | None = None) -> RiskScores:
         """Ask a purified model, and its inverse twin where it has one; forward passes only."""
         return RiskScores(
-            agreement=_share(_answers(model, self.images) == self.answers),
+            agreement=share(answers_of(model, self.images) == self.answers),
             inverse_agreement=None
             if inverse is None
-            else _share(_answers(inverse, self.images) == self.answers),
+            else share(answers_of(inverse, self.images) == self.answers),
             same_answer=sum(s.same_answer(model, self.answers) for s in self.adversarial)
             / len(BUDGETS),
             carried_over=sum(self._carried_over(model, u) for u in self.universal) / len(CARRIERS),
@@ -145,11 +143,13 @@ class RiskProbe:
     def _followed(self, suspect: nn.Module, triggers: ClassTriggers) -> _Universal:
         towards = self.asked.to(self.images.device)
         triggered = triggers.apply(self.images)[towards]
-        followed = _answers(suspect, triggered.flatten(0, 1)).view(len(towards), -1) == towards[:, None]
+        followed = (
+            answers_of(suspect, triggered.flatten(0, 1)).view(len(towards), -1) == towards[:, None]
+        )
         return _Universal(triggered, towards[:, None], followed & (self.answers != towards[:, None]))
 
     def _carried_over(self, model: nn.Module, universal: _Universal) -> float:
-        answers = _answers(model, universal.images.flatten(0, 1)).view(universal.counts.shape)
+        answers = answers_of(model, universal.images.flatten(0, 1)).view(universal.counts.shape)
         same = (answers == universal.towards) & universal.counts
         rates = same.sum(1).double() / universal.counts.sum(1).clamp_min(1)
         return float((self.weights[self.asked] * rates.cpu()).sum())
@@ -179,25 +179,6 @@ class _Universal:
         return _Universal(*(t.to(device) for t in (self.images, self.towards, self.counts)))
 
 
-@dataclass(frozen=True)
-class _Stressed:
-    """Adversarial images and the suspect's answers to them."""
-
-    images: Tensor
-    answers: Tensor
-
-    @classmethod
-    def of(cls, suspect: nn.Module, images: Tensor) -> _Stressed:
-        return cls(images, _answers(suspect, images))
-
-    def to(self, device: torch.device | str) -> _Stressed:
-        return _Stressed(self.images.to(device), self.answers.to(device))
-
-    def same_answer(self, model: nn.Module, clean_answers: Tensor) -> float:
-        counts = self.answers != clean_answers
-        return _share((_answers(model, self.images) == self.answers)[counts])
-
-
 def costs(prices: list[Tensor]) -> Tensor:
     """What reaching each class costs by all kinds of price together: the sum of their logs, (K,).
 
@@ -216,29 +197,6 @@ def suspicion(prices: list[Tensor]) -> Tensor:
     weights = (-SHARPNESS * costs(prices)).softmax(0)
     weights = weights.masked_fill(weights < LEAST_WEIGHT, 0)
     return weights / weights.sum()
-
-
-def _adversarial(suspect: nn.Module, images: Tensor, budget: float) -> Tensor:
-    """Images away from the suspect's own answers: sign steps of budget / steps on -disagree."""
-    with torch.no_grad():
-        clean = suspect(images)
-    moved = images
-    for _ in range(STEPS):
-        point = moved.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(disagree(suspect(point), clean, form="log"), point)
-        moved = moved.detach() - budget / STEPS * gradient.sign()
-        moved = (images + (moved - images).clamp(-budget, budget)).clamp(0, 1)
-    return moved
-
-
-@torch.no_grad()
-def _answers(model: nn.Module, images: Tensor) -> Tensor:
-    """Classes: (N, C, H, W) -> (N,)."""
-    return torch.cat([model(part).argmax(1) for part in images.split(512)])
-
-
-def _share(hits: Tensor) -> float:
-    return hits.double().mean().item()
 
 
 __all__ = ["RiskProbe", "RiskScores", "costs", "suspicion"]

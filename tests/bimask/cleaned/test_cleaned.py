@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import onnx
 import pytest
 import torch
 import yaml
@@ -26,7 +27,10 @@ from bimask import (
 )
 from bimask.__main__ import app
 from bimask.cleaned.before_after import before_after
+from bimask.cleaned.export import export_onnx, export_program
 from bimask.cleaned.folder import load_cleaned, save_cleaned
+from bimask.defences.clipping.unit import UnitConfig
+from bimask.defences.purify import defend
 from bimask.errors import BimaskError, DataError, ExportError, SettingError, VictimError
 from bimask.inspection.suspect import CleanImages, Suspect, load_suspect, read_clean
 from bimask.nets import build_net
@@ -319,6 +323,38 @@ def test_a_transformers_gates_are_modules_of_their_own(some_images, tmp_path):
         read.model(images), masked_forward(suspect.model, result.masks, images), atol=1e-5, rtol=1e-5
     )
     assert "no labels" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("granularity", ["channel", "position"])
+def test_bounds_of_activations_are_saved_listed_loaded_and_exported(some_images, tmp_path, granularity):
+    suspect = suspect_with("small_resnet", some_images)
+    images = suspect.clean.floats()
+    config = UnitConfig(iterations=2, granularity=granularity, deviations=0.5, accuracy_drop=1)
+    result = defend(suspect.model, images, config, labels=torch.arange(12) % 4)
+    looked = before_after(suspect.model, result.model(), images, None)
+    manifest = save_cleaned(tmp_path / "out", suspect, result, looked, seed=0)
+    assert len(manifest["inserted"]) == len(result.tensors) == 7
+    assert set(manifest["inserted"].values()) == {"bound"}
+    assert manifest["gates"] == []
+    read = load_cleaned(tmp_path / "out")
+    expected = result.model()(images)
+    assert torch.equal(read.model(images), expected)
+    assert not torch.allclose(expected, suspect.model(images), atol=1e-3)
+    export_onnx(read.model, images, tmp_path / "model.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert kinds.count("Min") == 7
+    export_program(read.model, images, tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("inserted", [{"net.linear": "bound"}, {"linear": "magic"}, {"a.b": "bound"}])
+def test_a_manifest_that_lists_other_modules_is_refused(some_images, tmp_path, inserted):
+    suspect = suspect_with("small_resnet", some_images)
+    result, looked = quick(suspect)
+    save_cleaned(tmp_path / "out", suspect, result, looked, seed=0)
+    path = tmp_path / "out" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inserted": inserted}))
+    with pytest.raises(VictimError, match="do not fit"):
+        load_cleaned(tmp_path / "out")
 
 
 def test_a_fold_that_answers_otherwise_is_refused_and_leaves_nothing(

@@ -1,0 +1,1 @@
+"""Defences that cut off activations."""

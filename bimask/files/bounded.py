@@ -111,11 +111,13 @@ def read_json(path: Path | str, most: int = MAX_JSON_BYTES) -> Any:
     return parsed_json(read_bytes(path, most))
 
 
-def parsed_json(content: bytes, most_keys: int = MAX_JSON_VALUES) -> Any:
+def parsed_json(
+    content: bytes, most_keys: int = MAX_JSON_VALUES, most_values: int = MAX_JSON_VALUES
+) -> Any:
     """What JSON says; `most_keys` are those of one object, repeated ones counted. ValueError as of
     `read_json`."""
-    if (marks := sum(map(content.count, (b",", b"[", b"{")))) > MAX_JSON_VALUES:
-        raise ValueError(f"up to {marks} values, but at most {MAX_JSON_VALUES} are read")
+    if (marks := sum(map(content.count, (b",", b"[", b"{")))) > most_values:
+        raise ValueError(f"up to {marks} values, but at most {most_values} are read")
 
     def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(pairs) > most_keys:

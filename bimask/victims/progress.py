@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 from rich.progress import TaskID
 
 from bimask.progress import Console, ToldProgress
@@ -43,14 +42,22 @@ class VictimBars:
 
     def ended(self, name: str, text: str) -> None:
         """The bar makes way for a line."""
+        self._over(name)
+        self.progress.console.tell(text)
+
+    def failed(self, name: str, reason: str) -> None:
+        """The same of a victim that was not made."""
+        self._over(name)
+        self.progress.console.tell(f"{name}, {reason}", mark="failed", style="bold red")
+
+    def _over(self, name: str) -> None:
         if name in self.tasks:
             self.progress.remove_task(self.tasks.pop(name))
-        self.progress.console.print(text, soft_wrap=True)
 
     def _move(self, text: str, name: str, done: int, of: int) -> None:
         if name not in self.tasks:
             self.tasks[name] = self.progress.add_task(text)
-        self.progress.update(self.tasks[name], description=escape(text), completed=done, total=of)
+        self.progress.update(self.tasks[name], description=text, completed=done, total=of)
 
 
 def described(victim: Victim) -> str:
@@ -85,12 +92,7 @@ def build(
             on_prepare=partial(bars.preparing, name),
         )
     except Exception as error:  # whatever it is, the others are made
-        bars.ended(name, failure(name, f"{type(error).__name__}: {error}"))
+        bars.failed(name, f"{type(error).__name__}: {error}")
         return False
-    bars.ended(name, f"{escape(name)}: {'made' if made else 'found'}, {described(victim)}")
+    bars.ended(name, f"{name}: {'made' if made else 'found'}, {described(victim)}")
     return True
-
-
-def failure(name: str, reason: str) -> str:
-    """A line on a victim that was not made."""
-    return f"{escape(name)}: [bold red]failed[/], {escape(reason)}"

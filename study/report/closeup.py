@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bimask.defences.base import Defence
-from bimask.files.bounded import read_json
 from bimask.files.tensors import load_tensors
 from bimask.masking.masks import MaskSet
 from study.spec.objectives import known_scores, number
-from study.store.records import read_reports
+from study.store.records import read_reports, read_rounds
 
 
 class Curves(TypedDict):
@@ -70,7 +69,7 @@ def curves(
     path = folder / f"{victim}.rounds.json"
     if not path.is_file():
         return None
-    rounds = read_json(path)
+    rounds = read_rounds(path)
     if not rounds:
         return None  # a defence without steps
     stages = [

@@ -71,7 +71,7 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
         found.append(("victims", "the same victim is listed twice"))
     problems = dict.fromkeys(found)  # one that is of no key has no place
     rows = [": ".join(filter(None, (_where(path, p, lines), p, text))) for p, text in problems]
-    raise StudyError("\n".join(first_of(rows)))
+    raise StudyError(*first_of(rows))
 
 
 def _problem(problem: Any) -> tuple[str, str]:

@@ -20,8 +20,15 @@ import pandas as pd
 from bimask.files.bounded import dump_yaml, read_json
 from study.spec.config import StudyConfig, StudyError
 from study.store import schema
-from study.store.files import read_lines, write_text
-from study.store.schema import ConfirmRecord, Parameters, StepReport, StudySummary, TrialRecord
+from study.store.files import rows_of, write_text
+from study.store.schema import (
+    ConfirmRecord,
+    Parameters,
+    RoundRow,
+    StepReport,
+    StudySummary,
+    TrialRecord,
+)
 
 OUTPUTS = Path("outputs")
 RESERVED = ("victims", "mlartifacts", "mlflow.db")
@@ -98,9 +105,21 @@ def read_summary(folder: Path) -> StudySummary:
         ) from error
 
 
+def read_rounds(path: Path) -> list[RoundRow]:
+    """The steps of one run, as a trial left them: NAME.rounds.json.
+
+    Raises:
+        StudyError: it cannot be read.
+    """
+    try:
+        return schema.round_rows(read_json(path))
+    except (OSError, ValueError, StudyError) as error:
+        raise StudyError(f"{path} cannot be read ({error}).") from error
+
+
 def _records(path: Path, checked: Callable[[Mapping[str, object]], Record]) -> list[Record]:
     found = []
-    for line, row in enumerate(read_lines(path), start=1):
+    for line, row in enumerate(rows_of(path), start=1):
         try:
             found.append(checked(row))
         except StudyError as error:

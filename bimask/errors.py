@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -32,14 +33,16 @@ _BRIEF.maxlist = _BRIEF.maxdict = _BRIEF.maxtuple = 20
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """Text of a stranger without what steers a terminal or no encoding has, on one line.
+    """Text of a stranger without what steers a terminal or a page or no encoding has, on one line.
 
     Args:
         most: characters, of which the last three tell that there were more; None keeps all.
     """
     if most is not None and len(text) > most:
         text = text[: most - 3] + "..."
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or category(c) == "Zs" else "?" for c in text)
 
 
 class BimaskError(Exception):

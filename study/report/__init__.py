@@ -7,17 +7,18 @@ say; `page/` is what a browser gets.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from markupsafe import escape
 from typing_extensions import NotRequired, TypedDict
 
 from bimask.defences import defence_named
 from bimask.errors import BimaskError
+from bimask.files.pages import plain
 from study.report.answers import Scene, TrialAnswers, VictimAnswers
 from study.report.closeup import Curves, Layer, curves, layers, reports_of, stored
 from study.report.content import Finished, PageContent, page_content, read, settings_of
@@ -115,9 +116,9 @@ def render(content: Mapping[str, Any]) -> str:
     """The page: style, data and scripts put into `page/page.html`, nothing else is ever loaded."""
     page = files(__package__) / "page"
     parts = {
-        "<!--title-->": _escaped(f"{content['name']}: {content['headline']['title']}"),
+        "<!--title-->": str(escape(plain(f"{content['name']}: {content['headline']['title']}"))),
         "/*style*/": (page / "page.css").read_text(encoding="utf-8"),
-        "/*data*/": json.dumps(_finite(content), separators=(",", ":")).replace("<", "\\u003c"),
+        "/*data*/": json.dumps(plain(content), separators=(",", ":")).replace("<", "\\u003c"),
         "/*script*/": "\n".join((page / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }
     text = (page / "page.html").read_text(encoding="utf-8")
@@ -176,16 +177,3 @@ def _scenes(
         except BimaskError as error:  # the page is about the study; without a victim it says less
             say(f"without the answers of {name}'s models: {error}")
     return scenes
-
-
-def _finite(value: object) -> object:
-    """NaN and infinities as null: JSON has no word for them."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

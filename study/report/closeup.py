@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from markupsafe import Markup
 from torch import Tensor, nn
 
 from bimask.defences.base import Defence
@@ -115,7 +116,7 @@ def _short(values: Iterator[float | None]) -> list[float | None]:
     return [None if value is None else float(f"{value:.4g}") for value in values]
 
 
-def _bytes(values: Tensor) -> str:
+def _bytes(values: Tensor) -> Markup:
     """Numbers in [0, 1] as one byte each, base64."""
     quantised = (255 * values.clamp(0, 1)).round().to(torch.uint8)
-    return base64.b64encode(quantised.cpu().numpy().tobytes()).decode()
+    return Markup(base64.b64encode(quantised.cpu().numpy().tobytes()).decode())

@@ -24,6 +24,7 @@ from study.promotion.candidate import (
 )
 from study.promotion.evidence import Verdict
 from study.spec.config import StudyError
+from study.store.records import fitting_together
 
 if TYPE_CHECKING:
     from study.promotion.registry import Registry, Version
@@ -138,11 +139,13 @@ def promote(
         before, now = Registry(tracking_uri(outputs), model or study).rollback()
         console.tell(f"champion: version {now} again, no longer {before}")
         return True
-    candidate = read_candidate(study, outputs, trial)
+    with fitting_together(outputs / study):
+        candidate = read_candidate(study, outputs, trial)
     if confirm_:
         confirm_trial(candidate, load_victims(candidate.config, outputs), console)
         candidate = read_candidate(study, outputs, trial)
-    verdicts = verdicts_of(candidate)
+    with fitting_together(outputs / study):
+        verdicts = verdicts_of(candidate)
     show_verdicts(candidate, verdicts, console)
     if not all(one.passed for one in verdicts):
         console.tell("a gate fails", mark="not promoted", style="bold red")

@@ -20,6 +20,7 @@ import yaml
 
 MAX_YAML_BYTES = 2**19  # a study of 800 victims
 MAX_YAML_NODES = 50_000  # with what aliases stand for
+COMMENT = 2**10  # bytes that are left for one
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_VALUES = 2_000_000
 MAX_DEPTH = 40  # containers in containers
@@ -99,6 +100,26 @@ def dump_yaml(content: Mapping[str, Any]) -> str:
     """YAML in the order of `content`; text that looks like a number to `read_yaml` is quoted."""
     text: str = yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False)
     return text
+
+
+def require_rereadable(content: Mapping[str, Any]) -> None:
+    """Refuse content whose `dump_yaml` with a short comment above would not be read again.
+
+    Raises:
+        ValueError: too many values or bytes.
+    """
+    nodes, level = 0, [content]
+    while level and nodes <= MAX_YAML_NODES:
+        inner: list[Any] = []
+        for one in level:
+            parts = [*one, *one.values()] if isinstance(one, Mapping) else list(one)
+            nodes += len(parts)
+            inner += [part for part in parts if isinstance(part, (Mapping, list, tuple))]
+        level = inner
+    if nodes >= MAX_YAML_NODES:
+        raise ValueError(f"more than {MAX_YAML_NODES} values")
+    if (size := len(dump_yaml(content).encode()) + COMMENT) > MAX_YAML_BYTES:
+        raise ValueError(f"{size} bytes, but at most {MAX_YAML_BYTES} are read")
 
 
 def read_json(path: Path | str, most: int = MAX_JSON_BYTES) -> Any:

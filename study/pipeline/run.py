@@ -133,8 +133,9 @@ def _reason(
     """What a study that was ended raises; it says how to go on."""
     begun = (folder / records.STUDY).is_file()
     if interrupts.signal is not None:
-        return InterruptedStudyError(interrupts.signal, config.name, begun=begun)
-    return LostRayError(interrupts.lost or "nobody knows why", config.name, begun=begun)
+        return InterruptedStudyError(interrupts.signal, config.name, begun=begun, again=config.resuming)
+    lost = interrupts.lost or "nobody knows why"
+    return LostRayError(lost, config.name, begun=begun, again=config.resuming)
 
 
 def _leave(reason: InterruptedStudyError | LostRayError) -> None:
@@ -324,7 +325,7 @@ class _Study:
             with interrupts.hold():
                 missing = mirror.close(lambda: SHORT_PATIENCE if interrupts.ended else patience)
             if missing:
-                words = ["python", "-m", "study.launch", "--resume", self.config.name]
+                words = ["python", "-m", "study.launch", *self.config.resuming]
                 again = shlex.join([*words, "--outputs", str(self.folder.parent)])
                 self.console.tell(
                     f"nothing is lost; tell it later with `{again}`.",

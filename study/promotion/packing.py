@@ -101,7 +101,7 @@ def stored(candidate: Candidate, name: str, model: nn.Module) -> DefenceResult |
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise StudyError(
             f"{path} cannot be read ({error}); run the trial again with `python -m study.launch "
-            f"--resume {candidate.folder.name}`."
+            f"{' '.join(candidate.config.resuming)}`."
         ) from error
     history = tuple(
         Step(log["step"], log["losses"], log["loss"]) for log in records.read_rounds(rounds)

@@ -23,6 +23,7 @@ from study.report.answers import Scene, TrialAnswers, VictimAnswers
 from study.report.closeup import Curves, Layer, curves, layers, reports_of, stored
 from study.report.content import Finished, PageContent, page_content, read, settings_of
 from study.spec.config import IMS, StudyError
+from study.store.records import fitting_together
 from study.store.schema import VictimBefore
 from study.tracking.mlflow_runs import log_to_study, require_server, tracking_uri
 
@@ -83,13 +84,14 @@ def write_report(
     Raises:
         StudyError: no study in the folder, or the file cannot be written.
     """
-    found = read(folder)
-    content = page_content(found)
-    page = {**content, "close_ups": _close_ups(folder, victims, found, content, say)}
+    with fitting_together(folder):
+        found = read(folder)
+        content = page_content(found)
+        text = render({**content, "close_ups": _close_ups(folder, victims, found, content, say)})
     out = out or folder / REPORT
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(render(page), encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StudyError(
             f"Cannot write the report {out} ({error.strerror}); give another file with --out."

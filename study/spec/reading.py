@@ -11,7 +11,13 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from bimask.errors import MOST_PROBLEMS, brief, first_of
-from bimask.files.bounded import MAX_YAML_BYTES, parsed_yaml, read_bytes, yaml_nodes
+from bimask.files.bounded import (
+    MAX_YAML_BYTES,
+    parsed_yaml,
+    read_bytes,
+    require_rereadable,
+    yaml_nodes,
+)
 from study.spec import space as spaces
 from study.spec.config import StudyConfig, StudyError, default_space, settings_of
 from study.spec.space import Parameter
@@ -66,9 +72,15 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
         ]
     if config is not None and not found:
         names = config.suite_names()
-        if len(set(names)) == len(names):
+        try:
+            require_rereadable(config.model_dump())  # it is written resolved, and read by --resume
+        except ValueError as error:
+            large = f"with every key filled in it has {error}; list fewer victims or points"
+            found.append(("", f"{large}, or split it into several studies"))
+        if not found and len(set(names)) == len(names):
             return config
-        found.append(("victims", "the same victim is listed twice"))
+        if len(set(names)) < len(names):
+            found.append(("victims", "the same victim is listed twice"))
     problems = dict.fromkeys(found)  # one that is of no key has no place
     rows = [": ".join(filter(None, (_where(path, p, lines), p, text))) for p, text in problems]
     raise StudyError(*first_of(rows))

@@ -11,15 +11,19 @@ outputs/NAME/best.yaml       the chosen configuration, as `bimask purify` takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
+from safetensors import SafetensorError
 
-from bimask.files.bounded import dump_yaml, read_json
+from bimask.errors import BimaskError
+from bimask.files.bounded import MALFORMED, dump_yaml, read_json
 from study.spec.config import StudyConfig, StudyError
 from study.store import schema
+from study.store.environment import first_line
 from study.store.files import rows_of, write_text
 from study.store.schema import (
     ConfirmRecord,
@@ -102,6 +106,24 @@ def read_summary(folder: Path) -> StudySummary:
     except (OSError, ValueError, StudyError) as error:
         raise StudyError(
             f"{folder / SUMMARY} cannot be read ({error}); let the study run to its end."
+        ) from error
+
+
+@contextmanager
+def fitting_together(folder: Path) -> Iterator[None]:
+    """Records that are each well formed may still contradict each other, where somebody made them up.
+
+    Raises:
+        StudyError: what was asked of them within could not be answered.
+    """
+    try:
+        yield
+    except BimaskError:
+        raise
+    except (*MALFORMED, RuntimeError, SafetensorError) as error:
+        raise StudyError(
+            f"The records in {folder} do not fit together ({type(error).__name__}: "
+            f"{first_line(error)}); get the whole folder again."
         ) from error
 
 

@@ -22,7 +22,12 @@ MOST_WORDS = 2_000  # characters of one string
 def render_page(package: str, name: str, **content: Any) -> str:
     """The page of a template in a package."""
     templates = Environment(
-        loader=PackageLoader(package, ""), autoescape=True, undefined=StrictUndefined, finalize=_shown
+        loader=PackageLoader(package, ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return templates.get_template(name).render(**content)
 

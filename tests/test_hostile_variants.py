@@ -4,28 +4,20 @@ what it does not take, in bounded memory, runs nothing, and prints nothing that 
 Each variant is a folder that somebody sent, and the words that a user types there.
 """
 
-import io
-import json
+import importlib.util
 import os
 import pickle
 import re
 import shlex
-import shutil
 import signal
-import struct
 import sys
-import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import typer
 import yaml
-from PIL import Image
-from safetensors.torch import save_file
 
 import bimask.__main__
 import study.pipeline.run  # heavy: not in what a variant may take
@@ -35,10 +27,6 @@ from study import launch, promote, victims
 from study.report import __main__ as report
 from study.trial.limits import memory_limit
 
-OLD = Path(__file__).parent / "study" / "store" / "schema_1" / "old"
-ODD = "\x1b]0;mine\x07\nerror: all is well [bold red]$x_{[/] \u202e"  # title, line, markup, mathematics
-HASTY = {"image_size": 8, "width": 2, "epochs": 1, "min_clean_accuracy": 0, "min_attack_success": 0}
-SITES = "bimask sites --net small_resnet --width 2"
 COMMANDS = {
     "bimask": bimask.__main__.main,
     "study.launch": partial(typer.run, launch.main),
@@ -46,6 +34,27 @@ COMMANDS = {
     "study.report": partial(typer.run, report.main),
     "study.victims": partial(typer.run, victims.main),
 }
+SPEC = importlib.util.spec_from_file_location("hostile", Path(__file__).with_name("hostile.py"))
+hostile = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(hostile)
+HASTY, ODD, Hostile = hostile.HASTY, hostile.ODD, hostile.Hostile
+bmp, bomb_png, dry, edited, failed, gif = map(
+    vars(hostile).get, ["bmp", "bomb_png", "dry", "edited", "failed", "gif"]
+)
+header, huge_jpeg, jpeg, linked, listed_studies, looping_tiff = map(
+    vars(hostile).get, ["header", "huge_jpeg", "jpeg", "linked", "listed_studies", "looping_tiff"]
+)
+manifest, many_victims, named_victim, nested_manifest, npz, object_array = map(
+    vars(hostile).get,
+    ["manifest", "many_victims", "named_victim", "nested_manifest", "npz", "object_array"],
+)
+odd_picture, old, pickled, picture, pictures, replaced = map(
+    vars(hostile).get, ["odd_picture", "old", "pickled", "picture", "pictures", "replaced"]
+)
+ring, settings, sites, sparse, study_of, suite = map(
+    vars(hostile).get, ["ring", "settings", "sites", "sparse", "study_of", "suite"]
+)
+webp, weights, wide_tiff, zero = map(vars(hostile).get, ["webp", "weights", "wide_tiff", "zero"])
 HANG = 60  # seconds
 SUITES = ("victims", "held_out", "controls")
 
@@ -94,235 +103,59 @@ def run(monkeypatch, capfd):
     return call
 
 
-def pictures(at="pictures", classes=("a", "b"), count=2, make=None):
-    for label in classes:
-        home = Path(at) / label
-        home.mkdir(parents=True, exist_ok=True)
-        for row in range(count):
-            noise = np.random.default_rng(row).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(home / f"{row}.png")
-    if make is not None:
-        (Path(at) / "a" / "z.png").write_bytes(make())
-    return at
-
-
-def weights(name="w", **tensors):
-    save_file(tensors or {"fc.weight": torch.ones(2, 3)}, name)
-    return name
-
-
-def sites(model, clean=None):
-    clean = clean or pictures()
-    return [*SITES.split(), "--model", model, "--clean", clean]
-
-
-def dry(text):
-    Path("s.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return "study.launch s.yaml --dry-run"
-
-
-def study_of(**keys):
-    content = {
-        "name": "s",
-        "trials": 2,
-        "clean_images_per_class": 2,
-        "paper_defaults": False,
-        "victims": [dict(HASTY)],
-        "reference_point": {"clean_accuracy": 0.0, "attack_success": 1.0},
-        "space": {"mask_lr": {"kind": "float", "low": 0.02, "high": 0.3}},
-    }
-    return yaml.safe_dump(content | keys)
-
-
-def old(change=lambda folder: None, words="study.report old"):
-    """A study's folder that somebody sent."""
-    shutil.copytree(OLD, "outputs/old")
-    change(Path("outputs/old"))
-    return words
-
-
-def replaced(name, content):
-    """Instead of a file of the study: bytes, or what makes something of the path."""
-
-    def change(folder):
-        (folder / name).unlink(missing_ok=True)
-        if callable(content):
-            content(folder / name)
-        else:
-            (folder / name).write_bytes(content)
-
-    return change
-
-
-def edited(name, change):
-    def edit(folder):
-        content = yaml.safe_load((folder / name).read_text())
-        change(content)
-        text = json.dumps(content) if name.endswith("json") else yaml.safe_dump(content)
-        (folder / name).write_text(text)
-
-    return edit
-
-
-def sparse(size):
-    def make(path):
-        path.touch()
-        os.truncate(path, size)
-
-    return make
-
-
-def zero(path):
-    path.symlink_to("/dev/zero")
-
-
-def ring(path):
-    Path(path).symlink_to(path)
-    return str(path)
-
-
-def picture(make):
-    """A picture among others."""
-    return lambda: sites(weights(), pictures(make=make))
-
-
-def header(size, **fields):
-    """A safetensors file of that header and no tensors."""
-    text = json.dumps(fields).encode()
-    Path("w").write_bytes((size or len(text)).to_bytes(8, "little") + text)
-    return sites("w")
-
-
-class Hostile:
-    def __reduce__(self):
-        return open, ("RUN", "w")
-
-
-def pickled():
-    torch.save({"a": Hostile()}, "w")
-    return sites("w")
-
-
-def npz(raw, compressed=True):
-    with zipfile.ZipFile("w", "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as file:
-        file.writestr("a.npy", raw)
-    return sites("w")
-
-
-def bomb_png(width, height):
-    about = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    chunks = [(b"IHDR", about), (b"IDAT", zlib.compress(bytes(2**16))), (b"IEND", b"")]
-    rows = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(rows)
-
-
-def jpeg(side=8, scans=0, **options):
-    file = io.BytesIO()
-    Image.new("RGB", (side, side), 90).save(file, "JPEG", **options)
-    content = file.getvalue()
-    scan = content[content.rindex(b"\xff\xda") : -2]
-    return content[:-2] + scan * scans + content[-2:]
-
-
-def huge_jpeg():
-    content = jpeg()
-    at = content.index(b"\xff\xc0") + 5
-    return content[:at] + struct.pack(">HH", 65_500, 65_500) + content[at + 4 :]
-
-
-def webp():
-    file = io.BytesIO()
-    Image.new("L", (16_383, 4_096)).save(file, "WEBP", lossless=True, method=0)
-    return file.getvalue()
-
-
-def looping_tiff():
-    entries = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
-    entries += [(273, 4, 1, 98), (279, 4, 1, 64)]
-    rows = b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    return struct.pack("<4sIH", b"II*\0", 8, 7) + rows + struct.pack("<I", 8) + bytes(64)
-
-
-def wide_tiff():
-    return struct.pack("<4sHHQQ", b"II+\0", 8, 0, 16, 2**60) + bytes(64)
-
-
-def bmp():
-    return struct.pack("<2sIHHI", b"BM", 60, 0, 0, 54) + struct.pack(
-        "<IiiHHIIiiII", 40, 2**31 - 1, -(2**31), 1, 1, 0, 0, 0, 0, 0, 0
-    )
-
-
-def gif():
-    file = io.BytesIO()
-    Image.new("P", (8, 8)).save(file, "GIF")
-    content = bytearray(file.getvalue())
-    content[6:10] = struct.pack("<HH", 65_535, 65_535)
-    return bytes(content)
-
-
-def manifest(trained, **changes):
-    shutil.copytree(trained, "victim")
-    path = Path("victim/manifest.json")
-    about = json.loads(path.read_text())
-    for key, value in changes.items():
-        about[key] = about[key] | value if isinstance(about[key], dict) else value
-    path.write_text(json.dumps(about))
-    return "victim"
-
-
-def failed(reason):
-    """The last trial of the study FAILED with that reason."""
-
-    def change(folder):
-        lines = (folder / "trials.jsonl").read_text().splitlines()
-        row = json.loads(lines[-1]) | {"status": "FAILED", "reason": reason}
-        (folder / "trials.jsonl").write_text("\n".join([*lines[:-1], json.dumps(row)]) + "\n")
-
-    return change
-
-
-def named_victim(content):
-    content["victims"][ODD] = content["victims"].pop("digits-badnets")
-
-
-def suite(**keys):
-    Path("suite.yaml").write_text(yaml.safe_dump({"victims": [{**HASTY, **keys}]}))
-    return "suite.yaml"
-
-
-def listed_studies():
-    home = Path("outputs") / ODD.replace("/", "|")
-    home.mkdir(parents=True)
-    (home / "study.yaml").write_text("a: b")
-    return "study.launch --resume nothing"
-
-
 # name -> (what makes the folder and gives the words, what is said, exit code)
 VARIANTS = {
     # names
-    "class folder": (lambda: sites(weights(), pictures(classes=("a", ODD.replace("/", "|"), "c"))), ""),
+    "class folder": (
+        lambda: sites(weights(), pictures(classes=("a", ODD.replace("/", "|"), "c"))),
+        "",
+    ),
     "picture": (
         lambda: sites(weights(), odd_picture(ODD.replace("/", "|") + ".png")),
         "Cannot read the picture",
     ),
-    "picture in bytes": (lambda: sites(weights(), odd_picture(b"\xff\xfe\x1b[2J.png")), "Cannot read"),
+    "picture in bytes": (
+        lambda: sites(weights(), odd_picture(b"\xff\xfe\x1b[2J.png")),
+        "Cannot read",
+    ),
     "YAML key": (lambda: dry(study_of(**{ODD: 1})), "unknown key"),
-    "key of a victim": (lambda: f"bimask train-victims {suite(**{ODD: 1})}", "Extra inputs"),
-    "key of a victim on Ray": (lambda: f"study.victims {suite(**{ODD: 1})}", "Extra inputs"),
+    "key of a victim": (
+        lambda: f"bimask train-victims {suite(**{ODD: 1})}",
+        "Extra inputs",
+    ),
+    "key of a victim on Ray": (
+        lambda: f"study.victims {suite(**{ODD: 1})}",
+        "Extra inputs",
+    ),
     "study": (lambda: dry(study_of(name=ODD)), "name"),
     "study, long": (lambda: dry(study_of(name="x" * 100_000)), "at most 100"),
     "study to resume": (lambda: ["study.launch", "--resume", ODD], "There is no study"),
     "study to report": (lambda: ["study.report", ODD], "There is no study"),
     "studies there are": (listed_studies, "There is no study 'nothing'"),
-    "data": (lambda: dry(study_of(victims=[{**HASTY, "dataset": f"imagefolder:{ODD}"}])), "no folder"),
-    "attack": (lambda: dry(study_of(victims=[{**HASTY, "attack": {"name": ODD}}])), "attack"),
+    "data": (
+        lambda: dry(study_of(victims=[{**HASTY, "dataset": f"imagefolder:{ODD}"}])),
+        "no folder",
+    ),
+    "attack": (
+        lambda: dry(study_of(victims=[{**HASTY, "attack": {"name": ODD}}])),
+        "attack",
+    ),
     "setting": (lambda: dry(study_of(fixed={ODD: 1})), "setting"),
     "net": (lambda: f"bimask train-victims {suite(net=ODD)}", "Unknown net|nor path"),
     "weights' keys": (lambda: sites(weights(**{ODD: torch.ones(2, 2)})), ""),
-    "weights' keys, long": (lambda: sites(weights(**{"x" * 10**6: torch.ones(2, 2)})), ""),
-    "reason of failure": (lambda: old(failed(ODD + "</script>" + "x" * 10**6)), "report ", 0),
-    "victim on a page": (lambda: old(edited("summary.json", named_victim)), "together|report "),
+    "weights' keys, long": (
+        lambda: sites(weights(**{"x" * 10**6: torch.ones(2, 2)})),
+        "",
+    ),
+    "reason of failure": (
+        lambda: old(failed(ODD + "</script>" + "x" * 10**6)),
+        "report ",
+        0,
+    ),
+    "victim on a page": (
+        lambda: old(edited("summary.json", named_victim)),
+        "together|report ",
+    ),
     "class in a manifest": (
         lambda trained: [
             "bimask",
@@ -334,7 +167,10 @@ VARIANTS = {
     ),
     # YAML and JSON
     "pipe": (lambda: (os.mkfifo("s.yaml"), "study.launch s.yaml --dry-run")[1], "not a regular file"),
-    "device": (lambda: (zero(Path("s.yaml")), "bimask train-victim s.yaml")[1], "not a regular file"),
+    "device": (
+        lambda: (zero(Path("s.yaml")), "bimask train-victim s.yaml")[1],
+        "not a regular file",
+    ),
     "ring": (lambda: f"bimask train-victims {ring('s.yaml')}", "Too many levels"),
     "many values": (lambda: dry("a: [" + "1," * 200_000 + "1]"), "more than 50000 values"),
     "merges": (lambda: dry("a: &a {x: &b [*c]}\nb: {<<: [*a, *a]}"), "undefined alias"),
@@ -355,13 +191,35 @@ VARIANTS = {
         lambda: old(replaced("trials.jsonl", sparse(5 * 2**30))),
         "no file of records",
     ),
-    "a long line": (lambda: old(replaced("trials.jsonl", b"[" + b"1," * 2**24)), "report |at most"),
-    "NUL": (lambda: old(replaced("trials.jsonl", bytes(2**20) + b"\n")), "it has NUL bytes"),
-    "nested line": (lambda: old(replaced("trials.jsonl", b"[" * 10**5 + b"\n")), "nested too deep"),
-    "many lines": (lambda: old(replaced("trials.jsonl", b"{}\n" * 10**6)), "cannot be read"),
-    "pipe of records": (lambda: old(replaced("trials.jsonl", os.mkfifo)), "There is no study"),
-    "pipe of reports": (lambda: old(replaced("reports.jsonl", os.mkfifo)), "no file of records"),
-    "device as summary": (lambda: old(replaced("summary.json", zero)), "report ", 0),
+    "a long line": (
+        lambda: old(replaced("trials.jsonl", b"[" + b"1," * 2**24)),
+        "report |at most",
+    ),
+    "NUL": (
+        lambda: old(replaced("trials.jsonl", bytes(2**20) + b"\n")),
+        "it has NUL bytes",
+    ),
+    "nested line": (
+        lambda: old(replaced("trials.jsonl", b"[" * 10**5 + b"\n")),
+        "nested too deep",
+    ),
+    "many lines": (
+        lambda: old(replaced("trials.jsonl", b"{}\n" * 10**6)),
+        "cannot be read",
+    ),
+    "pipe of records": (
+        lambda: old(replaced("trials.jsonl", os.mkfifo)),
+        "There is no study",
+    ),
+    "pipe of reports": (
+        lambda: old(replaced("reports.jsonl", os.mkfifo)),
+        "no file of records",
+    ),
+    "device as summary": (
+        lambda: old(replaced("summary.json", zero)),
+        "report ",
+        0,
+    ),
     "summary of infinities": (
         lambda: old(edited("summary.json", lambda s: s.update(hypervolume=float("inf"), front=[{}]))),
         "cannot be read",
@@ -439,7 +297,10 @@ VARIANTS = {
         "none of PNG",
     ),
     "SVG": (picture(lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "none of PNG"),
-    "a device among pictures": (lambda: sites(weights(), linked("/dev/zero")), ""),
+    "a device among pictures": (
+        lambda: sites(weights(), linked("/dev/zero")),
+        "",
+    ),
     "a ring among pictures": (lambda: sites(weights(), linked("z.png")), ""),
     # code
     "net of a suite": (
@@ -484,42 +345,6 @@ VARIANTS = {
         "python/object",
     ),
 }
-
-
-def odd_picture(name):
-    home = pictures()
-    place = os.path.join(os.fsencode(home), b"a", os.fsencode(name))
-    with open(place, "wb") as file:
-        file.write(b"no picture")
-    return home
-
-
-def linked(target):
-    home = pictures()
-    (Path(home) / "a" / "z.png").symlink_to(target)
-    return home
-
-
-def many_victims(count, at):
-    rate = 0.0 if at == 2 else 0.1
-    return [{**HASTY, "seed": 1000 * at + row, "poisoning_rate": rate} for row in range(count)]
-
-
-def settings(text):
-    Path("s.yaml").write_text(text)
-    return ["bimask", "purify", *sites(weights())[2:], "--config", "s.yaml", "--out", "out"]
-
-
-def nested_manifest(trained):
-    name = manifest(trained)
-    Path(name, "manifest.json").write_text('{"a": ' * 60 + "1" + "}" * 60)
-    return name
-
-
-def object_array():
-    file = io.BytesIO()
-    np.save(file, np.array([Hostile()], dtype=object), allow_pickle=True)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -160,7 +160,7 @@ def huge_jpeg():
 
 def webp():
     file = io.BytesIO()
-    Image.new("L", (16_383, 4_096)).save(file, "WEBP", lossless=True, method=0)
+    Image.new("L", (8_192, 4_160)).save(file, "WEBP", lossless=True, method=0)
     return file.getvalue()
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,23 +64,19 @@ def read_yaml(path: Path | str) -> Any:
     return parsed_yaml(read_bytes(path, MAX_YAML_BYTES))
 
 
-def yaml_nodes(content: bytes) -> yaml.Node | None:
-    """The nodes of a YAML text, which know their lines; ValueError as of `read_yaml`."""
-    return _composed(content, construct=False)
+def parsed_yaml(content: bytes, look: Callable[[yaml.Node], object] = lambda _: None) -> Any:
+    """What a YAML text says; ValueError as of `read_yaml`.
 
-
-def parsed_yaml(content: bytes) -> Any:
-    """What a YAML text says; ValueError as of `read_yaml`."""
-    return _composed(content, construct=True)  # which moves merged nodes, so they are not handed out
-
-
-def _composed(content: bytes, *, construct: bool) -> Any:
+    Args:
+        look: is given its nodes, which know their lines, before merged ones are moved.
+    """
     try:
         loader = _Loader(content.decode())
         try:
             root = loader.get_single_node()
-            if root is None or not construct:
-                return root
+            if root is None:
+                return None
+            look(root)
             return loader.construct_document(root)
         finally:
             loader.dispose()

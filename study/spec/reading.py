@@ -16,7 +16,6 @@ from bimask.files.bounded import (
     parsed_yaml,
     read_bytes,
     require_rereadable,
-    yaml_nodes,
 )
 from study.spec import space as spaces
 from study.spec.config import StudyConfig, StudyError, default_space, settings_of
@@ -42,13 +41,14 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
             f"Cannot read the study {path} ({reason}); give a YAML file such as "
             "search_spaces/ims_digits.yaml."
         ) from error
+    found_places: list[tuple[dict[str, int], list[str]]] = []
     try:
-        root, raw = yaml_nodes(content), parsed_yaml(content)
+        raw = parsed_yaml(content, lambda root: found_places.append(_places(root)))
     except ValueError as error:
         raise StudyError(f"{path} is not YAML that is read: {error}.") from error
-    if not isinstance(raw, dict) or not isinstance(root, yaml.MappingNode):
+    if not isinstance(raw, dict):
         raise StudyError(f"{path} must hold `key: value` lines, got {type(raw).__name__}.")
-    lines, duplicates = _places(root)
+    (lines, duplicates), *_ = found_places
     raw |= overrides or {}
     found = [(place, "is given twice") for place in duplicates] + beside_problems(raw)
     try:
@@ -144,7 +144,7 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _places(root: yaml.MappingNode) -> tuple[dict[str, int], list[str]]:
+def _places(root: yaml.Node) -> tuple[dict[str, int], list[str]]:
     """Line of every key, by its dotted place; and the places given twice."""
     lines: dict[str, int] = {}
     duplicates: list[str] = []

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 from rich.progress import TaskID
+from rich.text import Text
 
+from bimask.errors import MOST_CHARACTERS, printable
 from bimask.progress import Console, ToldProgress
 from bimask.victims.files import Victim
 from bimask.victims.spec import VictimSpec
@@ -48,7 +50,9 @@ class VictimBars:
     def failed(self, name: str, reason: str) -> None:
         """The same of a victim that was not made."""
         self._over(name)
-        self.progress.console.tell(f"{name}, {reason}", mark="failed", style="bold red")
+        said = Text(printable(f"{name}: failed, {reason}", MOST_CHARACTERS))
+        said.stylize("bold red", len(name) + 2, len(name) + 8)
+        self.progress.console.print(said, soft_wrap=True)
 
     def _over(self, name: str) -> None:
         if name in self.tasks:

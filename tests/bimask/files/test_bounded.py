@@ -14,7 +14,14 @@ from bimask.__main__ import app
 from bimask.defences import settings_from
 from bimask.errors import BimaskError, SettingError, VictimError
 from bimask.files.atomic import parsed_manifest
-from bimask.files.bounded import MAX_DEPTH, dump_yaml, parsed_json, read_json, read_yaml
+from bimask.files.bounded import (
+    MAX_DEPTH,
+    dump_yaml,
+    parsed_json,
+    read_json,
+    read_yaml,
+    require_rereadable,
+)
 from bimask.files.tensors import load_tensors
 from bimask.nets.weights import read_weights
 from bimask.victims import load_suite
@@ -151,3 +158,14 @@ def test_tensors_are_counted_in_the_header(tmp_path):
             read_weights(tmp_path / "w")
     save_file({"a": torch.ones(2)}, tmp_path / "w", metadata={"m": json.dumps({"b": [1]})})
     assert torch.equal(load_tensors(tmp_path / "w")["a"], torch.ones(2))
+
+
+def test_what_is_written_can_be_read_again(written):
+    for content in ({"a": [{"b": [0, None]}] * 100}, {f"k{i}": "x" * 100 for i in range(3000)}):
+        require_rereadable(content)
+        assert read_yaml(written("# a comment\n" + dump_yaml(content))) == content
+    for content in ({"a": [[0] * 10 for _ in range(5000)]}, {f"k{i}": "x" * 100 for i in range(6000)}):
+        with pytest.raises(ValueError, match="more than 50000 values|bytes, but at most"):
+            require_rereadable(content)
+        with pytest.raises(ValueError, match="more than|at most"):
+            read_yaml(written(dump_yaml(content)))

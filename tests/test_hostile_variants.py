@@ -121,11 +121,11 @@ VARIANTS = {
     "YAML key": (lambda: dry(study_of(**{ODD: 1})), "unknown key"),
     "key of a victim": (
         lambda: f"bimask train-victims {suite(**{ODD: 1})}",
-        "Extra inputs",
+        "extra inputs are not permitted",
     ),
     "key of a victim on Ray": (
         lambda: f"study.victims {suite(**{ODD: 1})}",
-        "Extra inputs",
+        "extra inputs are not permitted",
     ),
     "study": (lambda: dry(study_of(name=ODD)), "name"),
     "study, long": (lambda: dry(study_of(name="x" * 100_000)), "at most 100"),
@@ -266,7 +266,7 @@ VARIANTS = {
         "do not fit together",
     ),
     # tensors
-    "a header of exabytes": (lambda: header(2**63), "plain tensors"),
+    "a header of exabytes": (lambda: header(2**63), "nor safetensors"),
     "30,000 tensors": (
         lambda: header(
             0,

@@ -154,7 +154,8 @@ VARIANTS = {
     ),
     "victim on a page": (
         lambda: old(edited("summary.json", named_victim)),
-        "together|report ",
+        "report ",
+        0,
     ),
     "class in a manifest": (
         lambda trained: [
@@ -178,7 +179,7 @@ VARIANTS = {
     "digits in base 2": (lambda: dry("trials: 0b" + "1" * 10_000), "more than 100 digits"),
     "binary": (lambda: dry("name: !!binary '!!!'"), ""),
     "three large suites": (
-        lambda: dry(study_of(**{key: many_victims(300, at) for at, key in enumerate(SUITES)})),
+        lambda: dry(study_of(**{key: many_victims(450, at) for at, key in enumerate(SUITES)})),
         "with every key filled in it has",
     ),
     "settings": (lambda: settings("purify: {" + "? [a]\n: b}"), ""),

@@ -39,7 +39,7 @@ class Console(AnyConsole):
     def __init__(self, **options: Any) -> None:
         super().__init__(**({"markup": False, "emoji": False, "highlight": False} | options))
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Every string passes here: printed, in a table, or as its title."""
         return super().render_str(printable(text, MOST_CHARACTERS), **options)
 

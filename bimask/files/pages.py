@@ -19,7 +19,7 @@ from bimask.errors import printable
 MOST_WORDS = 2_000  # characters of one string
 
 
-def render_page(package: str, name: str, **content: Any) -> str:
+def render_page(package: str, name: str, /, **content: Any) -> str:
     """The page of a template in a package."""
     templates = Environment(
         loader=PackageLoader(package, ""),

@@ -40,7 +40,7 @@ class Client(MlflowClient):
         run_name: str | None = None,
     ) -> Run:
         """See MLflow's."""
-        name = run_name and text_of(run_name, MOST_IN_A_KEY)
+        name = None if run_name is None else text_of(run_name, MOST_IN_A_KEY)
         return super().create_run(experiment_id, start_time, _tags(tags), name)
 
     def log_batch(
@@ -61,11 +61,29 @@ class Client(MlflowClient):
         """See MLflow's."""
         return super().set_tag(run_id, key_of(key), text_of(value), synchronous)
 
-    def create_model_version(self, name: str, source: str, **more: Any) -> ModelVersion:
+    def create_model_version(
+        self,
+        name: str,
+        source: str,
+        run_id: str | None = None,
+        tags: dict[str, Any] | None = None,
+        run_link: str | None = None,
+        description: str | None = None,
+        await_creation_for: int = 300,
+        model_id: str | None = None,
+    ) -> ModelVersion:
         """See MLflow's."""
-        more["tags"] = _tags(more.get("tags"))
-        more["description"] = text_of(more.get("description") or "", MOST_IN_A_TEXT)
-        return super().create_model_version(name, source, **more)
+        told = None if description is None else text_of(description, MOST_IN_A_TEXT)
+        return super().create_model_version(
+            name,
+            source,
+            run_id,
+            _tags(tags),
+            run_link,
+            told,
+            await_creation_for,
+            model_id,
+        )
 
 
 def key_of(name: str) -> str:
@@ -89,4 +107,4 @@ def printable_lines(text: str) -> str:
 
 
 def _tags(tags: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return tags and {key_of(key): text_of(value) for key, value in tags.items()}
+    return None if tags is None else {key_of(key): text_of(value) for key, value in tags.items()}

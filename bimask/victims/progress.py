@@ -20,7 +20,7 @@ class VictimBars:
     """A bar for every victim by name: its preparation, then its epochs with ACC and ASR on val."""
 
     def __init__(self, where: Console) -> None:
-        self.progress = ToldProgress(where)
+        self.where, self.progress = where, ToldProgress(where)
         self.tasks: dict[str, TaskID] = {}
         self.texts: dict[str, str] = {}
 
@@ -45,14 +45,14 @@ class VictimBars:
     def ended(self, name: str, text: str) -> None:
         """The bar makes way for a line."""
         self._over(name)
-        self.progress.console.tell(text)
+        self.where.tell(text)
 
     def failed(self, name: str, reason: str) -> None:
         """The same of a victim that was not made."""
         self._over(name)
         said = Text(printable(f"{name}: failed, {reason}", MOST_CHARACTERS))
         said.stylize("bold red", len(name) + 2, len(name) + 8)
-        self.progress.console.print(said, soft_wrap=True)
+        self.where.print(said, soft_wrap=True)
 
     def _over(self, name: str) -> None:
         if name in self.tasks:

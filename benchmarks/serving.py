@@ -28,13 +28,13 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from rich.console import Console
 
 from benchmarks import report
 from benchmarks.pages.serving import KEPT
 from benchmarks.purify import cpu_name
 from bimask.cleaned.classifier import Classifier
 from bimask.nets import build_net
+from bimask.progress import Console
 from study.promotion.listening import bound, server_of
 from study.promotion.server import ModelServer
 from study.store.provenance import commit

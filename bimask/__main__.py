@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
-from rich.markup import escape
 
 from bimask.cli.audit import audit_command
 from bimask.cli.export import export_command
@@ -16,8 +13,7 @@ from bimask.cli.settings import settings_command
 from bimask.cli.sites import sites_command
 from bimask.cli.train_victim import train_victim_command
 from bimask.cli.train_victims import train_victims_command
-from bimask.errors import BimaskError
-from bimask.progress import Console
+from bimask.commands import refusals
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("train-victim")(train_victim_command)
@@ -34,12 +30,8 @@ app.command("export-backdoorbench")(export_backdoorbench_command)
 
 def main() -> None:
     """Run the command; what it refuses is one sentence and exit code 2."""
-    try:
+    with refusals():
         app()
-    except BimaskError as error:
-        message = f"[bold red]error[/]: {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

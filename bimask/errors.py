@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -32,24 +33,37 @@ _BRIEF.maxlist = _BRIEF.maxdict = _BRIEF.maxtuple = 20
 
 
 def printable(text: str, most: int | None = None) -> str:
-    """Text of a stranger without what steers a terminal or no encoding has, on one line.
+    """Text of a stranger without what steers a terminal or a page or no encoding has, on one line.
 
     Args:
         most: characters, of which the last three tell that there were more; None keeps all.
     """
     if most is not None and len(text) > most:
         text = text[: most - 3] + "..."
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or category(c) == "Zs" else "?" for c in text)
 
 
 class BimaskError(Exception):
     """Base of every error that a user can cause and mend.
 
     Its text is fit for a terminal, a page and a note, whatever names of strangers are in it.
+
+    Args:
+        lines: one sentence; several where there is one a problem. No name in a line makes a second one.
     """
 
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+
+    @property
+    def lines(self) -> list[str]:
+        """What it says, one line a problem."""
+        return [printable(str(line), MOST_CHARACTERS) for line in self.args]
+
     def __str__(self) -> str:
-        return "\n".join(map(printable, super().__str__()[:MOST_CHARACTERS].split("\n")))
+        return "\n".join(self.lines)[:MOST_CHARACTERS]
 
 
 class DataError(BimaskError):
@@ -118,4 +132,4 @@ def warn(sentence: str, category: type[Warning] = UserWarning) -> None:
     package, level, frame = str(Path(__file__).parent), 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         frame, level = frame.f_back, level + 1
-    warnings.warn(sentence, category, stacklevel=level)
+    warnings.warn(printable(sentence, MOST_CHARACTERS), category, stacklevel=level)

@@ -15,19 +15,33 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
 )
 from rich.segment import Segment
+from rich.text import Text
 
-from bimask.errors import printable
+from bimask.errors import MOST_CHARACTERS, BimaskError, printable
 
 EVERY = 30.0  # seconds between two lines where there is no terminal
+MOST_IN_A_BAR = 200  # characters
 NAME = "progress lines"  # of the thread that writes them
 
 
 class Console(AnyConsole):
-    """A terminal, or a file, that no text can steer: what rich itself styles is all that does."""
+    """A terminal, or a file, that no text can steer: the one place where words reach it.
+
+    A string is what it is, on one line and bounded: no markup, no emoji, no control character, nothing
+    made bold because it looks like a number. Style is a program's own, given beside the words.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**({"markup": False, "emoji": False, "highlight": False} | options))
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string passes here: printed, in a table, or as its title."""
+        return super().render_str(printable(text, MOST_CHARACTERS), **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -37,6 +51,32 @@ class Console(AnyConsole):
             if control is None and not text.isprintable():
                 text = "\n".join(map(printable, text.split("\n")))
             yield Segment(text, style, control)
+
+    def tell(self, sentence: str, *, mark: str = "", style: str = "") -> None:
+        """A sentence on a line of its own, however long it is.
+
+        Args:
+            mark: a word before it, such as "warning".
+            style: of the mark; where there is none, of the sentence.
+        """
+        words = Text(printable(sentence, MOST_CHARACTERS), "" if mark else style)
+        if mark:
+            words = Text.assemble((printable(mark), style), ": ", words)
+        self.print(words, soft_wrap=True)
+
+    def tell_error(self, error: BaseException | str) -> None:
+        """Why a command ends: every line of an error."""
+        first, *others = error.lines if isinstance(error, BimaskError) else [str(error)]
+        self.tell(first, mark="error", style="bold red")
+        for line in others:
+            self.tell(line)
+
+
+class _Description(TextColumn):
+    """What a bar is about, on one line."""
+
+    def render(self, task: Task) -> Text:
+        return Text(printable(task.description, MOST_IN_A_BAR))
 
 
 class ToldProgress(Progress):
@@ -48,7 +88,7 @@ class ToldProgress(Progress):
     """
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        columns = (_Description(""), BarColumn(), MofNCompleteColumn())
         super().__init__(*columns, TimeElapsedColumn(), console=console)
         self._over = threading.Event()
         self._teller: threading.Thread | None = None
@@ -73,9 +113,9 @@ class ToldProgress(Progress):
                 if task.visible and not task.finished:
                     total = "?" if task.total is None else f"{task.total:.0f}"
                     took = timedelta(seconds=int(task.elapsed or 0))
-                    self.console.print(
-                        f"{task.description}  {task.completed:.0f}/{total}  {took}", soft_wrap=True
-                    )
+                    about = printable(task.description, MOST_IN_A_BAR)
+                    said = f"{about}  {task.completed:.0f}/{total}  {took}"
+                    self.console.print(said, soft_wrap=True)
 
 
 class _Lasting:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from bimask.errors import BimaskError
 from bimask.progress import Console, outlive_readers
@@ -64,15 +63,13 @@ def main(
                 wait=wait,
             )
     except InterruptedStudyError as error:
-        Console(stderr=True).print(escape(str(error)), soft_wrap=True)
+        Console(stderr=True).tell(str(error))
         sys.exit(128 + error.signal)
     except BimaskError as error:
-        message = f"[bold red]error[/]: {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        Console(stderr=True).tell_error(error)
         sys.exit(1 if isinstance(error, LostRayError) else 2)
     except OSError as error:  # of the environment; what has a record is kept
-        message = f"[bold red]error[/]: {escape(str(error))}; mend it, then go on with --resume NAME."
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        Console(stderr=True).tell_error(f"{error}; mend it, then go on with --resume NAME.")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import typer
-from rich.markup import escape
 
 from bimask.errors import BimaskError
 from bimask.progress import Console, outlive_readers
@@ -143,15 +142,13 @@ def main(
             with code_of_files(trusted):
                 complete = _run(path, overrides, resume, here, where)
     except BimaskError as error:
-        message = f"[bold red]error[/]: {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        Console(stderr=True).tell_error(error)
         sys.exit(1 if isinstance(error, LostRayError) else 2)
     except OSError as error:  # of the environment; what has a record is kept
-        message = f"[bold red]error[/]: {escape(str(error))}; mend it, then go on with --resume NAME."
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        Console(stderr=True).tell_error(f"{error}; mend it, then go on with --resume NAME.")
         sys.exit(2)
     except InterruptedStudyError as error:
-        Console(stderr=True).print(escape(str(error)), soft_wrap=True)
+        Console(stderr=True).tell(str(error))
         sys.exit(128 + error.signal)
     except KeyboardInterrupt:
         sys.exit(130)

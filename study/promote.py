@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from bimask.cli.terminal import TrustCode
-from bimask.errors import BimaskError
+from bimask.commands import TrustCode, refusals
 from bimask.nets import code_of_files
 from bimask.progress import Console
 from bimask.victims import Victim
@@ -25,6 +24,7 @@ from study.promotion.candidate import (
 )
 from study.promotion.evidence import Verdict
 from study.spec.config import StudyError
+from study.store.records import fitting_together
 
 if TYPE_CHECKING:
     from study.promotion.registry import Registry, Version
@@ -63,7 +63,7 @@ def apply(
 
     same = [one for one in registry.versions() if one.tags.get("candidate") == candidate.digest]
     if same:
-        console.print(f"{registry.name} version {same[-1].number} is this candidate: nothing to do")
+        console.tell(f"{registry.name} version {same[-1].number} is this candidate: nothing to do")
         return
     name = victim_name or candidate.config.victim_names()[0]
     if name not in victims:
@@ -73,11 +73,11 @@ def apply(
         tracker = Tracker(registry.uri, candidate.folder.parent / "mlartifacts")
         card = card_of(candidate, verdicts, name)
         one = registry.register(model, tracker, tags, card, files)
-    console.print(f"registered: {registry.name} version {one.number}")
+    console.tell(f"registered: {registry.name} version {one.number}")
     better, why = beats(tags, registry.champion())
     if better:
         registry.set_champion(one)
-    console.print(f"champion: {'now' if better else 'not'} version {one.number}; {why}", soft_wrap=True)
+    console.tell(f"champion: {'now' if better else 'not'} version {one.number}; {why}")
 
 
 def show_verdicts(candidate: Candidate, verdicts: list[Verdict], console: Console) -> None:
@@ -90,12 +90,12 @@ def show_verdicts(candidate: Candidate, verdicts: list[Verdict], console: Consol
         table.add_column(column)
     for one in verdicts:
         style = "green" if one.passed else "bold red"
-        verdict = f"[{style}]{'passed' if one.passed else 'FAILED'}[/]"
-        table.add_row(one.gate, escape(one.value), one.limit, verdict)
+        verdict = Text("passed" if one.passed else "FAILED", style)
+        table.add_row(one.gate, one.value, one.limit, verdict)
     console.print(table)
     for one in verdicts:
         if one.remark:
-            console.print(f"{one.gate}: {escape(one.remark)}", soft_wrap=True)
+            console.tell(f"{one.gate}: {one.remark}")
 
 
 def main(
@@ -115,13 +115,8 @@ def main(
 ) -> None:
     """Judge a study's configuration by its gates; with --apply, register it and what it purified."""
     console = Console(width=None if sys.stdout.isatty() else 140)
-    try:
-        with code_of_files(trust_code):
-            held = promote(study, trial, apply_, rollback, confirm_, model, victim, outputs, console)
-    except BimaskError as error:
-        message = f"[bold red]error[/]: {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(2)
+    with refusals(), code_of_files(trust_code):
+        held = promote(study, trial, apply_, rollback, confirm_, model, victim, outputs, console)
     sys.exit(0 if held else 1)
 
 
@@ -142,19 +137,21 @@ def promote(
 
     if rollback:
         before, now = Registry(tracking_uri(outputs), model or study).rollback()
-        console.print(f"champion: version {now} again, no longer {before}")
+        console.tell(f"champion: version {now} again, no longer {before}")
         return True
-    candidate = read_candidate(study, outputs, trial)
+    with fitting_together(outputs / study):
+        candidate = read_candidate(study, outputs, trial)
     if confirm_:
         confirm_trial(candidate, load_victims(candidate.config, outputs), console)
         candidate = read_candidate(study, outputs, trial)
-    verdicts = verdicts_of(candidate)
+    with fitting_together(outputs / study):
+        verdicts = verdicts_of(candidate)
     show_verdicts(candidate, verdicts, console)
     if not all(one.passed for one in verdicts):
-        console.print("[bold red]not promoted[/]: a gate fails")
+        console.tell("a gate fails", mark="not promoted", style="bold red")
         return False
     if not apply_:
-        console.print("every gate holds; nothing was registered: add --apply")
+        console.tell("every gate holds; nothing was registered: add --apply")
         return True
     victims = load_victims(candidate.config, outputs)
     registry = Registry(tracking_uri(outputs), model or study)

@@ -10,11 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rich.markup import escape
-
 from bimask.__main__ import app
-from bimask.errors import BimaskError
-from bimask.progress import Console
+from bimask.commands import refusals
 from study.store.records import OUTPUTS
 from study.tracking.mlflow_runs import tracking_uri
 
@@ -31,10 +28,5 @@ def _fetched(reference: str, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        with tempfile.TemporaryDirectory(prefix="bimask-config-") as temporary:
-            app(["purify", *resolved(sys.argv[1:], Path(temporary))])
-    except BimaskError as error:
-        message = f"[bold red]error[/]: {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(2)
+    with refusals(), tempfile.TemporaryDirectory(prefix="bimask-config-") as temporary:
+        app(["purify", *resolved(sys.argv[1:], Path(temporary))])

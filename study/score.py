@@ -8,11 +8,10 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from rich.markup import escape
 
 from bimask.cleaned.classifier import Classifier
-from bimask.cli.terminal import TrustCode
-from bimask.errors import BimaskError, DataError
+from bimask.commands import TrustCode, refusals
+from bimask.errors import DataError
 from bimask.files.atomic import atomic_write
 from bimask.inspection.suspect import PICTURES, read_picture
 from bimask.progress import Console, ToldProgress
@@ -81,7 +80,7 @@ def main(
     trust_code: TrustCode = False,
 ) -> None:
     """Classify every picture of a folder with a registered model."""
-    try:
+    with refusals():
         if out.exists():
             raise DataError(f"{out} exists; give a new file with --out.")
         loaded = load_classifier(model, tracking_uri(outputs), own_code=trust_code)
@@ -89,12 +88,8 @@ def main(
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(out) as part:
             frame.to_csv(part, index=False)
-    except BimaskError as error:
-        message = f"[bold red]error[/]: {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(2)
     failed = int(frame["error"].notna().sum())
-    Console().print(f"{len(frame) - failed} pictures answered, {failed} not: {out}", soft_wrap=True)
+    Console().tell(f"{len(frame) - failed} pictures answered, {failed} not: {out}")
     sys.exit(1 if failed else 0)
 
 

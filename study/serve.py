@@ -12,10 +12,8 @@ from typing import Annotated
 
 import typer
 from PIL import Image
-from rich.markup import escape
 
-from bimask.cli.terminal import TrustCode
-from bimask.errors import BimaskError
+from bimask.commands import TrustCode, refusals
 from bimask.progress import Console
 from study.promotion.listening import bound, server_of
 from study.promotion.registry import load_classifier
@@ -39,20 +37,16 @@ def main(
     trust_code: TrustCode = False,
 ) -> None:
     """Serve a registered model: POST /invocations with {"inputs": [IMAGE, ...]}."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     # Pillow warns of a picture that claims to be very large and reads on; here it is refused.
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     hosts = [name for name in (host, *(allow_host or ())) if name not in EVERYWHERE]
-    try:
+    with refusals():
         classifier = load_classifier(model, tracking_uri(outputs), own_code=trust_code)
         app = ModelServer(classifier, hosts, batch)
         listening = bound(host, port)
-    except BimaskError as error:
-        console.print(f"[bold red]error[/]: {escape(str(error))}")
-        sys.exit(2)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     limits = f"at most {app.limits.images} images and {app.limits.size} bytes a request"
-    console.print(f"{escape(f'{model} answers on {address}')}, {limits}")
+    Console(stderr=True).tell(f"{model} answers on {address}, {limits}")
     try:
         server_of(app).run(sockets=[listening])
     except KeyboardInterrupt:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from bimask.cli.terminal import TrustCode
-from bimask.errors import BimaskError
+from bimask.commands import TrustCode, refusals
 from bimask.progress import Console
 
 
@@ -30,14 +28,9 @@ def main(
     from bimask.nets import code_of_files
     from study.pipeline.prepare import require_writable  # heavy: after --help and usage errors
 
-    try:
+    with refusals(), code_of_files(trust_code):
         require_writable(out)
-        with code_of_files(trust_code):
-            failed = make_suite(suite, out, address, cpus_per_victim, gpus_per_victim)
-    except BimaskError as error:
-        message = f"[bold red]error[/]: {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        failed = make_suite(suite, out, address, cpus_per_victim, gpus_per_victim)
     sys.exit(1 if failed else 0)
 
 
@@ -47,7 +40,7 @@ def make_suite(suite: Path, out: Path, address: str | None, cpus: int, gpus: flo
 
     from bimask.nets import require_trusted
     from bimask.victims import EpochLog, load_suite
-    from bimask.victims.progress import VictimBars, build, failure
+    from bimask.victims.progress import VictimBars, build
     from study.search import start_ray, stop_ray
     from study.search.victims import Event, make_victims
 
@@ -67,7 +60,7 @@ def make_suite(suite: Path, out: Path, address: str | None, cpus: int, gpus: flo
         def on_end(name: str, reason: str | None) -> None:
             if reason is not None:
                 failed.append(name)
-                bars.ended(name, failure(name, reason))
+                bars.failed(name, reason)
             elif not build(name, specs[name], out, torch.device("cpu"), bars, made=name in missing):
                 failed.append(name)
 

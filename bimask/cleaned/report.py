@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor, nn
 
 from bimask.cleaned.before_after import Answers, BeforeAfter
+from bimask.files.pages import render_page
 from bimask.inspection.suspect import Suspect
 from bimask.masking.coverage import Coverage
 from bimask.masking.masks import MaskSet
@@ -29,9 +30,6 @@ def render(
     manifest: dict[str, Any],
 ) -> str:
     """The page as HTML; `manifest` is what is written beside it."""
-    page = Environment(
-        loader=PackageLoader("bimask.cleaned", ""), autoescape=True, undefined=StrictUndefined
-    ).get_template("report.html")
     reached = None if manifest["coverage"] is None else Coverage(**manifest["coverage"])
     images, perturbed = suspect.clean.floats(), looked.perturbed.cpu()
     shown = torch.linspace(0, len(images) - 1, min(SHOWN, len(images))).long()
@@ -42,7 +40,9 @@ def render(
     )
     delta = looked.perturbation.cpu()
     purify = {f"purify.{name}": value for name, value in manifest["purify"].items()}
-    return page.render(
+    return render_page(
+        "bimask.cleaned",
+        "report.html",
         title=suspect.spec.net,
         images=len(images),
         manifest=manifest,
@@ -100,10 +100,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _picture(image: Tensor) -> str:
+def _picture(image: Tensor) -> Markup:
     """(C, H, W) in [0, 1] as the address of a PNG inside the page."""
     pixels: Any = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     pixels = np.repeat(pixels[..., :1], 3, axis=2) if pixels.shape[2] not in (1, 3) else pixels
     buffer = io.BytesIO()
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Markup("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from bimask.cli.suspects import (
     Channels,
@@ -24,7 +24,8 @@ from bimask.cli.suspects import (
     Std,
     Width,
 )
-from bimask.cli.terminal import Device, TrustCode, console, progress_bar
+from bimask.cli.terminal import console, progress_bar
+from bimask.commands import Device, TrustCode
 from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.ims.purify import purify
 from bimask.devices import resolve_device
@@ -75,7 +76,7 @@ def audit_command(
         suspect.model.cpu()
         write_report(folder, result, suspect, masked, {"seed": seed, "torch": torch.__version__})
     _show(result, suspect.classes, len(images))
-    console.print(f"report: {escape(str(out / PAGE))}", soft_wrap=True)
+    console.tell(f"report: {out / PAGE}")
 
 
 def _masked(suspect: Suspect, images: torch.Tensor, result: Audit, seed: int) -> MaskedEvidence:
@@ -97,7 +98,7 @@ def _show(result: Audit, classes: tuple[str, ...], given: int) -> None:
     table = Table("class", "score", *kinds, title="evidence by class; its prices are in the report")
     for k in sorted(range(len(classes)), key=lambda k: -result.scores[k])[:SHOWN]:
         numbers = [result.scores[k], *(result.evidence[kind][k] for kind in kinds)]
-        table.add_row(escape(classes[k]), *(f"{number:.2f}" for number in numbers))
+        table.add_row(classes[k], *(f"{number:.2f}" for number in numbers))
     console.print(table)
     colour = {"backdoored": "bold red", "no sign": "bold", "unknown": "bold yellow"}[result.verdict]
     chance = "" if result.verdict == "unknown" else f" (probability {result.probability:.2f})"
@@ -106,13 +107,13 @@ def _show(result: Audit, classes: tuple[str, ...], given: int) -> None:
         "no sign": f"no sign of a backdoor{chance}",
         "unknown": "unknown; there is evidence, and no verdict",
     }[result.verdict]
+    console.print(Text.assemble("verdict: ", (said, colour)), soft_wrap=True)
     lines = [
-        f"verdict: [{colour}]{said}[/]",
-        *(f"- {escape(reason)}" for reason in result.reasons),
-        f"suspected class: {escape(classes[result.target])!r}",
+        *(f"- {reason}" for reason in result.reasons),
+        f"suspected class: {classes[result.target]!r}",
         f"{result.kind.images} of {given} clean images were looked at closely; calibrated on "
-        f"{escape(calibration()['fitted_on']['models'])}.",
+        f"{calibration()['fitted_on']['models']}.",
         UNSEEN,
     ]
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)
+        console.tell(line)

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.markup import escape
 
 from bimask.cleaned.compact import compact
 from bimask.cleaned.export import FOLDED, export_onnx, export_program, require_equal
 from bimask.cleaned.folder import load_cleaned
-from bimask.cli.terminal import TrustCode, console
+from bimask.cli.terminal import console
+from bimask.commands import TrustCode
 from bimask.errors import SettingError
 from bimask.inspection.suspect import read_clean
 
@@ -48,11 +48,8 @@ def export_command(
         model = small.model
         with torch.no_grad():
             require_equal(model(checked), read.model(checked), FOLDED, "The compact model")
-        console.print(
+        console.tell(
             f"{small.removed} of {small.channels} channels removed; {small.dead} are exactly zero"
         )
     error = WRITERS[out.suffix](model, checked, out)
-    console.print(
-        f"{escape(str(out))}: logits of {len(checked)} images differ by {error:.1e} at most",
-        soft_wrap=True,
-    )
+    console.tell(f"{out}: logits of {len(checked)} images differ by {error:.1e} at most")

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from bimask.cli.terminal import TrustCode, console
+from bimask.cli.terminal import console
+from bimask.commands import TrustCode
 from bimask.errors import SettingError
 from bimask.files.drawn import save_figure
 from bimask.victims import open_victim
@@ -30,4 +31,4 @@ def gallery_command(
         save_figure(figure, out)
     except OSError as error:
         raise SettingError(f"Cannot write {out}: {error.strerror}.") from error
-    console.print(f"picture: {out}", soft_wrap=True)
+    console.tell(f"picture: {out}")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from bimask.cli.terminal import Device, console, score_table
+from bimask.cli.terminal import console, score_table
+from bimask.commands import Device
 from bimask.devices import resolve_device
 from bimask.errors import SettingError
 from bimask.interop import find_checkpoint, read_checkpoint, save_imported
@@ -42,10 +42,10 @@ def import_command(
         shares = f"{100 * changed:.2f} % ({100 * visibly:.2f} % by more than one grey level)"
         console.print(f"changed pixels: {shares}")
     for note in victim.notes:
-        console.print(f"note: {escape(note)}", soft_wrap=True)
+        console.tell(f"note: {note}")
     victim.refuse_if_useless(allow_null_trigger=allow_null_trigger, allow_not_learned=allow_not_learned)
     save_imported(victim, out, source=find_checkpoint(source)[1])
-    console.print(f"imported victim: {escape(str(out))}", soft_wrap=True)
+    console.tell(f"imported victim: {out}")
 
 
 def export_backdoorbench_command(
@@ -57,5 +57,5 @@ def export_backdoorbench_command(
     scores, notes = export_victim(victim, out, dataset=dataset)
     score_table({"victim": scores})
     for note in notes:
-        console.print(f"note: {escape(note)}", soft_wrap=True)
-    console.print(f"written: {escape(str(out / 'attack_result.pt'))}", soft_wrap=True)
+        console.tell(f"note: {note}")
+    console.tell(f"written: {out / 'attack_result.pt'}")

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -29,7 +28,8 @@ from bimask.cli.suspects import (
     Std,
     Width,
 )
-from bimask.cli.terminal import Device, TrustCode, console, progress_bar, score_table
+from bimask.cli.terminal import console, progress_bar, score_table
+from bimask.commands import Device, TrustCode
 from bimask.data import Splits
 from bimask.defences import settings_from
 from bimask.defences.ims.config import PurifyConfig
@@ -116,16 +116,16 @@ def purify_command(
     masks = defence.masks(result.tensors, settings)
     if masks is not None:
         reached = coverage(moved, masks, images[:4])
-        console.print(f"{reached}", highlight=False, soft_wrap=True)
+        console.tell(f"{reached}")
         if reached.warning is not None:
-            console.print(f"[bold yellow]warning[/]: {escape(reached.warning)}", soft_wrap=True)
+            console.tell(reached.warning, mark="warning", style="bold yellow")
     purified, twin = result.model(), defence.twin(moved, result.tensors, settings)
     if not result.changed or torch.equal(logits_of(purified, images), logits_of(moved, images)):
-        console.print(
-            f"[bold red]nothing changed[/]: {NOTHING[masks is not None]}, so the model answers "
-            "as before; nothing was written. Try other settings"
-            + (", or more `sites`." if masks is not None else "."),
-            soft_wrap=True,
+        console.tell(
+            f"{NOTHING[masks is not None]}, so the model answers as before; nothing was written. Try "
+            "other settings" + (", or more `sites`." if masks is not None else "."),
+            mark="nothing changed",
+            style="bold red",
         )
         raise typer.Exit(1)
     own = settings if isinstance(settings, PurifyConfig) else None
@@ -143,8 +143,8 @@ def purify_command(
     _held_back_table(seen, held)
     if scores is not None:
         score_table(scores)
-    console.print(f"cleaned model: {escape(str(out / MODEL))}", soft_wrap=True)
-    console.print(f"report: {escape(str(out / REPORT))}", soft_wrap=True)
+    console.tell(f"cleaned model: {out / MODEL}")
+    console.tell(f"report: {out / REPORT}")
 
 
 def _parts(
@@ -185,7 +185,7 @@ def _look_table(looked: BeforeAfter, classes: tuple[str, ...]) -> None:
     )
     for name, row in (("before", looked.before), ("after", looked.after)):
         accuracy = "no labels" if row.accuracy is None else f"{100 * row.accuracy:.1f}"
-        favourite = f"{escape(classes[row.favourite])} {100 * row.favourite_share:.1f} %"
+        favourite = f"{classes[row.favourite]} {100 * row.favourite_share:.1f} %"
         table.add_row(
             name, accuracy, f"{100 * row.agreement:.1f}", f"{100 * row.changed:.1f}", favourite
         )
@@ -194,10 +194,9 @@ def _look_table(looked: BeforeAfter, classes: tuple[str, ...]) -> None:
 
 def _held_back_table(seen: HeldBack | None, held: CleanImages) -> None:
     if seen is None:
-        console.print(
+        console.tell(
             f"risk was not measured: {len(held.images)} pictures are held back, {FEWEST} or more are "
-            "needed; give more pictures, or a larger --held-back.",
-            soft_wrap=True,
+            "needed; give more pictures, or a larger --held-back."
         )
         return
     table = Table("on pictures held back", "ACC %", "as suspect %", "risk", "n")
@@ -210,4 +209,4 @@ def _held_back_table(seen: HeldBack | None, held: CleanImages) -> None:
         table.add_row(name, shown, f"{100 * agreement:.1f}", told, str(seen.images))
     console.print(table)
     if seen.reason:
-        console.print(escape(seen.reason), soft_wrap=True)
+        console.tell(seen.reason)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from bimask.cli.terminal import console
@@ -23,7 +22,7 @@ def settings_command(
         found = searched.get(name)
         shown = f"{found[0].low:g} to {found[0].high:g}" if found else ""
         shown += ", log" if found and found[0].log else ""
-        table.add_row(name, escape(f"{info.default}"), shown, escape(info.description or ""))
+        table.add_row(name, f"{info.default}", shown, info.description or "")
     console.print(table)
     if config.PROFILES:
         console.print(f"profiles: {', '.join(config.PROFILES)} (`profile: NAME` in a YAML)")

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from bimask.cli.suspects import (
@@ -22,7 +21,8 @@ from bimask.cli.suspects import (
     Std,
     Width,
 )
-from bimask.cli.terminal import TrustCode, console
+from bimask.cli.terminal import console
+from bimask.commands import TrustCode
 from bimask.masking.coverage import coverage
 from bimask.masking.discovery import Which, candidates, masks_for
 
@@ -52,14 +52,12 @@ def sites_command(
     table = Table("site", "kind", "channels", "masked")
     for site in candidates(suspect.model, images):
         how = "as a gate" if site.key in masks.gates else "yes"
-        table.add_row(
-            escape(site.key), site.kind, str(site.channels), how if site.key in masks.sites else "no"
-        )
+        table.add_row(site.key, site.kind, str(site.channels), how if site.key in masks.sites else "no")
     console.print(table)
     reached = coverage(suspect.model, masks, images)
-    console.print(f"{reached}", highlight=False, soft_wrap=True)
+    console.tell(f"{reached}")
     if reached.warning:
-        console.print(f"[bold yellow]warning[/]: {escape(reached.warning)}", soft_wrap=True)
+        console.tell(reached.warning, mark="warning", style="bold yellow")
 
 
 def _which(sites: list[str] | None) -> Which:

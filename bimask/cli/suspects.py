@@ -11,7 +11,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.markup import escape
 
 from bimask.cli.terminal import console
 from bimask.data import Splits
@@ -99,7 +98,7 @@ class Choice:
             )
         require_knowing(own.model, own.clean, own.classes)
         for note in own.notes:
-            console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
+            console.tell(f"note: {note}")
         return own, None, None
 
 
@@ -113,8 +112,7 @@ def shown_warnings() -> Iterator[None]:
         finally:
             for one in caught:
                 if issubclass(one.category, DataWarning):
-                    text = f"[bold yellow]warning[/]: {escape(str(one.message))}"
-                    console.print(text, highlight=False, soft_wrap=True)
+                    console.tell(str(one.message), mark="warning", style="bold yellow")
     for one in caught:
         if not issubclass(one.category, DataWarning):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

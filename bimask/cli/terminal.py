@@ -1,21 +1,16 @@
-"""What the commands share of a terminal: options, a progress bar, a table of scores."""
+"""What the commands share of a terminal: a progress bar, a table of scores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
 from bimask.metrics import Scores
 from bimask.progress import Console, ToldProgress
 
 console = Console()
-
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code of an own net.")]
 
 
 @contextmanager

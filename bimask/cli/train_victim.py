@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from bimask.cli.terminal import Device, TrustCode, console, score_table
+from bimask.cli.terminal import console, score_table
+from bimask.commands import Device, TrustCode
 from bimask.devices import resolve_device
 from bimask.errors import SettingError, describe
 from bimask.files.bounded import read_yaml
@@ -40,4 +41,4 @@ def train_victim_command(
             on_prepare=partial(bars.preparing, parsed.name),
         )
     score_table({"victim": victim.scores["test"]})
-    console.print(f"victim: {out / parsed.digest}", soft_wrap=True)
+    console.tell(f"victim: {out / parsed.digest}")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from bimask.cli.terminal import Device, TrustCode, console
+from bimask.cli.terminal import console
+from bimask.commands import Device, TrustCode
 from bimask.devices import resolve_device
 from bimask.nets import code_of_files, require_trusted
 from bimask.victims import load_suite
@@ -36,5 +36,5 @@ def train_victims_command(
             if not build(name, spec, out, where, bars, made=not spec.place(out).is_dir()):
                 failed.append(name)
     if failed:
-        console.print(f"{len(failed)} of {len(specs)} victims failed: {escape('; '.join(failed))}")
+        console.tell(f"{len(failed)} of {len(specs)} victims failed: {'; '.join(failed)}")
         raise typer.Exit(1)

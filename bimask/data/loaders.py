@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,15 +21,17 @@ from bimask.data.images import ImageData, Splits
 from bimask.data.pictures import picture_size, read_picture, unreadable
 from bimask.errors import DataError
 from bimask.files.atomic import atomic_write
-from bimask.files.bounded import require_regular
+from bimask.files.bounded import read_bytes, require_regular
 from bimask.files.home import ensure_home
 from bimask.files.pictures import MAX_PICTURE_BYTES, class_pictures
 from bimask.files.stand_ins import MAX_SIDE
+from bimask.files.tensors import load_tensors
 
 T = TypeVar("T")
 
 FOLDER = "imagefolder:"  # before the path, in a data set's name
 DECODER = 2  # counted up when pictures are decoded otherwise, so that no older cache is taken
+MAX_TABLE = 16 * 2**20  # bytes
 VAL_SHARE = 0.1  # of a training set that comes without a validation set
 DIGITS_TEST, DIGITS_VAL = 450, 450  # of 1,797; the rest is for training
 
@@ -126,7 +128,8 @@ def _tiny_imagenet(image_size: int | None) -> Splits:
     classes, training = class_pictures(root / "train")
     index = {name: label for label, name in enumerate(classes)}
     lines = [
-        line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()
+        line.split("\t")
+        for line in read_bytes(root / "val" / "val_annotations.txt", MAX_TABLE).decode().splitlines()
     ]
     testing = [(str(root / "val" / "images" / line[0]), index[line[1]]) for line in lines]
     return _with_val(
@@ -235,9 +238,9 @@ def _decode(
     cached = cache_folder() / "decoded" / f"{name}-{size}-{stamp[:16]}.safetensors"
     if cached.is_file():
         try:
-            with safe_open(cached, framework="pt") as file_:
-                return ImageData(file_.get_tensor("images"), file_.get_tensor("labels"), classes)
-        except SafetensorError:
+            found = load_tensors(cached)
+            return ImageData(found["images"], found["labels"], classes)
+        except (SafetensorError, KeyError):
             cached.unlink()  # cut short by a crash: decode again
     images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
     for row, (file, _) in enumerate(samples):

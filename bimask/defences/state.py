@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import Self
 
 from bimask.errors import SettingError
 from bimask.files.atomic import atomic_write
+from bimask.files.bounded import parsed_json
+from bimask.files.tensors import OF_STATES, read_tensors
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,11 @@ class DefenceState:
             SettingError: no file, or none that `save` wrote.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["population"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(tensors, about["members"], about["seconds"])
+            tensors, kept = read_tensors(path, OF_STATES)
+            about = parsed_json(kept["population"].encode())
+            members, seconds = about["members"], float(about["seconds"])
+            if not isinstance(members, list) or not all(isinstance(one, dict) for one in members):
+                raise TypeError("its members are none")
+            return cls(tensors, members, seconds)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise SettingError(f"{path} holds no state of a defence ({error}).") from error

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import yaml
 
 MAX_YAML_BYTES = 2**19  # a study of 800 victims
 MAX_YAML_NODES = 50_000  # with what aliases stand for
+COMMENT = 2**10  # bytes that are left for one
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_VALUES = 2_000_000
 MAX_DEPTH = 40  # containers in containers
@@ -63,23 +64,19 @@ def read_yaml(path: Path | str) -> Any:
     return parsed_yaml(read_bytes(path, MAX_YAML_BYTES))
 
 
-def yaml_nodes(content: bytes) -> yaml.Node | None:
-    """The nodes of a YAML text, which know their lines; ValueError as of `read_yaml`."""
-    return _composed(content, construct=False)
+def parsed_yaml(content: bytes, look: Callable[[yaml.Node], object] = lambda _: None) -> Any:
+    """What a YAML text says; ValueError as of `read_yaml`.
 
-
-def parsed_yaml(content: bytes) -> Any:
-    """What a YAML text says; ValueError as of `read_yaml`."""
-    return _composed(content, construct=True)  # which moves merged nodes, so they are not handed out
-
-
-def _composed(content: bytes, *, construct: bool) -> Any:
+    Args:
+        look: is given its nodes, which know their lines, before merged ones are moved.
+    """
     try:
         loader = _Loader(content.decode())
         try:
             root = loader.get_single_node()
-            if root is None or not construct:
-                return root
+            if root is None:
+                return None
+            look(root)
             return loader.construct_document(root)
         finally:
             loader.dispose()
@@ -101,6 +98,26 @@ def dump_yaml(content: Mapping[str, Any]) -> str:
     return text
 
 
+def require_rereadable(content: Mapping[str, Any]) -> None:
+    """Refuse content whose `dump_yaml` with a short comment above would not be read again.
+
+    Raises:
+        ValueError: too many values or bytes.
+    """
+    nodes, level = 0, [content]
+    while level and nodes <= MAX_YAML_NODES:
+        inner: list[Any] = []
+        for one in level:
+            parts = [*one, *one.values()] if isinstance(one, Mapping) else list(one)
+            nodes += len(parts)
+            inner += [part for part in parts if isinstance(part, (Mapping, list, tuple))]
+        level = inner
+    if nodes >= MAX_YAML_NODES:
+        raise ValueError(f"more than {MAX_YAML_NODES} values")
+    if (size := len(dump_yaml(content).encode()) + COMMENT) > MAX_YAML_BYTES:
+        raise ValueError(f"{size} bytes, but at most {MAX_YAML_BYTES} are read")
+
+
 def read_json(path: Path | str, most: int = MAX_JSON_BYTES) -> Any:
     """What a JSON file says.
 
@@ -111,11 +128,13 @@ def read_json(path: Path | str, most: int = MAX_JSON_BYTES) -> Any:
     return parsed_json(read_bytes(path, most))
 
 
-def parsed_json(content: bytes, most_keys: int = MAX_JSON_VALUES) -> Any:
+def parsed_json(
+    content: bytes, most_keys: int = MAX_JSON_VALUES, most_values: int = MAX_JSON_VALUES
+) -> Any:
     """What JSON says; `most_keys` are those of one object, repeated ones counted. ValueError as of
     `read_json`."""
-    if (marks := sum(map(content.count, (b",", b"[", b"{")))) > MAX_JSON_VALUES:
-        raise ValueError(f"up to {marks} values, but at most {MAX_JSON_VALUES} are read")
+    if (marks := sum(map(content.count, (b",", b"[", b"{")))) > most_values:
+        raise ValueError(f"up to {marks} values, but at most {most_values} are read")
 
     def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(pairs) > most_keys:

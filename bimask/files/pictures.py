@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from bimask.files.bounded import require_regular
+from bimask.files.picture_bounds import require_cheap, require_work
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # by content; suffixes decide nothing
@@ -36,18 +37,22 @@ def opened_picture(
         OSError: it cannot be read; also if it is no regular file, which could be without end.
         ValueError: too many bytes or pixels, or none of these formats.
     """
-    if isinstance(source, (str, Path)):
-        require_regular(source, MAX_PICTURE_BYTES)
-    try:
-        picture = Image.open(source, formats=list(formats))
-    except UnidentifiedImageError:
-        raise ValueError(f"its content is none of {', '.join(formats)}") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"it has more pixels than the {MAX_PIXELS} that are read") from None
-    with picture:
+    with ExitStack() as stack:
+        if isinstance(source, (str, Path)):
+            require_regular(source, MAX_PICTURE_BYTES)
+            source = stack.enter_context(open(source, "rb"))
+        try:
+            require_cheap(source)
+            picture = stack.enter_context(Image.open(source, formats=list(formats)))
+        except UnidentifiedImageError:
+            raise ValueError(f"its content is none of {', '.join(formats)}") from None
+        except Image.DecompressionBombError:
+            raise ValueError(f"it has more pixels than the {MAX_PIXELS} that are read") from None
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"it has {width}x{height} pixels, but at most {MAX_PIXELS} are read")
+        if isinstance(picture, ImageFile.ImageFile) and picture.tile:
+            require_work(source, width * height, picture.format, picture.tile[0][0])
         yield picture
 
 

@@ -19,7 +19,6 @@ there either way.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from bimask.errors import DataError
+from bimask.files.bounded import parsed_json
 from bimask.inspection.class_triggers import (
     ClassTriggers,
     Family,
@@ -371,5 +371,5 @@ def _net(
 def calibration() -> dict[str, Any]:
     """Coefficients, sigmoid, band and domain, what they were fitted on, and how reliable they were."""
     text = (resources.files("bimask.inspection") / CALIBRATION).read_text()
-    fitted: dict[str, Any] = json.loads(text)
+    fitted: dict[str, Any] = parsed_json(text.encode())
     return fitted

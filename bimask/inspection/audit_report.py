@@ -9,13 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from bimask.errors import printable
 from bimask.files.drawn import save_figure
+from bimask.files.pages import render_page
 from bimask.inspection.audit import UNSEEN, Audit, calibration
 from bimask.inspection.masked_evidence import MaskedEvidence
 from bimask.inspection.suspect import Suspect
@@ -68,13 +69,10 @@ def as_json(audit: Audit, suspect: Suspect, masked: MaskedEvidence | None) -> di
 
 def render(content: dict[str, Any], figure: Figure) -> str:
     """The page as HTML, the picture inside."""
-    page = Environment(
-        loader=PackageLoader("bimask.inspection", ""), autoescape=True, undefined=StrictUndefined
-    ).get_template("audit.html")
     buffer = io.BytesIO()
     save_figure(figure, buffer, format="png", dpi=110)
-    picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return page.render(picture=picture, **content)
+    picture = Markup("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return render_page("bimask.inspection", "audit.html", picture=picture, **content)
 
 
 def draw(audit: Audit, suspect: Suspect) -> Figure:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bimask.attacks import TriggeredData
@@ -38,6 +38,7 @@ from bimask.files.pictures import opened_picture
 from bimask.files.png import MAX_PICTURES, check_extent, inside
 from bimask.files.safe import MAX_FILE_BYTES
 from bimask.files.stand_ins import printable, shown
+from bimask.files.tensors import load_tensors, require_header
 from bimask.nets.fitting import TORCHVISION, fit_net
 from bimask.victims.imported import ImportedVictim, assemble
 
@@ -97,8 +98,7 @@ def resave(source: Path, target: Path) -> tuple[str, int]:
                 f"{source} is refused: {printable(reason)}; nothing of it was run but layers."
             )
         written = Path(folder) / "out.safetensors"
-        with safe_open(written, framework="pt") as file:
-            said_of_it = file.metadata()
+        said_of_it = require_header(written)
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as part:
             shutil.copyfile(written, part)
@@ -134,8 +134,7 @@ def read_trojai(
         weights = Path(temporary) / "weights.safetensors"
         kind, classes = resave(folder / MODEL, weights)
         try:
-            with safe_open(weights, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = load_tensors(weights)
         except SafetensorError as error:
             raise InteropError(f"The weights of {folder / MODEL} cannot be read: {error}.") from error
     name = net or TORCHVISION + _architecture(folder)

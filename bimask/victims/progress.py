@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 from rich.progress import TaskID
+from rich.text import Text
 
+from bimask.errors import MOST_CHARACTERS, printable
 from bimask.progress import Console, ToldProgress
 from bimask.victims.files import Victim
 from bimask.victims.spec import VictimSpec
@@ -19,7 +20,7 @@ class VictimBars:
     """A bar for every victim by name: its preparation, then its epochs with ACC and ASR on val."""
 
     def __init__(self, where: Console) -> None:
-        self.progress = ToldProgress(where)
+        self.where, self.progress = where, ToldProgress(where)
         self.tasks: dict[str, TaskID] = {}
         self.texts: dict[str, str] = {}
 
@@ -43,14 +44,24 @@ class VictimBars:
 
     def ended(self, name: str, text: str) -> None:
         """The bar makes way for a line."""
+        self._over(name)
+        self.where.tell(text)
+
+    def failed(self, name: str, reason: str) -> None:
+        """The same of a victim that was not made."""
+        self._over(name)
+        said = Text(printable(f"{name}: failed, {reason}", MOST_CHARACTERS))
+        said.stylize("bold red", len(name) + 2, len(name) + 8)
+        self.where.print(said, soft_wrap=True)
+
+    def _over(self, name: str) -> None:
         if name in self.tasks:
             self.progress.remove_task(self.tasks.pop(name))
-        self.progress.console.print(text, soft_wrap=True)
 
     def _move(self, text: str, name: str, done: int, of: int) -> None:
         if name not in self.tasks:
             self.tasks[name] = self.progress.add_task(text)
-        self.progress.update(self.tasks[name], description=escape(text), completed=done, total=of)
+        self.progress.update(self.tasks[name], description=text, completed=done, total=of)
 
 
 def described(victim: Victim) -> str:
@@ -85,12 +96,7 @@ def build(
             on_prepare=partial(bars.preparing, name),
         )
     except Exception as error:  # whatever it is, the others are made
-        bars.ended(name, failure(name, f"{type(error).__name__}: {error}"))
+        bars.failed(name, f"{type(error).__name__}: {error}")
         return False
-    bars.ended(name, f"{escape(name)}: {'made' if made else 'found'}, {described(victim)}")
+    bars.ended(name, f"{name}: {'made' if made else 'found'}, {described(victim)}")
     return True
-
-
-def failure(name: str, reason: str) -> str:
-    """A line on a victim that was not made."""
-    return f"{escape(name)}: [bold red]failed[/], {escape(reason)}"

@@ -18,6 +18,7 @@ from bimask.victims.imported import ImportedVictim
 from bimask.victims.imported_files import load_imported
 from bimask.victims.stored import StoredTrigger, shared_out, stamped
 
+MOST_IN_A_NAME = 100  # characters: it is a part of files' names
 BOUNDS = ("min_clean_accuracy", "min_attack_success")
 
 
@@ -222,4 +223,4 @@ def _folder(dataset: str) -> Path:
 
 
 def _readable(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") or "images"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-")[:MOST_IN_A_NAME] or "images"

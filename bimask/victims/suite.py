@@ -74,7 +74,7 @@ class VictimSuite(BaseModel):
                 problems.append(f"victims: {name} is listed twice")
             digests.add(spec.digest)
         if problems:
-            raise SettingError("\n".join(first_of(problems)))
+            raise SettingError(*first_of(problems))
         names = Counter(name for name, _ in found)
         return {
             name if names[name] == 1 else f"{name} ({spec.digest[:6]})": spec for name, spec in found
@@ -96,4 +96,4 @@ def load_suite(path: Path) -> dict[str, VictimSpec]:
     try:
         return suite.specs()
     except SettingError as error:
-        raise SettingError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
+        raise SettingError(*(f"{path}: {line}" for line in error.lines)) from error

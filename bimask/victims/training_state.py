@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bimask.attacks import Attack
 from bimask.files.atomic import atomic_write
+from bimask.files.bounded import parsed_json
 from bimask.files.moments import below, moments_of, prefixed, put_moments
+from bimask.files.tensors import OF_STATES, read_tensors, require_header
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,10 @@ class Checkpoint:
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The state there; None where there is none, a damaged one, or another training's."""
         try:
-            with safe_open(self.path, framework="pt") as file:
-                about = file.metadata()
-                if about["key"] != self.key:
-                    return None
-                names = list(file.keys())
-                return {name: file.get_tensor(name) for name in names}, json.loads(about["numbers"])
+            if require_header(self.path, OF_STATES)["key"] != self.key:
+                return None
+            tensors, about = read_tensors(self.path, OF_STATES)
+            return tensors, parsed_json(about["numbers"].encode())
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from rich.markup import escape
-
 from bimask.progress import Console
 from study.analysis.blind import blind_metrics
 from study.report import REPORT, write_report
@@ -27,7 +25,7 @@ def make_report(folder: Path, victims: Path, console: Console) -> None:
         again = shlex.join(
             ["python", "-m", "study.report", folder.name, "--outputs", str(folder.parent)]
         )
-        console.print(f"no report ({escape(str(error))}); try: {escape(again)}", soft_wrap=True)
+        console.tell(f"no report ({error}); try: {again}")
 
 
 def close(

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from bimask.defences.settings import DefenceConfig
@@ -88,7 +87,7 @@ def run_comparison(
             if entry.name in refused:
                 searched[entry.name] = _nothing(config, entry, refused[entry.name])
                 continue
-            console.rule(escape(entry.name))
+            console.rule(entry.name)
             searched[entry.name] = _tuned(config.study_of(entry), outputs, console, where)
         judged = _judged(config, judging, searched, folder, console, where)
         found = analysis.compare(config, searched, judged)
@@ -205,7 +204,7 @@ def _judged(
         patiently(
             lambda: append_lines(folder / store.JUDGED, [record]),
             patience=judging.environment_timeout,
-            say=lambda text: console.print(escape(text), soft_wrap=True),
+            say=console.tell,
             what=f"write to {folder}",
             given_up=lambda: interrupts.ended,
         )
@@ -215,9 +214,7 @@ def _judged(
         with interrupts.handled(), ExitStack() as stack:
             stack.callback(search.stop_ray)
             with interrupts.defer():
-                own = search.start_ray(
-                    where.get("address"), lambda said: console.print(escape(said), soft_wrap=True)
-                )
+                own = search.start_ray(where.get("address"), console.tell)
             stack.enter_context(interrupts.watch(search.ray_gone(own=own), lambda: None))
             find_room(judging, where.get("wait", 0), console)
             device = resolve_device(judging.device)
@@ -293,11 +290,11 @@ def _show(console: Console, found: Compared, folder: Path) -> None:
             if (cell["budget"], cell["part"]) == (budget, part):
                 shown = ("clean_accuracy", "attack_success", "recovery", "der", "accuracy_drop")
                 values = [report.percent(cell["scores"].get(name)) for name in shown]
-                table.add_row(escape(cell["entry"]), *values, str(cell["n"]), str(cell["n_failed"]))
+                table.add_row(cell["entry"], *values, str(cell["n"]), str(cell["n_failed"]))
         console.print(table)
     for sentence in report.verdict(found):
-        console.print(escape(sentence), soft_wrap=True, highlight=False)
-    console.print(f"page: {escape(str(folder / store.PAGE))}", soft_wrap=True, highlight=False)
+        console.tell(sentence)
+    console.tell(f"page: {folder / store.PAGE}")
 
 
 @contextmanager

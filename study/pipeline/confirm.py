@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.markup import escape
-
 from bimask.defences.settings import DefenceConfig
 from bimask.progress import Console, ToldProgress
 from bimask.victims import Victim
@@ -51,7 +49,7 @@ def confirm_choice(
             patiently(
                 lambda: append_lines(folder / records.CONFIRM, [row]),
                 patience=config.environment_timeout,
-                say=lambda text: console.print(escape(text), soft_wrap=True),
+                say=console.tell,
                 what=f"write to {folder}",
             )
             progress.update(task, completed=len(rows))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -43,30 +42,30 @@ def dry_run(path: Path, overrides: Mapping[str, object], *, outputs: Path, conso
     config = load_config(path, overrides)
     check_data(config)
     earlier = read_earlier(config)
-    console.print(
-        f"[bold]{config.name}[/]: {config.trials} trials of {config.repeats} run(s) a victim, sampler "
+    console.tell(
+        f"{config.trials} trials of {config.repeats} run(s) a victim, sampler "
         f"{config.sampler}, objectives {', '.join(config.objectives)} ({config.aggregate.rule} over "
         f"the victims); {len(earlier.observed)} trials of earlier studies count, "
-        f"{len(earlier.points)} of their points are tried first"
+        f"{len(earlier.points)} of their points are tried first",
+        mark=config.name,
+        style="bold",
     )
     console.print(_space(config))
     console.print(_victims(config, outputs / "victims"))
     members = search.first_points(config, SHOWN, earlier)
     settings = [config.defence_config(member["parameters"]) for member in members]
-    console.print(f"the first {len(members)}, if none of them ended before the last began:")
+    console.tell(f"the first {len(members)}, if none of them ended before the last began:")
     for member in members:
         shown = "the paper's defaults" if member["preset"] == search.PAPER else member["parameters"]
-        console.print(f"  {member['number']}: {shown}", soft_wrap=True)
+        console.tell(f"  {member['number']}: {shown}")
     nets = [one.net for one in ([config.suspect] if config.suspect else config.suite)]
     if own := [net for net in nets if not may_run(net)]:
-        console.print(
+        console.tell(
             f"estimate: none. The net {own[0]!r} is code, and a dry run runs none; to have rounds of "
-            "it timed, add --trust-code.",
-            soft_wrap=True,
-            markup=False,
+            "it timed, add --trust-code."
         )
         return
-    console.print(estimate(config, settings), soft_wrap=True)
+    console.tell(estimate(config, settings))
 
 
 def estimate(config: StudyConfig, settings: list[DefenceConfig]) -> str:
@@ -186,7 +185,7 @@ def _victims(config: StudyConfig, root: Path) -> Table:
         for column in ("weights", "net", "clean pictures", "digest"):
             table.add_column(column)
         one = config.suspect
-        table.add_row(escape(one.model), escape(one.net), escape(one.clean), one.digest)
+        table.add_row(one.model, one.net, one.clean, one.digest)
         return table
     table = Table(title="victims", title_justify="left")
     for column in ("victim", "role", "net", "digest", "there"):
@@ -194,6 +193,6 @@ def _victims(config: StudyConfig, root: Path) -> Table:
     for (name, role), spec in zip(roles(config).items(), config.suite, strict=True):
         there = "yes" if (root / spec.digest).is_dir() else "to be trained"
         there = "given" if spec.given else there
-        net = escape(f"{spec.net}, {spec.width}")
-        table.add_row(escape(name), role.replace("_", " "), net, spec.digest, there)
+        net = f"{spec.net}, {spec.width}"
+        table.add_row(name, role.replace("_", " "), net, spec.digest, there)
     return table

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from rich.markup import escape
-
 from bimask.progress import Console
 from study.spec.config import StudyConfig
 from study.store.environment import locked_by_another, patiently
@@ -19,7 +17,7 @@ Done = TypeVar("Done")
 
 def say(console: Console, text: str) -> None:
     """A sentence about what goes otherwise than it should; names in it are shown as they are."""
-    console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True, highlight=False)
+    console.tell(text, style="yellow")
 
 
 def open_tracker(uri: str, outputs: Path, config: StudyConfig, console: Console) -> Tracker:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from torch import Tensor, nn
 
 from bimask.defences.base import Preparation
@@ -128,16 +127,14 @@ def _prepare_suspect(spec: SuspectSpec, for_defence: int, console: Console) -> S
     """The suspect, and in one sentence what its pictures can show."""
     suspect = spec.load(for_defence)
     val, test = suspect.scores["val"], suspect.scores["test"]
-    console.print(
-        f"suspect {escape(str(spec.model))}: ACC {val.clean_accuracy:.3f} on {val.n_clean} held-back "
+    console.tell(
+        f"suspect {spec.model}: ACC {val.clean_accuracy:.3f} on {val.n_clean} held-back "
         f"pictures to choose on, {test.clean_accuracy:.3f} on {test.n_clean} to report on, hence in "
         f"steps of {100 / val.n_clean:.1f} and {100 / test.n_clean:.1f} points; {for_defence} of each "
-        f"of {len(suspect.classes)} classes are the defence's",
-        soft_wrap=True,
-        highlight=False,
+        f"of {len(suspect.classes)} classes are the defence's"
     )
     for note in suspect.notes:
-        console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
+        console.tell(f"note: {note}")
     return suspect
 
 

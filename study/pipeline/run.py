@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rich.markup import escape
-
 from bimask.devices import resolve_device
 from bimask.nets import require_trusted
 from bimask.progress import Console
@@ -135,8 +133,9 @@ def _reason(
     """What a study that was ended raises; it says how to go on."""
     begun = (folder / records.STUDY).is_file()
     if interrupts.signal is not None:
-        return InterruptedStudyError(interrupts.signal, config.name, begun=begun)
-    return LostRayError(interrupts.lost or "nobody knows why", config.name, begun=begun)
+        return InterruptedStudyError(interrupts.signal, config.name, begun=begun, again=config.resuming)
+    lost = interrupts.lost or "nobody knows why"
+    return LostRayError(lost, config.name, begun=begun, again=config.resuming)
 
 
 def _leave(reason: InterruptedStudyError | LostRayError) -> None:
@@ -171,15 +170,13 @@ def _run_in(
             tracker = open_tracker(uri, outputs, config, console)
             if _is_whole(config, folder, tracker):
                 whole = records.read_summary(folder)
-                console.print(f"The study {config.name} is finished, all {whole['n_trials']} trials.")
+                console.tell(f"The study {config.name} is finished, all {whole['n_trials']} trials.")
                 return whole
         concurrency, own = 0, True
         if config.confirmation or not records.search_is_over(config, records.read_trials(folder)):
             stack.callback(search.stop_ray)
             with interrupts.defer():
-                own = search.start_ray(
-                    address, lambda said: console.print(escape(said), soft_wrap=True)
-                )
+                own = search.start_ray(address, console.tell)
             gone = search.ray_gone(own=own)
             stack.enter_context(
                 interrupts.watch(gone, lambda: _leave(_reason(interrupts, config, folder)))
@@ -189,11 +186,9 @@ def _run_in(
             concurrency = find_room(config, wait, console)
             with console.status("asking every node", spinner="dots"):
                 nodes = search.check_nodes(config, storage or str(outputs.resolve()), uri, own=own)
-            console.print(f"{nodes} node(s) checked, {concurrency} actors at once")
-        console.print(
-            f"[bold]{config.name}[/]: {config.trials} trials, MLflow at {escape(redacted(uri))}",
-            soft_wrap=True,
-        )
+            console.tell(f"{nodes} node(s) checked, {concurrency} actors at once")
+        told = f"{config.trials} trials, MLflow at {redacted(uri)}"
+        console.tell(told, mark=config.name, style="bold")
         suite = prepare_victims(config, outputs / "victims", device, console)
         identity = Identity.of(config, suite, outputs / "victims")
         if resume:
@@ -330,12 +325,12 @@ class _Study:
             with interrupts.hold():
                 missing = mirror.close(lambda: SHORT_PATIENCE if interrupts.ended else patience)
             if missing:
-                words = ["python", "-m", "study.launch", "--resume", self.config.name]
+                words = ["python", "-m", "study.launch", *self.config.resuming]
                 again = shlex.join([*words, "--outputs", str(self.folder.parent)])
-                self.console.print(
-                    f"[bold yellow]MLflow lacks {missing} entries[/]; nothing is lost: tell it later "
-                    f"with `{escape(again)}`.",
-                    soft_wrap=True,
+                self.console.tell(
+                    f"nothing is lost; tell it later with `{again}`.",
+                    mark=f"MLflow lacks {missing} entries",
+                    style="bold yellow",
                 )
 
     def _search(self, cases: list[Case], mirror: MlflowQueue, interrupts: Interrupts) -> float:
@@ -375,8 +370,8 @@ class _Study:
 
     def _say_what_happens(self, error: Exception) -> None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        self.console.print(
-            f"[yellow]MLflow does not take what it is told[/] ({escape(reason[:200])}); the study goes "
-            "on, and tells it again until it does.",
-            soft_wrap=True,
+        self.console.tell(
+            f"{reason[:200]}; the study goes on, and tells it again until it does.",
+            mark="MLflow does not take what it is told",
+            style="yellow",
         )

@@ -74,7 +74,7 @@ def read_candidate(name: str, outputs: Path, trial: int | None) -> Candidate:
     if fault := fault_of(folder / "trials" / f"{trial:03d}", record):
         raise StudyError(
             f"Trial {trial} of {name!r} cannot be promoted: {fault}; run it again with `python -m "
-            f"study.launch --resume {name}`."
+            f"study.launch {' '.join(config.resuming)}`."
         )
     settings = config.defence_config(record["parameters"])
     evidence = evidence_of(folder, summary, trial)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from bimask.cleaned.before_after import before_after
@@ -22,12 +22,14 @@ from bimask.defences.purify import defend
 from bimask.defences.simple import Defended, Step
 from bimask.errors import ExportError
 from bimask.files.bounded import dump_yaml
+from bimask.files.tensors import read_tensors
 from bimask.metrics import evaluate
 from bimask.victims import Victim
 from bimask.victims.as_suspect import suspect_of
 from study.promotion.candidate import Candidate
 from study.promotion.evidence import Verdict
 from study.promotion.registry import as_png, save_model
+from study.spec.config import StudyError
 from study.store import records
 
 SERVED = 1e-5  # what a probability may differ by between the packed model and the one in memory
@@ -91,18 +93,20 @@ def stored(candidate: Candidate, name: str, model: nn.Module) -> DefenceResult |
     rounds = path.with_name(f"{name}.rounds.json")
     if not path.is_file() or not rounds.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        cost = file.metadata() or {}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if "seconds" not in cost:
-        return None
-    passes = Passes(int(cost["forward"]), int(cost["backward"]))
+    try:
+        tensors, cost = read_tensors(path)
+        if "seconds" not in cost:
+            return None
+        passes, seconds = Passes(int(cost["forward"]), int(cost["backward"])), float(cost["seconds"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(
+            f"{path} cannot be read ({error}); run the trial again with `python -m study.launch "
+            f"{' '.join(candidate.config.resuming)}`."
+        ) from error
     history = tuple(
-        Step(log["step"], log["losses"], log["loss"]) for log in json.loads(rounds.read_text())
+        Step(log["step"], log["losses"], log["loss"]) for log in records.read_rounds(rounds)
     )
-    return Defended(
-        defence, model, candidate.settings, tensors, {}, history, passes, float(cost["seconds"])
-    )
+    return Defended(defence, model, candidate.settings, tensors, {}, history, passes, seconds)
 
 
 def tags_of(candidate: Candidate, victim_name: str, victim: Victim) -> dict[str, str]:
@@ -137,7 +141,7 @@ def card_of(candidate: Candidate, verdicts: list[Verdict], victim_name: str) -> 
     )
     gates = "\n".join(f"| {v.gate} | {v.value} | {v.limit} |" for v in verdicts)
     per_class = candidate.config.clean_images_per_class
-    settings = dump_yaml(candidate.settings.model_dump())
+    settings = indent(dump_yaml(candidate.settings.model_dump()), "    ")  # no text can end it
     return f"""# Trial {candidate.number} of the study {candidate.folder.name}
 
 A configuration of the defence `{candidate.config.defence}`, and the victim `{victim_name}`
@@ -161,6 +165,5 @@ probabilities out.
 
 ## Configuration
 
-```yaml
-{settings}```
+{settings}
 """

@@ -25,7 +25,6 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel
-from mlflow.tracking import MlflowClient
 from PIL import Image
 from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor
@@ -35,9 +34,10 @@ from bimask.cleaned.classifier import Classifier
 from bimask.cleaned.folder import load_cleaned
 from study.spec.config import StudyError
 from study.store.records import BEST
+from study.tracking.client import Client
 from study.tracking.credentials import redacted
 from study.tracking.local_store import held
-from study.tracking.mlflow_runs import Tracker, make_tables, require_server
+from study.tracking.mlflow_runs import Tracker, make_tables, quoted, require_server
 
 CHAMPION = "champion"
 CODE = Path(__file__).with_name("served_model.py")
@@ -119,7 +119,7 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """All versions, oldest first; none where there is no such model."""
-        found = self.client.search_model_versions(f"name = '{self.name}'")
+        found = self.client.search_model_versions(f"name = {quoted(self.name)}")
         return sorted(map(Version.of, found), key=lambda one: int(one.number))
 
     def champion(self) -> Version | None:
@@ -143,7 +143,7 @@ class Registry:
             self.client.log_artifacts(run_id, str(model), "model")
             for path in files:
                 self.client.log_artifact(run_id, str(path))
-            if not self.client.search_registered_models(f"name = '{self.name}'"):
+            if not self.client.search_registered_models(f"name = {quoted(self.name)}"):
                 self.client.create_registered_model(self.name)
             found = self.client.create_model_version(
                 self.name,
@@ -229,7 +229,7 @@ def _fetched(reference: str, uri: str, part: str = "", folder: str | None = None
         ) from error
 
 
-def _opened(uri: str) -> MlflowClient:
+def _opened(uri: str) -> Client:
     """The store's client, which has answered.
 
     Raises:
@@ -238,7 +238,7 @@ def _opened(uri: str) -> MlflowClient:
     require_server(uri)
     try:
         with held(uri, make_tables):
-            client = MlflowClient(uri, uri)
+            client = Client(uri, uri)
         client.search_registered_models(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError, ValueError, ImportError) as error:
         raise StudyError(

@@ -7,21 +7,23 @@ say; `page/` is what a browser gets.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from markupsafe import escape
 from typing_extensions import NotRequired, TypedDict
 
 from bimask.defences import defence_named
 from bimask.errors import BimaskError
+from bimask.files.pages import plain
 from study.report.answers import Scene, TrialAnswers, VictimAnswers
 from study.report.closeup import Curves, Layer, curves, layers, reports_of, stored
 from study.report.content import Finished, PageContent, page_content, read, settings_of
 from study.spec.config import IMS, StudyError
+from study.store.records import fitting_together
 from study.store.schema import VictimBefore
 
 REPORT = "report.html"
@@ -81,13 +83,14 @@ def write_report(
     Raises:
         StudyError: no study in the folder, or the file cannot be written.
     """
-    found = read(folder)
-    content = page_content(found)
-    page = {**content, "close_ups": _close_ups(folder, victims, found, content, say)}
+    with fitting_together(folder):
+        found = read(folder)
+        content = page_content(found)
+        text = render({**content, "close_ups": _close_ups(folder, victims, found, content, say)})
     out = out or folder / REPORT
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(render(page), encoding="utf-8")
+        out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StudyError(
             f"Cannot write the report {out} ({error.strerror}); give another file with --out."
@@ -116,9 +119,9 @@ def render(content: Mapping[str, Any]) -> str:
     """The page: style, data and scripts put into `page/page.html`, nothing else is ever loaded."""
     page = files(__package__) / "page"
     parts = {
-        "<!--title-->": _escaped(f"{content['name']}: {content['headline']['title']}"),
+        "<!--title-->": str(escape(plain(f"{content['name']}: {content['headline']['title']}"))),
         "/*style*/": (page / "page.css").read_text(encoding="utf-8"),
-        "/*data*/": json.dumps(_finite(content), separators=(",", ":")).replace("<", "\\u003c"),
+        "/*data*/": json.dumps(plain(content), separators=(",", ":")).replace("<", "\\u003c"),
         "/*script*/": "\n".join((page / name).read_text(encoding="utf-8") for name in SCRIPTS),
     }
     text = (page / "page.html").read_text(encoding="utf-8")
@@ -177,16 +180,3 @@ def _scenes(
         except BimaskError as error:  # the page is about the study; without a victim it says less
             say(f"without the answers of {name}'s models: {error}")
     return scenes
-
-
-def _finite(value: object) -> object:
-    """NaN and infinities as null: JSON has no word for them."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from bimask.cli.terminal import TrustCode
-from bimask.errors import BimaskError
+from bimask.commands import TrustCode, refusals
 from bimask.progress import Console
 
 
@@ -28,18 +25,10 @@ def main(
 
     console = Console()
 
-    def say(sentence: str) -> None:
-        console.print(escape(sentence), soft_wrap=True, highlight=False)
-
-    try:
-        with code_of_files(trust_code):
-            path = write_report(outputs / name, outputs / "victims", out, say=say)
+    with refusals(), code_of_files(trust_code):
+        path = write_report(outputs / name, outputs / "victims", out, say=console.tell)
         for line in (f"report  {path}", log_report(path, outputs / name, outputs)):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
-    except BimaskError as error:
-        message = f"[bold red]error[/]: {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        sys.exit(2)
+            console.tell(line)
 
 
 if __name__ == "__main__":

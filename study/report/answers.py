@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor, nn
 
@@ -167,7 +168,7 @@ def _around_grey(change: Tensor) -> Tensor:
     return (0.5 + 0.5 * change / largest).clamp(0, 1)
 
 
-def _strip(images: Tensor) -> str:
+def _strip(images: Tensor) -> Markup:
     """Images (N, C, H, W) in [0, 1] side by side, as a PNG's data URI; other than three channels are
     averaged."""
     if images.shape[1] != 3:
@@ -177,4 +178,4 @@ def _strip(images: Tensor) -> str:
     picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Markup("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from markupsafe import Markup
 from torch import Tensor, nn
 
 from bimask.defences.base import Defence
-from bimask.files.bounded import read_json
 from bimask.files.tensors import load_tensors
 from bimask.masking.masks import MaskSet
 from study.spec.objectives import known_scores, number
-from study.store.records import read_reports
+from study.store.records import read_reports, read_rounds
 
 
 class Curves(TypedDict):
@@ -70,7 +70,7 @@ def curves(
     path = folder / f"{victim}.rounds.json"
     if not path.is_file():
         return None
-    rounds = read_json(path)
+    rounds = read_rounds(path)
     if not rounds:
         return None  # a defence without steps
     stages = [
@@ -116,7 +116,7 @@ def _short(values: Iterator[float | None]) -> list[float | None]:
     return [None if value is None else float(f"{value:.4g}") for value in values]
 
 
-def _bytes(values: Tensor) -> str:
+def _bytes(values: Tensor) -> Markup:
     """Numbers in [0, 1] as one byte each, base64."""
     quantised = (255 * values.clamp(0, 1)).round().to(torch.uint8)
-    return base64.b64encode(quantised.cpu().numpy().tobytes()).decode()
+    return Markup(base64.b64encode(quantised.cpu().numpy().tobytes()).decode())

@@ -6,8 +6,9 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from bimask.files.pages import render_page
 from study.analysis.comparison import RANKED, Cell, Compared
 from study.report.comparison_pictures import (
     draw_critical_difference,
@@ -59,18 +60,13 @@ def draw(folder: Path, found: Compared) -> dict[str, Path]:
 
 def render(found: Compared, pictures: dict[str, Path]) -> str:
     """The page as HTML."""
-    page = Environment(
-        loader=PackageLoader("study.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("comparison.html")
-    return page.render(
+    return render_page(
+        "study.report",
+        "comparison.html",
         found=found,
         verdict=verdict(found),
         pictures={
-            title: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+            title: Markup("data:image/png;base64," + base64.b64encode(path.read_bytes()).decode())
             for title, path in pictures.items()
         },
         parts=PARTS,

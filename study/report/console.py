@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from bimask.nets import is_own
@@ -37,11 +36,6 @@ SHORT = dict(zip(SCORES, ("ACC", "ASR", "RA"), strict=True)) | {"risk": "risk"}
 def wide_console() -> Console:
     """Standard output, with tables whole in a log."""
     return Console(width=None if sys.stdout.isatty() else 140)
-
-
-def print_plain(console: Console, text: str) -> None:
-    """A line to copy, a path or a command, as it is: `[x]` in it is no markup."""
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -96,12 +90,10 @@ def show(
         )
     console.print(table)
     if hidden := len(config.space) - len(searched):
-        console.print(
-            f"{hidden} more settings of each trial: "
-            + escape(f"{folder / records.TRIALS}, {folder / REPORT}"),
-            soft_wrap=True,
+        console.tell(
+            f"{hidden} more settings of each trial: {folder / records.TRIALS}, {folder / REPORT}"
         )
-    console.print(
+    console.tell(
         f"hypervolume {summary['hypervolume']:.4f} against {summary['reference_point']}; "
         f"{summary['n_complete']} COMPLETE, {summary['n_pruned']} PRUNED, {summary['n_failed']} FAILED"
     )
@@ -110,24 +102,25 @@ def show(
             scores = ", ".join(
                 f"{SHORT[name]} {value:.3f}" for name, value in known_scores(one["test"]).items()
             )
-            console.print(f"on test, {label} (trial {one['number']}): {scores}")
+            console.tell(f"on test, {label} (trial {one['number']}): {scores}")
     _show_selection(console, summary["selection"])
     show_suite(console, summary.get("suite") or {})
     if (folder / REPORT).is_file():
-        print_plain(console, f"page:  {folder / REPORT}")
+        console.tell(f"page:  {folder / REPORT}")
     if (command := tracker.ui_command()) is not None:
-        print_plain(console, "look:  " + command)
-    print_plain(console, "runs:  " + tracker.link())
+        console.tell("look:  " + command)
+    console.tell("runs:  " + tracker.link())
     if chosen is None:
-        console.print(
-            "[bold yellow]Nothing chosen[/]: no trial keeps a clean accuracy of "
-            f"{summary['min_clean_accuracy']:.3f} on val and the constraints; run more trials or widen "
-            "the space."
+        console.tell(
+            f"no trial keeps a clean accuracy of {summary['min_clean_accuracy']:.3f} on val and the "
+            "constraints; run more trials or widen the space.",
+            mark="Nothing chosen",
+            style="bold yellow",
         )
         return
     where = shlex.join(["--config", str(folder / records.BEST), "--out", str(folder / "cleaned")])
     reuse = f"python -m bimask purify {_whom(config, victims)} {where}{_trust(config)}"
-    print_plain(console, f"reuse: {reuse}")
+    console.tell(f"reuse: {reuse}")
 
 
 def _whom(config: StudyConfig, victims: Path) -> str:
@@ -175,15 +168,13 @@ def _show_selection(console: Console, selection: Selection) -> None:
             if "attack_success" in trial["val"]:
                 val, test = trial["val"]["attack_success"], trial["test"]["attack_success"]
                 left = f"ASR on val {val:.3f}, on test {test:.3f}"
-            console.print(
+            console.tell(
                 f"{who} choice{' (used)' if who == used else ''}: trial {trial['number']}, {left}"
             )
     if (rank := selection["spearman"]) is not None:
-        console.print(
-            f"blind risk against true ASR: Spearman {rank['rho']:.2f} over {rank['n']} trials"
-        )
+        console.tell(f"blind risk against true ASR: Spearman {rank['rho']:.2f} over {rank['n']} trials")
     if used == "blind":
-        console.print(PROMISE, soft_wrap=True)
+        console.tell(PROMISE)
 
 
 def show_suite(console: Console, suite: Mapping[str, Confirmation]) -> None:

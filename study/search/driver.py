@@ -307,8 +307,8 @@ def run_search(
         if isinstance(error, StudyError) or (why := of_environment(error)) is None:
             raise
         raise StudyError(
-            f"Ray cannot write to {files} ({why}); mend it, then go on with --resume {config.name}: "
-            "what has no record is run again."
+            f"Ray cannot write to {files} ({why}); mend it, then go on with "
+            f"{' '.join(config.resuming)}: what has no record is run again."
         ) from error
     searcher.close()
     if not interrupts.ended:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -34,8 +34,10 @@ class InterruptedStudyError(Exception):
         signal: its number; a command ends with the code 128 + signal.
     """
 
-    def __init__(self, number: int, study: str, *, begun: bool = True) -> None:
-        how = f"go on with --resume {study}" if begun else "launch it again, what is trained is kept"
+    def __init__(
+        self, number: int, study: str, *, begun: bool = True, again: Sequence[str] = ()
+    ) -> None:
+        how = _how(study, begun, again)
         super().__init__(f"{study} was ended by {signal.Signals(number).name}; {how}.")
         self.signal = number
 
@@ -43,9 +45,17 @@ class InterruptedStudyError(Exception):
 class LostRayError(StudyError):
     """Ray has died under a study; a command ends with the code 1, as for anything that broke."""
 
-    def __init__(self, reason: str, study: str, *, begun: bool = True) -> None:
-        how = f"go on with --resume {study}" if begun else "launch it again, what is trained is kept"
+    def __init__(
+        self, reason: str, study: str, *, begun: bool = True, again: Sequence[str] = ()
+    ) -> None:
+        how = _how(study, begun, again)
         super().__init__(f"Ray died while {study} ran ({reason}); {how}.")
+
+
+def _how(study: str, begun: bool, again: Sequence[str]) -> str:
+    """What to do next; `again` are the words of the command that goes on."""
+    words = " ".join(again) or f"--resume {study}"
+    return f"go on with {words}" if begun else "launch it again, what is trained is kept"
 
 
 class Interrupts:

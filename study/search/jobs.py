@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
+from rich.text import Text
 
 from bimask.progress import Console
 from study.spec.config import StudyError
@@ -51,24 +52,21 @@ def submit(address: str, command: Sequence[str], *, folder: Path, console: Conso
             f"The cluster at {address} does not take the study ({reason}); open the tunnel with `ray "
             "dashboard cluster.yaml`, and see that ~/.ray/auth_token is the cluster's."
         ) from error
-    console.print(f"job {job} at {address}; Ctrl-C leaves it running", highlight=False, soft_wrap=True)
+    console.tell(f"job {job} at {address}; Ctrl-C leaves it running")
     try:
         asyncio.run(_show(client, job, console))
     except KeyboardInterrupt:
-        console.print(
-            f"\nThe study goes on.\nfollow: ray job logs --address {address} --follow {job}\n"
-            f"stop:   ray job stop --address {address} {job}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.tell("The study goes on.")
+        console.tell(f"follow: ray job logs --address {address} --follow {job}")
+        console.tell(f"stop:   ray job stop --address {address} {job}")
         return 0
     info = client.get_job_info(job)
     if info.status == JobStatus.SUCCEEDED:
         return 0
-    console.print(f"job {job}: {info.status}. {info.message or ''}", highlight=False, soft_wrap=True)
+    console.tell(f"job {job}: {info.status}. {info.message or ''}")
     return info.driver_exit_code or 1
 
 
 async def _show(client: JobSubmissionClient, job: str, console: Console) -> None:
     async for text in client.tail_job_logs(job):
-        console.out(text, end="", highlight=False)
+        console.print(Text(text), end="", soft_wrap=True)  # lines of its own

@@ -106,7 +106,7 @@ def check_nodes(config: StudyConfig, storage: str, tracking: str, *, own: bool =
     finally:
         storages.remove(probe)
     if found:
-        raise StudyError("\n".join(found))
+        raise StudyError(*found)
     return len(nodes)
 
 

@@ -22,7 +22,7 @@ from study.spec.config import IMS, StudyConfig, StudyError
 from study.spec.directions import DIRECTIONS, OBJECTIVES, Direction
 from study.spec.objectives import numbers_in, over_victims, quantities
 from study.spec.space import Scalar
-from study.store.records import STUDY, TRIALS, read_trials
+from study.store.records import STUDY, TRIALS, fitting_together, read_trials
 from study.store.schema import TrialRecord
 
 
@@ -50,14 +50,15 @@ def read_earlier(config: StudyConfig) -> Earlier:
     """
     found = Earlier()
     for name in config.warm_start_from:
-        study, trials = _read(Path(name))
-        inside = [trial for trial in trials if _in_space(config, trial)]
-        if _comparable(study) == _comparable(config.model_dump(mode="json")):
-            observed = [Observed(trial["parameters"], _values(config, trial)) for trial in inside]
-            found.observed.extend(one for one in observed if _needed(config) <= set(one.values))
-        else:
-            front = ParetoFront.of([quantities(trial) for trial in inside], _objectives(study))
-            found.points.extend(inside[i]["parameters"] for i in front.indices)
+        with fitting_together(Path(name)):
+            study, trials = _read(Path(name))
+            inside = [trial for trial in trials if _in_space(config, trial)]
+            if _comparable(study) == _comparable(config.model_dump(mode="json")):
+                observed = [Observed(trial["parameters"], _values(config, trial)) for trial in inside]
+                found.observed.extend(one for one in observed if _needed(config) <= set(one.values))
+            else:
+                front = ParetoFront.of([quantities(trial) for trial in inside], _objectives(study))
+                found.points.extend(inside[i]["parameters"] for i in front.indices)
     return found
 
 

@@ -22,6 +22,7 @@ from bimask.defences import DEFENCES
 from bimask.defences.base import Defence
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import BimaskError
+from bimask.nets import is_own
 from bimask.victims import VictimSpec
 from bimask.victims.suite import MAX_VICTIMS
 from study.spec.directions import DIRECTIONS, Direction
@@ -300,6 +301,12 @@ class StudyConfig(BaseModel):
     def suite(self) -> list[VictimSpec]:
         """All victims: those that trials see, then held-out ones, then controls."""
         return [*self.victims, *self.held_out, *self.controls]
+
+    @property
+    def resuming(self) -> list[str]:
+        """The words of `study.launch` that go on with it; code that a folder names is trusted anew."""
+        nets = [one.net for one in ([self.suspect] if self.suspect else self.suite)]
+        return ["--resume", self.name, *(["--trust-code"] if any(map(is_own, nets)) else [])]
 
     def suite_names(self) -> list[str]:
         """One distinct name a victim of `suite`: its own, with its digest where that is not enough; or

@@ -11,7 +11,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from bimask.errors import MOST_PROBLEMS, brief, first_of
-from bimask.files.bounded import MAX_YAML_BYTES, parsed_yaml, read_bytes, yaml_nodes
+from bimask.files.bounded import (
+    MAX_YAML_BYTES,
+    parsed_yaml,
+    read_bytes,
+    require_rereadable,
+)
 from study.spec import space as spaces
 from study.spec.config import StudyConfig, StudyError, default_space, settings_of
 from study.spec.space import Parameter
@@ -36,13 +41,14 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
             f"Cannot read the study {path} ({reason}); give a YAML file such as "
             "search_spaces/ims_digits.yaml."
         ) from error
+    found_places: list[tuple[dict[str, int], list[str]]] = []
     try:
-        root, raw = yaml_nodes(content), parsed_yaml(content)
+        raw = parsed_yaml(content, lambda root: found_places.append(_places(root)))
     except ValueError as error:
         raise StudyError(f"{path} is not YAML that is read: {error}.") from error
-    if not isinstance(raw, dict) or not isinstance(root, yaml.MappingNode):
+    if not isinstance(raw, dict):
         raise StudyError(f"{path} must hold `key: value` lines, got {type(raw).__name__}.")
-    lines, duplicates = _places(root)
+    (lines, duplicates), *_ = found_places
     raw |= overrides or {}
     found = [(place, "is given twice") for place in duplicates] + beside_problems(raw)
     try:
@@ -66,12 +72,18 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
         ]
     if config is not None and not found:
         names = config.suite_names()
-        if len(set(names)) == len(names):
+        try:
+            require_rereadable(config.model_dump())  # it is written resolved, and read by --resume
+        except ValueError as error:
+            large = f"with every key filled in it has {error}; list fewer victims or points"
+            found.append(("", f"{large}, or split it into several studies"))
+        if not found and len(set(names)) == len(names):
             return config
-        found.append(("victims", "the same victim is listed twice"))
+        if len(set(names)) < len(names):
+            found.append(("victims", "the same victim is listed twice"))
     problems = dict.fromkeys(found)  # one that is of no key has no place
     rows = [": ".join(filter(None, (_where(path, p, lines), p, text))) for p, text in problems]
-    raise StudyError("\n".join(first_of(rows)))
+    raise StudyError(*first_of(rows))
 
 
 def _problem(problem: Any) -> tuple[str, str]:
@@ -132,7 +144,7 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _places(root: yaml.MappingNode) -> tuple[dict[str, int], list[str]]:
+def _places(root: yaml.Node) -> tuple[dict[str, int], list[str]]:
     """Line of every key, by its dotted place; and the places given twice."""
     lines: dict[str, int] = {}
     duplicates: list[str] = []

@@ -21,7 +21,7 @@ from typing_extensions import NotRequired, TypedDict
 from bimask.files.atomic import sync, sync_tree
 from study.spec.comparison import RUNNING, ComparisonConfig, Part, load_comparison
 from study.spec.config import StudyError
-from study.store.files import read_lines
+from study.store.files import rows_of
 from study.store.records import write_yaml
 from study.store.schema import OPEN, VictimScores
 
@@ -71,7 +71,7 @@ def read_judged(folder: Path) -> list[JudgedRecord]:
         StudyError: a line that is no record.
     """
     found = []
-    for line, row in enumerate(read_lines(folder / JUDGED), start=1):
+    for line, row in enumerate(rows_of(folder / JUDGED), start=1):
         try:
             found.append(RECORD.validate_python(row))
         except ValidationError as error:

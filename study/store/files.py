@@ -15,8 +15,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from bimask.files.atomic import atomic_write, sync, sync_tree
+from bimask.files.bounded import parsed_json, require_regular
 from study.spec.config import StudyError
 
+MAX_FILE, MAX_LINE = 2 * 2**30, 16 * 2**20  # bytes; a million trials, one trial on a thousand victims
+MAX_VALUES = 500_000  # in a line
+BEGINNING = 2**12  # bytes that are looked at of a line that is too long
 CHECKSUM = "checksum"  # of a line, its last key; lines of before there was one have none
 
 
@@ -57,28 +61,56 @@ class Line:
 
     Attributes:
         number: from 1.
+        start, size: bytes of the file before it, and its own with its end.
+        content: its bytes, without the rest of a line that is too long to be read.
+        whole: whether it has an end; the last one may be being written.
         row: what it says; empty where it cannot be read.
         fault: why it cannot be read, or None.
     """
 
     number: int
+    start: int
+    size: int
     content: bytes
+    whole: bool
     row: dict[str, object]
     fault: str | None = None
 
 
-def lines_of(path: Path) -> list[Line]:
-    """All lines of `append_lines`, also those that cannot be read, and a last one without its end."""
-    if not path.is_file():
-        return []
-    found = []
+def lines_of(path: Path) -> Iterator[Line]:
+    """All lines of `append_lines`, one at a time, also those that cannot be read, and a last one
+    without its end; none where there is no file.
+
+    Raises:
+        StudyError: it is no regular file, or too large to be one of records.
+        OSError: it cannot be read now.
+    """
+    try:
+        require_regular(path, MAX_FILE)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise StudyError(f"{path} is no file of records ({error}); put back what was there.") from error
     with path.open("rb") as file:
-        for number, content in enumerate(file, start=1):
-            try:
-                found.append(Line(number, content, _row(content)))
-            except ValueError as error:
-                found.append(Line(number, content, {}, str(error)))
-    return found
+        number, start = 0, 0
+        while content := file.readline(MAX_LINE + 1):
+            number, size, whole = number + 1, len(content), content.endswith(b"\n")
+            row: dict[str, object] = {}
+            fault = None
+            if size > MAX_LINE:
+                content = content[:BEGINNING]
+                while not whole and (more := file.readline(MAX_LINE)):
+                    size, whole = size + len(more), more.endswith(b"\n")
+                fault = f"it has {size} bytes, but at most {MAX_LINE} are read"
+            else:
+                try:
+                    row = _row(content)
+                except ValueError as error:
+                    fault = str(error)
+            yield Line(number, start, size, content, whole, row, fault)
+            start += size
 
 
 def _row(content: bytes) -> dict[str, object]:
@@ -87,9 +119,9 @@ def _row(content: bytes) -> dict[str, object]:
     if b"\0" in content:
         raise ValueError("it has NUL bytes")
     try:
-        row = json.loads(content)
-    except (ValueError, RecursionError):
-        raise ValueError("it is no JSON") from None
+        row = parsed_json(content, most_values=MAX_VALUES)
+    except ValueError as error:
+        raise ValueError(f"it is no JSON that is read ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"it is {type(row).__name__}, and a record is an object of JSON")
     known = row.pop(CHECKSUM, None)
@@ -98,22 +130,26 @@ def _row(content: bytes) -> dict[str, object]:
     return row
 
 
+def rows_of(path: Path) -> Iterator[dict[str, object]]:
+    """The rows of `append_lines`, one at a time; see `read_lines`."""
+    for line in lines_of(path):
+        if not line.whole:
+            return
+        if line.fault is not None:
+            raise StudyError(
+                f"{path}:{line.number} cannot be read: {line.fault}; --resume runs again what is lost."
+            )
+        yield line.row
+
+
 def read_lines(path: Path) -> list[dict[str, object]]:
     """The rows of `append_lines`; none where there is no file. A last line without its end is dropped:
     it is being written, or never was.
 
     Raises:
-        StudyError: a line cannot be read.
+        StudyError: a line cannot be read, or it is no file of records.
     """
-    found = lines_of(path)
-    if found and not found[-1].content.endswith(b"\n"):
-        found.pop()
-    for line in found:
-        if line.fault is not None:
-            raise StudyError(
-                f"{path}:{line.number} cannot be read: {line.fault}; --resume runs again what is lost."
-            )
-    return [line.row for line in found]
+    return list(rows_of(path))
 
 
 @contextmanager

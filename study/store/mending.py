@@ -7,15 +7,17 @@ taken out is kept beside the file, as NAME.damaged: nothing of a user's is ever 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from bimask.errors import VictimError
+from bimask.errors import MOST_PROBLEMS, VictimError
 from bimask.files.atomic import atomic_write, sync
+from bimask.files.bounded import read_json
+from bimask.files.tensors import require_header
 from bimask.nets.weights import file_sha256
 from study.spec.config import StudyError
 from study.store import records, schema
@@ -23,6 +25,7 @@ from study.store.environment import first_line
 from study.store.files import Line, lines_of
 from study.store.schema import TrialRecord
 
+BLOCK = 2**20  # bytes
 PICTURES = (".png",)  # nothing is read from them
 Checked = Callable[[Mapping[str, object]], object]
 
@@ -96,13 +99,12 @@ def _fault_of_unsigned(folder: Path, record: TrialRecord) -> str | None:
         if not stored:
             return f"its file {run}.*.safetensors is missing"
         try:
-            with safe_open(stored[0], framework="pt"):
-                pass
+            require_header(stored[0])
         except (OSError, SafetensorError) as error:
             return f"its file {stored[0].name} cannot be read ({error})"
     for path in folder.glob("*.rounds.json"):
         try:
-            json.loads(path.read_text())
+            read_json(path)
         except (OSError, ValueError) as error:
             return f"its file {path.name} cannot be read ({error})"
     return None
@@ -121,9 +123,10 @@ def _trial_with_files(folder: Path) -> Checked:
 
 def mend_lines(path: Path, checked: Checked, consequence: str) -> list[str]:
     """Take lines out of a file that cannot be read, or that `checked` raises a StudyError for."""
-    good: list[bytes] = []
-    bad: list[bytes] = []
+    good: list[tuple[int, int]] = []
+    bad: list[tuple[int, int]] = []
     notes: list[str] = []
+    lost = 0
     for line in lines_of(path):
         fault = line.fault
         if fault is None:
@@ -133,16 +136,38 @@ def mend_lines(path: Path, checked: Checked, consequence: str) -> list[str]:
                 raise schema.NewerSchemaError(f"{path}:{line.number}: {error}.") from error
             except StudyError as error:
                 fault = str(error)
-        (good if fault is None else bad).append(line.content)
+        parts = good if fault is None else bad
+        if parts and parts[-1][1] == line.start:
+            parts[-1] = (parts[-1][0], line.start + line.size)
+        else:
+            parts.append((line.start, line.start + line.size))
         if fault is not None:
-            notes.append(f"{path}:{line.number}: {fault}; {consequence.format(_trial(line))}.")
+            lost += 1
+            if lost <= MOST_PROBLEMS:
+                notes.append(f"{path}:{line.number}: {fault}; {consequence.format(_trial(line))}.")
+    if lost > MOST_PROBLEMS:
+        notes.append(f"{path}: so it is with {lost - MOST_PROBLEMS} more lines.")
     if bad:
-        with path.with_name(f"{path.name}.damaged").open("ab") as kept:
-            kept.writelines(content.rstrip(b"\n") + b"\n" for content in bad)
-        sync(path.with_name(f"{path.name}.damaged"))
-        with atomic_write(path) as part:
-            part.write_bytes(b"".join(good))
+        kept = path.with_name(f"{path.name}.damaged")
+        with path.open("rb") as source:
+            with kept.open("ab") as target:
+                _copy(source, target, bad)
+            sync(kept)
+            with atomic_write(path) as part, part.open("wb") as target:
+                _copy(source, target, good)
     return notes
+
+
+def _copy(source: BinaryIO, target: BinaryIO, parts: Sequence[tuple[int, int]]) -> None:
+    """Parts of a file, from and to which byte, each ended as a line is."""
+    for start, end in parts:
+        source.seek(start)
+        last = b""
+        while start < end and (block := source.read(min(BLOCK, end - start))):
+            target.write(block)
+            start, last = start + len(block), block[-1:]
+        if last != b"\n":
+            target.write(b"\n")
 
 
 def _trial(line: Line) -> str:

@@ -11,17 +11,28 @@ outputs/NAME/best.yaml       the chosen configuration, as `bimask purify` takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
+from safetensors import SafetensorError
 
-from bimask.files.bounded import dump_yaml, read_json
+from bimask.errors import BimaskError
+from bimask.files.bounded import MALFORMED, dump_yaml, read_json
 from study.spec.config import StudyConfig, StudyError
 from study.store import schema
-from study.store.files import read_lines, write_text
-from study.store.schema import ConfirmRecord, Parameters, StepReport, StudySummary, TrialRecord
+from study.store.environment import first_line
+from study.store.files import rows_of, write_text
+from study.store.schema import (
+    ConfirmRecord,
+    Parameters,
+    RoundRow,
+    StepReport,
+    StudySummary,
+    TrialRecord,
+)
 
 OUTPUTS = Path("outputs")
 RESERVED = ("victims", "mlartifacts", "mlflow.db")
@@ -98,9 +109,39 @@ def read_summary(folder: Path) -> StudySummary:
         ) from error
 
 
+@contextmanager
+def fitting_together(folder: Path) -> Iterator[None]:
+    """Records that are each well formed may still contradict each other, where somebody made them up.
+
+    Raises:
+        StudyError: what was asked of them within could not be answered.
+    """
+    try:
+        yield
+    except BimaskError:
+        raise
+    except (*MALFORMED, RuntimeError, SafetensorError) as error:
+        raise StudyError(
+            f"The records in {folder} do not fit together ({type(error).__name__}: "
+            f"{first_line(error)}); get the whole folder again."
+        ) from error
+
+
+def read_rounds(path: Path) -> list[RoundRow]:
+    """The steps of one run, as a trial left them: NAME.rounds.json.
+
+    Raises:
+        StudyError: it cannot be read.
+    """
+    try:
+        return schema.round_rows(read_json(path))
+    except (OSError, ValueError, StudyError) as error:
+        raise StudyError(f"{path} cannot be read ({error}).") from error
+
+
 def _records(path: Path, checked: Callable[[Mapping[str, object]], Record]) -> list[Record]:
     found = []
-    for line, row in enumerate(read_lines(path), start=1):
+    for line, row in enumerate(rows_of(path), start=1):
         try:
             found.append(checked(row))
         except StudyError as error:

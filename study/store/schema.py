@@ -162,6 +162,16 @@ class StepReport(TypedDict):
 
 
 @with_config(OPEN)
+class RoundRow(TypedDict):
+    """One step of a run: its number from 0, its loss by terms, their sum, its stage if it has one."""
+
+    step: int
+    losses: dict[str, float]
+    loss: float
+    stage: NotRequired[str]
+
+
+@with_config(OPEN)
 class Provenance(TypedDict):
     """Where a record comes from: digests of study and victims, seed, commit, versions."""
 
@@ -336,8 +346,9 @@ class StudySummary(TypedDict):
     suite: NotRequired[dict[str, Confirmation]]
 
 
-Row = TypeVar("Row", TrialRecord, StepReport, ConfirmRecord, StudySummary)
+Row = TypeVar("Row", TrialRecord, StepReport, ConfirmRecord, StudySummary, list[RoundRow])
 TRIAL, REPORT = TypeAdapter(TrialRecord), TypeAdapter(StepReport)
+ROUNDS = TypeAdapter(list[RoundRow])
 CONFIRMED, SUMMARY = TypeAdapter(ConfirmRecord), TypeAdapter(StudySummary)
 
 
@@ -354,6 +365,11 @@ def trial_record(found: Mapping[str, object]) -> TrialRecord:
 def step_report(found: Mapping[str, object]) -> StepReport:
     """A line of reports.jsonl; it has no number of a schema."""
     return _valid(REPORT, found)
+
+
+def round_rows(found: object) -> list[RoundRow]:
+    """The content of NAME.rounds.json; it has no number of a schema."""
+    return _valid(ROUNDS, found)
 
 
 def confirm_record(found: Mapping[str, object]) -> ConfirmRecord:

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bimask.errors import describe
 from bimask.files.atomic import sync, sync_tree
+from bimask.files.bounded import read_json
 from bimask.nets.weights import file_sha256
 from bimask.victims.files import WEIGHTS
 from study.spec.config import RUNNING, StudyConfig, StudyError
@@ -49,7 +50,7 @@ class Identity:
     def load(cls, folder: Path) -> Identity:
         """Of a study that has begun in this folder."""
         try:
-            return TypeAdapter(cls).validate_json((folder / IDENTITY).read_bytes())
+            return TypeAdapter(cls).validate_python(read_json(folder / IDENTITY))
         except (OSError, ValueError) as error:
             why = describe(error) if isinstance(error, ValidationError) else str(error)
             raise StudyError(

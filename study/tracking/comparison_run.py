@@ -8,7 +8,8 @@ from typing import Any
 
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from study.tracking.mlflow_runs import Status, Tracker
+from study.tracking.client import key_of, text_of
+from study.tracking.mlflow_runs import Status, Tracker, quoted
 
 
 class ComparisonRun:
@@ -20,7 +21,7 @@ class ComparisonRun:
 
     def __init__(self, tracker: Tracker, name: str, digest: str, params: Mapping[str, Any]) -> None:
         self.client, self.experiment_id = tracker.client, tracker.experiment_id
-        query = f"tags.comparison = '{name}' and tags.comparison_digest = '{digest}'"
+        query = f"tags.comparison = {quoted(name)} and tags.comparison_digest = {quoted(digest)}"
         runs = self.client.search_runs([self.experiment_id], query)
         if runs:
             self.run_id = runs[0].info.run_id
@@ -30,12 +31,12 @@ class ComparisonRun:
             run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
             self.run_id = run.info.run_id
             for key, value in params.items():
-                self.client.log_param(self.run_id, key, value)
+                self.client.log_param(self.run_id, key_of(key), text_of(value))
 
     def adopt(self, studies: Sequence[str]) -> None:
         """Put the runs of these studies, by their names, below this one."""
         for name in studies:
-            for run in self.client.search_runs([self.experiment_id], f"tags.study = '{name}'"):
+            for run in self.client.search_runs([self.experiment_id], f"tags.study = {quoted(name)}"):
                 self.client.set_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID, self.run_id)
 
     def end(
@@ -48,7 +49,7 @@ class ComparisonRun:
     ) -> None:
         """Write what it came to, and close it."""
         for name, value in metrics.items():
-            self.client.log_metric(self.run_id, name, value)
+            self.client.log_metric(self.run_id, key_of(name), value)
         for path in artifacts:
             if path.is_dir():
                 self.client.log_artifacts(self.run_id, str(path), path.name)

@@ -17,19 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# A server that is away is asked again by `MlflowQueue`, for as long as it takes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-
 from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
 
 from study.spec.config import StudyError
 from study.store.databases import sqlite_path, sqlite_url
+from study.tracking.client import Client, text_of
 from study.tracking.credentials import move_credentials, redacted
 from study.tracking.local_store import follow_move, held
 
@@ -63,7 +58,7 @@ class Tracker:
         try:
             with held(uri, make_tables):
                 self.moved = follow_move(uri, artifacts)
-                self.client = MlflowClient(self.uri)
+                self.client = Client(self.uri)
                 self.experiment_id = self._experiment(location)
         except Exception as error:  # alembic has errors of its own
             raise StudyError(
@@ -224,7 +219,7 @@ class Tracker:
         if artifacts is not None:
             self.client.log_artifacts(run_id, str(artifacts))
         if reason is not None:
-            self.client.set_tag(run_id, "reason", reason[:5000])
+            self.client.set_tag(run_id, "reason", reason)
         ended = "PRUNED" if pruned else "COMPLETE" if reason is None else "FAILED"
         self.client.set_tag(run_id, "status", ended)
         self.client.set_terminated(run_id, RUN_STATUS[ended], None if at is None else _ms(at))
@@ -293,7 +288,7 @@ class Tracker:
         rows = [Metric(name, value, now, 0) for name, value in (metrics or {}).items()]
         for name, pairs in (histories or {}).items():
             rows += [Metric(name, value, now, step) for step, value in pairs]
-        entries = [Param(name, _text(value)) for name, value in (params or {}).items()]
+        entries = [Param(name, text_of(value)) for name, value in (params or {}).items()]
         self.client.log_batch(run_id, metrics=rows[:BATCH], params=entries)
         for start in range(BATCH, len(rows), BATCH):
             self.client.log_batch(run_id, metrics=rows[start : start + BATCH])
@@ -330,9 +325,9 @@ def log_to_study(uri: str, name: str, digest: str, path: Path) -> bool:
         with held(uri, make_tables):
             if file is not None:
                 follow_move(uri, file.parent / ARTIFACTS)
-            client = MlflowClient(uri)
+            client = Client(uri)
         found = client.get_experiment_by_name(os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT))
-        query = f"run_name = '{name}' and tags.study_digest = '{digest}'"
+        query = f"run_name = {quoted(name)} and tags.study_digest = {quoted(digest)}"
         runs = client.search_runs([found.experiment_id], query) if found is not None else []
         if not runs:
             return False
@@ -342,6 +337,17 @@ def log_to_study(uri: str, name: str, digest: str, path: Path) -> bool:
             f"The MLflow store {redacted(uri)} does not take {path.name} ({_first_line(error)})."
         ) from error
     return True
+
+
+def quoted(name: object) -> str:
+    """A name in a search of MLflow's, which knows no way to write a quotation mark.
+
+    Raises:
+        StudyError: it has one.
+    """
+    if "'" in str(name) or "\\" in str(name):
+        raise StudyError(f"Got the name {name}; MLflow finds none with a quotation mark, give another.")
+    return f"'{name}'"
 
 
 def tracking_uri(outputs: Path) -> str:
@@ -380,15 +386,11 @@ def require_server(uri: str) -> None:
 
 def make_tables(uri: str) -> None:
     """Make MLflow's tables in a file that has none."""
-    MlflowClient(uri).search_experiments(max_results=1)
+    Client(uri).search_experiments(max_results=1)
 
 
 def _ms(seconds: float) -> int:
     return int(seconds * 1000)
-
-
-def _text(value: Any) -> str:
-    return "null" if value is None else str(value)
 
 
 def _first_line(error: Exception) -> str:

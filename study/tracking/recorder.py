@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from study.spec.config import StudyConfig
+from study.spec.config import StudyConfig, StudyError
 from study.spec.directions import DIRECTIONS
 from study.spec.objectives import SCORES, ScoreName, known_scores, numbers_in
 from study.store.files import append_lines, replaced_folder, write_text
@@ -22,6 +21,7 @@ from study.store.records import (
     SETTINGS,
     TRIALS,
     read_reports,
+    read_rounds,
     read_trials,
     settings_content,
     write_yaml,
@@ -272,7 +272,8 @@ def _losses(folder: Path) -> dict[str, list[tuple[int, float]]]:
     histories: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(folder.glob("*.rounds.json")):
         victim = path.name.removesuffix(".rounds.json")
-        for log in json.loads(path.read_text()):
-            for name, value in {"loss": log["loss"], **log["losses"]}.items():
-                histories.setdefault(f"{victim}/loss/{name}", []).append((log["step"], value))
+        with suppress(StudyError):  # a curve is worth no trial
+            for log in read_rounds(path):
+                for name, value in {"loss": log["loss"], **log["losses"]}.items():
+                    histories.setdefault(f"{victim}/loss/{name}", []).append((log["step"], value))
     return histories

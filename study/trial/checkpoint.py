@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from bimask.defences.settings import DefenceConfig
 from bimask.defences.state import DefenceState
 from bimask.errors import SettingError
+from bimask.files.bounded import read_json
 from study.store.files import write_text
 
 # Of one member: rung -> its losses there, and why it was stopped, or None.
@@ -102,6 +103,6 @@ class TrialCheckpoint:
         if not path.is_file():
             return []
         try:
-            return RUNGS.validate_json(path.read_bytes())
+            return RUNGS.validate_python(read_json(path))
         except (OSError, ValueError):
             return None

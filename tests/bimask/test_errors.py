@@ -9,13 +9,13 @@ from rich.table import Table
 from bimask.errors import BimaskError, SettingError, printable
 from bimask.files.bounded import read_yaml
 from bimask.files.drawn import save_figure
-from bimask.progress import Console
+from bimask.progress import Console, ToldProgress
 from bimask.victims import load_suite
 
 
 @pytest.mark.parametrize("odd", ["\x1b]0;mine\x07", "\r", "\x9b31m", "\ud800", "\u202e", "\x7f", "\0"])
 def test_no_control_reaches_a_terminal(odd):
-    said = str(BimaskError(f"first {odd}\nsecond"))
+    said = str(BimaskError(f"first {odd}", "second"))
     assert said.split("\n")[1] == "second"
     assert odd not in said
     said.encode()
@@ -59,10 +59,33 @@ def test_a_terminal_is_steered_by_nobody():
     table = Table("name")
     table.add_row("a\x1b]0;mine\x07b\ud800")
     console.print(table)
-    console.print("[bold]c\x1b[2Jd[/]\ne", soft_wrap=True)
+    console.print(":skull: [bold]c\x1b[2Jd[/]\ne", soft_wrap=True)
+    console.tell("f\ng [red]h[/]", mark="[i]note\n", style="bold")
     said = out.getvalue()
     assert "\x1b]0" not in said
     assert "\x1b[2J" not in said
     assert "\x1b[1m" in said  # its own style
-    assert said.endswith("\ne\n")
+    assert said.endswith(":skull: [bold]c?[2Jd[/]?e\n\x1b[1m[i]note?\x1b[0m: f?g [red]h[/]\n")
     said.encode()
+
+
+def test_a_name_makes_no_line_of_its_own(tmp_path):
+    """A line that looks like another message cannot be made by whoever names a file."""
+    with pytest.raises(SettingError) as caught:
+        load_suite(tmp_path / "a\nerror: all is well.yaml")
+    assert "\n" not in str(caught.value)
+    assert str(SettingError("one\ntwo", "three")).split("\n") == ["one?two", "three"]
+
+
+def test_a_bar_is_one_line_without_markup():
+    out = io.StringIO()
+    with ToldProgress(Console(file=out, force_terminal=True, width=400)) as bars:
+        bars.add_task("[link=file:///x]a\nb\x1b]0;c[/link]" + "x" * 10_000, total=2)
+    assert "[link=file:///x]a?b?]0;c[/link]xxx" in out.getvalue()
+    assert "x" * 300 not in out.getvalue()
+
+
+def test_an_error_has_its_lines_on_a_terminal():
+    out = io.StringIO()
+    Console(file=out).tell_error(SettingError("[b]one\n", "two"))
+    assert out.getvalue() == "error: [b]one?\ntwo\n"

@@ -8,10 +8,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from bimask import progress
-from bimask.progress import ToldProgress
+from bimask.progress import Console, ToldProgress
 
 ROOT = Path(__file__).parents[2]
 LINE = "rounds  7/120  0:00:0"

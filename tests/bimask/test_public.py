@@ -28,7 +28,10 @@ DOORS = {
     ],
     "mlflow": [
         f"study/{name}.py"
-        for name in (*("promotion/registry", "promotion/served_model", "tracking/mlflow_runs"),)
+        for name in (
+            *("promotion/registry", "promotion/served_model"),
+            *("tracking/client", "tracking/comparison_run", "tracking/mlflow_runs"),
+        )
     ],
 }
 EACH_FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -19,6 +19,7 @@ from bimask.victims import VictimSpec, load_suite, obtain_victim
 from study import launch, victims
 from study.promotion.candidate import load_victims
 from study.report import __main__ as report
+from study.search.interrupts import InterruptedStudyError, LostRayError
 from study.search.warm_start import read_earlier
 from study.spec.reading import load_config
 from study.spec.suspect import SuspectSpec
@@ -208,3 +209,15 @@ def test_a_victim_that_was_put_in_anothers_place_is_not_built(here):
     with pytest.raises(VictimError, match="holds the victim"):
         obtain_victim(plain, Path("victims"))
     assert not ran()
+
+
+@pytest.mark.parametrize("net", [*NETS, "small_resnet"])
+def test_what_goes_on_with_a_study_trusts_its_code_anew(here, net):
+    config = load_config(study(net))
+    trust = ["--trust-code"] if net in NETS else []
+    assert config.resuming == ["--resume", "own", *trust]
+    for error in (
+        InterruptedStudyError(15, config.name, again=config.resuming),
+        LostRayError("gone", config.name, again=config.resuming),
+    ):
+        assert f"go on with {' '.join(['--resume', 'own', *trust])}." in str(error)

@@ -11,11 +11,11 @@ import mlflow
 import optuna
 import pytest
 import yaml
-from rich.console import Console
 from safetensors.torch import load_file
 
 import study as study_package
 from bimask.defences.ims.purify import PurifyConfig
+from bimask.progress import Console
 from bimask.victims import obtain_victim
 from study.analysis.pareto import ParetoFront
 from study.pipeline import run

@@ -12,12 +12,21 @@ from typer.testing import CliRunner
 
 from bimask.__main__ import app
 from bimask.defences import settings_from
+from bimask.defences.state import DefenceState
 from bimask.errors import BimaskError, SettingError, VictimError
 from bimask.files.atomic import parsed_manifest
-from bimask.files.bounded import MAX_DEPTH, dump_yaml, parsed_json, read_json, read_yaml
-from bimask.files.tensors import load_tensors
+from bimask.files.bounded import (
+    MAX_DEPTH,
+    dump_yaml,
+    parsed_json,
+    read_json,
+    read_yaml,
+    require_rereadable,
+)
+from bimask.files.tensors import MAX_TENSORS, load_tensors
 from bimask.nets.weights import read_weights
 from bimask.victims import load_suite
+from bimask.victims.training_state import Checkpoint
 from study.spec.config import StudyError
 from study.spec.reading import load_config
 
@@ -151,3 +160,46 @@ def test_tensors_are_counted_in_the_header(tmp_path):
             read_weights(tmp_path / "w")
     save_file({"a": torch.ones(2)}, tmp_path / "w", metadata={"m": json.dumps({"b": [1]})})
     assert torch.equal(load_tensors(tmp_path / "w")["a"], torch.ones(2))
+
+
+def test_what_is_written_can_be_read_again(written):
+    for content in ({"a": [{"b": [0, None]}] * 100}, {f"k{i}": "x" * 100 for i in range(3000)}):
+        require_rereadable(content)
+        assert read_yaml(written("# a comment\n" + dump_yaml(content))) == content
+    for content in ({"a": [[0] * 10 for _ in range(5000)]}, {f"k{i}": "x" * 100 for i in range(6000)}):
+        with pytest.raises(ValueError, match="more than 50000 values|bytes, but at most"):
+            require_rereadable(content)
+        with pytest.raises(ValueError, match="more than|at most"):
+            read_yaml(written(dump_yaml(content)))
+
+
+@pytest.mark.parametrize("kind", ["nested", "digits", "no list", "pipe", "header", "device"])
+def test_states_of_runs_are_bounded(tmp_path, kind):
+    """Of a defence and of a training: what is kept between two steps."""
+    path, about = tmp_path / "state", {"nested": "[" * 10**5, "no list": '{"members": 7, "seconds": 1}'}
+    text = about.get(kind, "7" * 5000)
+    save_file({"a": torch.ones(2)}, path, metadata={"population": text, "numbers": text, "key": "k"})
+    if kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif kind == "device":
+        path.unlink()
+        path.symlink_to("/dev/zero")
+    elif kind == "header":
+        path.write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(SettingError, match="holds no state of a defence"):
+        DefenceState.load(path)
+    if kind != "no list":
+        assert Checkpoint(path, "k").load() is None
+
+
+def test_a_state_is_read_back(tmp_path):
+    many = {f"{i}/a": torch.ones(1) for i in range(MAX_TENSORS + 1)}  # of many members
+    state = DefenceState(many, [{"history": list(range(10))}], 1.5)
+    state.save(tmp_path / "state")
+    again = DefenceState.load(tmp_path / "state")
+    assert (len(again.tensors), again.members, again.seconds) == (len(many), state.members, 1.5)
+    kept = Checkpoint(tmp_path / "training", "k")
+    kept.save({"a": torch.ones(2)}, {"epoch": 3})
+    assert kept.load()[1] == {"epoch": 3}
+    assert Checkpoint(tmp_path / "training", "other").load() is None

@@ -1,7 +1,10 @@
 """Pictures of strangers: no program is started, no bomb decoded, no walk without an end."""
 
+import io
 import os
+import struct
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -149,3 +152,70 @@ def test_the_formats_of_old_are_read(tmp_path):
         with opened_picture(tmp_path / name) as opened:
             assert opened.format == kind
         assert read_picture(tmp_path / name, 3).shape == (3, 8, 8)
+
+
+def saved(kind, size=(8, 8), mode="RGB", **options):
+    file = io.BytesIO()
+    Image.new(mode, size, 90).save(file, kind, **options)
+    return file.getvalue()
+
+
+def many_scans(side, count):
+    content = saved("JPEG", (side, side), progressive=True)
+    return content[:-2] + content[content.rindex(b"\xff\xda") : -2] * count + b"\xff\xd9"
+
+
+def chunks(kind, count):
+    content = saved("PNG")
+    at = content.index(b"IDAT") - 4
+    chunk = struct.pack(">I4sI", 0, kind, zlib.crc32(kind))
+    return content[:at] + chunk * count + content[at:]
+
+
+def tiff(offsets, order="<"):
+    entries = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    entries += [(273, 4, offsets, 8 + 2 + 12 * 7 + 4), (279, 4, 1, 64)]
+    rows = b"".join(struct.pack(f"{order}HHII", *entry) for entry in entries)
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    return head + rows + bytes(4) + bytes(4 * offsets) + bytes(64)
+
+
+def rle(side, codes):
+    about = (40, side, side, 1, 8, 1, len(codes), 0, 0, 256, 0)
+    head = struct.pack("<2sIHHI", b"BM", 1078 + len(codes), 0, 0, 1078)
+    return head + struct.pack("<IiiHHIIiiII", *about) + bytes(1024) + codes
+
+
+SLOW = {
+    "scans": (lambda: many_scans(2000, 1000), "in 1010 scans, but at most 536 are read"),
+    "segments": (
+        lambda: b"\xff\xd8" + b"\xff\xfe\x00\x02" * 150_000 + saved("JPEG")[2:],
+        "more than 100000 segments",
+    ),
+    "filling": (lambda: b"\xff\xd8" + b"\xff" * 150_000 + saved("JPEG")[2:], "than 100000 segments"),
+    "chunks": (lambda: chunks(b"abCd", 150_000), "more than 100000 chunks"),
+    "empty data": (lambda: chunks(b"IDAT", 150_000), "more than 100000 chunks"),
+    "a comment": (lambda: b"P6\n#" + b"a" * 9000 + b"\n8 8\n255\n" + bytes(192), "first 4096 bytes"),
+    "words": (lambda: b"P3\n800 800\n255\n" + b"1 " * 3 * 640_000, "in its slow form"),
+    "runs": (lambda: rle(800, b"\x01\x02" * 640_000 + b"\0\x01"), "in its slow form"),
+    "ends of lines": (lambda: rle(8, bytes(2) * 3_000_000), "in its slow form"),
+    "strips": (lambda: tiff(150_000), "more than 100000 strips or tiles"),
+    "strips, big first": (lambda: tiff(150_000, ">"), "more than 100000 strips or tiles"),
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_what_would_take_minutes_is_refused_by_its_structure(tmp_path, kind):
+    make, words = SLOW[kind]
+    (tmp_path / "a.png").write_bytes(make())
+    with pytest.raises(DataError, match=words):
+        read_picture(tmp_path / "a.png", 3, 8)
+
+
+def test_sound_pictures_of_these_kinds_are_read(tmp_path):
+    sound = [many_scans(64, 3), chunks(b"abCd", 100), tiff(1), saved("JPEG")]
+    sound += [b"P3\n# a\n#b\n8 8\n# c\n255\n" + b"1 " * 192, rle(8, b"\x08\x02\0\0" * 8 + b"\0\x01")]
+    sound += [saved("TIFF", compression=one) for one in ("jpeg", "tiff_lzw", None)]
+    for content in sound:
+        (tmp_path / "a.png").write_bytes(content)
+        assert read_picture(tmp_path / "a.png", 3, 8).shape == (3, 8, 8)

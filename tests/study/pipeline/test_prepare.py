@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
+from bimask.progress import Console
 from study.pipeline.naming import named
 from study.pipeline.prepare import check_data, prepare_victims
 from study.spec.config import StudyConfig, StudyError

@@ -22,7 +22,6 @@ import torch
 import yaml
 from mlflow.tracking import MlflowClient
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
 
 import study
@@ -30,6 +29,7 @@ from bimask import PurifyConfig, fold, load_data, load_victim
 from bimask.cleaned.classifier import Classifier
 from bimask.defences.purify import defend
 from bimask.masking.masks import MaskSet
+from bimask.progress import Console
 from study import promote as promoting
 from study import serve
 from study.pipeline import run

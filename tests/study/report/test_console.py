@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from rich.table import Table
 
+from bimask.progress import Console
 from study.report.console import fitting, show
 from study.spec.reading import load_config
 from study.store.databases import sqlite_path

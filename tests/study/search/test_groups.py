@@ -9,7 +9,6 @@ import mlflow
 import optuna
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,6 +17,7 @@ from bimask.defences.ims.purify import purify
 from bimask.errors import NonFiniteError
 from bimask.inspection.risk import RiskProbe
 from bimask.inspection.trigger_pool import TriggerPool
+from bimask.progress import Console
 from bimask.victims import obtain_victim
 from study import search
 from study.analysis.blind import probe_images

@@ -7,9 +7,9 @@ import mlflow
 import optuna
 import pytest
 import yaml
-from rich.console import Console
 
 from bimask.inspection.trigger_pool import TriggerPool
+from bimask.progress import Console
 from bimask.victims import VictimSpec, obtain_victim
 from study import search
 from study.analysis import leave_out

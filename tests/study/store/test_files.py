@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from study.spec.config import StudyError
-from study.store.files import append_lines, locked, read_lines, replaced_folder, write_text
+from study.store.files import (
+    MAX_LINE,
+    append_lines,
+    locked,
+    read_lines,
+    replaced_folder,
+    write_text,
+)
 from study.store.mending import mend_lines
 
 ROOT = Path(__file__).parents[3]
@@ -95,3 +102,43 @@ def test_two_drivers_do_not_share_a_folder_and_a_dead_one_holds_nothing(tmp_path
     other.stdout.close()
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("kind", ["long", "nested", "NUL", "many values", "pipe", "huge", "digits"])
+def test_records_of_strangers_cost_a_sentence(tmp_path, kind):
+    path = tmp_path / "rows.jsonl"
+    append_lines(path, [{"number": 1}])
+    odd = {
+        "long": b"x" * (MAX_LINE + 5) + b"\n",
+        "nested": b"[" * 100_000 + b"\n",
+        "NUL": bytes(1000) + b"\n",
+        "many values": b"[" + b"1," * 600_000 + b"1]\n",
+        "digits": b'{"a": ' + b"7" * 5000 + b"}\n",
+    }
+    if kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif kind == "huge":
+        os.truncate(path, 3 * 2**30)
+    else:
+        with path.open("ab") as file:
+            file.write(odd[kind])
+        append_lines(path, [{"number": 2}])
+    with pytest.raises(StudyError) as caught:
+        read_lines(path)
+    assert len(str(caught.value)) < 500
+    if kind in odd:
+        (note,) = mend_lines(path, lambda _: None, "{} is lost")
+        assert "is lost" in note
+        assert [row["number"] for row in read_lines(path)] == [1, 2]
+        assert path.with_name("rows.jsonl.damaged").read_bytes() == odd[kind]
+
+
+def test_not_every_lost_line_is_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"{}\nx\n" * 500 + b"{")
+    notes = mend_lines(path, lambda _: None, "{} is lost")
+    assert len(notes) == 21
+    assert "481 more lines" in notes[-1]
+    assert path.read_bytes() == b"{}\n" * 500
+    assert path.with_name("rows.jsonl.damaged").read_bytes() == b"x\n" * 500 + b"{\n"

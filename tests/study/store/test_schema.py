@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 import study
+from bimask.progress import Console
 from study.promote import promote
 from study.promotion.candidate import read_candidate
 from study.promotion.registry import Registry

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from rich.console import Console
 
+from bimask.progress import Console
 from study.pipeline.opening import open_tracker
 from study.spec.config import StudyConfig, StudyError
 from study.store.databases import sqlite_path, sqlite_url

@@ -221,6 +221,23 @@ def test_a_ray_that_dies_ends_the_study_which_names_resume(launch, place, which,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", ["gcs_server", "raylet"])
+def test_a_ray_that_dies_while_it_starts_is_no_hang(launch, place, which):
+    """`ray.init` waits for a GCS that is gone as long as it takes."""
+    ran = launch()
+    ran.until(lambda: which in ran.rays())
+    os.kill(ran.rays()[which], signal.SIGKILL)
+    assert ran.process.wait(2 * END) in (1, 2), ran.log.read_text()
+    said = ran.log.read_text()
+    assert "Ray died" in said or "Cannot start Ray" in said
+    assert "Traceback" not in said
+    deadline = time.monotonic() + 30
+    while list(place.iterdir()):
+        assert time.monotonic() < deadline, "Ray's folder stays"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
 def test_signals_to_ray_and_study_alike_end_with_the_signals_code(launch, place):
     """What systemd does: every process of the unit is sent the signal."""
     ran = launch()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from benchmarks.pages.audit import audit
 from benchmarks.pages.blind import blind
 from benchmarks.pages.driver import driver
+from benchmarks.pages.kills import kills
 from benchmarks.pages.samplers import samplers
 from benchmarks.pages.serving import serving
 from benchmarks.pages.shipped import shipped, shipped_table
@@ -26,6 +27,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "audit": audit,
     "blind": blind,
     "driver": driver,
+    "kills": kills,
     "samplers": samplers,
     "serving": serving,
     "shipped": shipped,

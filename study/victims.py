@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
-from bimask.commands import TrustCode, refusals
-from bimask.progress import Console
+from bimask.commands import TrustCode
+from bimask.errors import BimaskError
+from bimask.progress import Console, outlive_readers
+from study.search.interrupts import InterruptedStudyError, Interrupts, LostRayError, leave
 
 
 def main(
@@ -25,23 +27,47 @@ def main(
     trust_code: TrustCode = False,
 ) -> None:
     """Make the victims of a suite on Ray, but for those that OUT has."""
+    outlive_readers()
     from bimask.nets import code_of_files
     from study.pipeline.prepare import require_writable  # heavy: after --help and usage errors
 
-    with refusals(), code_of_files(trust_code):
+    interrupts = Interrupts()
+    try:
         require_writable(out)
-        failed = make_suite(suite, out, address, cpus_per_victim, gpus_per_victim)
+        with code_of_files(trust_code), interrupts.in_good_order(lambda: ended(interrupts, suite)):
+            failed = make_suite(suite, out, address, cpus_per_victim, gpus_per_victim, interrupts)
+    except BimaskError as error:
+        Console(stderr=True).tell_error(error)
+        sys.exit(1 if isinstance(error, LostRayError) else 2)
+    except OSError as error:
+        Console(stderr=True).tell_error(error)
+        sys.exit(2)
+    except InterruptedStudyError as error:
+        Console(stderr=True).tell(str(error))
+        sys.exit(128 + error.signal)
     sys.exit(1 if failed else 0)
 
 
-def make_suite(suite: Path, out: Path, address: str | None, cpus: int, gpus: float) -> list[str]:
+def ended(interrupts: Interrupts, suite: Path) -> InterruptedStudyError | LostRayError:
+    """What a signal, or Ray's death, ends the making of victims with; those that are made stay."""
+    return interrupts.reason(str(suite), begun=False)
+
+
+def make_suite(
+    suite: Path,
+    out: Path,
+    address: str | None,
+    cpus: int,
+    gpus: float,
+    interrupts: Interrupts,
+) -> list[str]:
     """The names of the victims that could not be made; see `main`."""
     import torch
 
     from bimask.nets import require_trusted
     from bimask.victims import EpochLog, load_suite
     from bimask.victims.progress import VictimBars, build
-    from study.search import start_ray, stop_ray
+    from study.search import ray_gone, set_last_words, start_ray, stop_ray
     from study.search.victims import Event, make_victims
 
     specs, failed = load_suite(suite), []
@@ -67,17 +93,24 @@ def make_suite(suite: Path, out: Path, address: str | None, cpus: int, gpus: flo
         for name in [name for name in specs if name not in missing]:
             on_end(name, None)
         if missing:
-            start_ray(address)
             try:
-                make_victims(
-                    missing,
-                    out,
-                    device="cuda" if gpus else "cpu",
-                    cpus=cpus,
-                    gpus=gpus,
-                    on_event=on_event,
-                    on_end=on_end,
+                set_last_words(
+                    f"{suite} was ended without a word: it was killed, or Ray died; launch it again, "
+                    "what is trained is kept."
                 )
+                with interrupts.defer():
+                    own = start_ray(address)
+                gone = ray_gone(own=own)
+                with interrupts.watch(gone, lambda: leave(ended(interrupts, suite))):
+                    make_victims(
+                        missing,
+                        out,
+                        device="cuda" if gpus else "cpu",
+                        cpus=cpus,
+                        gpus=gpus,
+                        on_event=on_event,
+                        on_end=on_end,
+                    )
             finally:
                 stop_ray()
     return failed

@@ -48,6 +48,7 @@ def test_every_record_is_on_a_page():
     read = {
         "audit",
         "blind",
+        "kills",
         "samplers",
         "scale",
         "serving",
@@ -65,6 +66,7 @@ def test_a_page_without_records_says_so(tmp_path, monkeypatch):
         audit,
         blind,
         driver,
+        kills,
         samplers,
         serving,
         shipped,
@@ -73,7 +75,7 @@ def test_a_page_without_records_says_so(tmp_path, monkeypatch):
         zoo,
     )
 
-    for module in (audit, blind, driver, samplers, serving, shipped, training, victims, zoo):
+    for module in (audit, blind, driver, kills, samplers, serving, shipped, training, victims, zoo):
         monkeypatch.setattr(module, "KEPT", tmp_path / "nothing")
         page = getattr(module, module.__name__.rpartition(".")[2])
         assert "Nothing was measured yet." in page()

@@ -140,7 +140,7 @@ class Stimulator:
                 module, (kept,) = self._net.get_submodule(name), self._outputs[name]
                 repeated = kept.repeat(blocks, *[1] * (kept.ndim - 1))
                 own = module.__dict__.get("forward")
-                module.forward = _answering(repeated)  # type: ignore[method-assign]
+                module.forward = _answering(repeated)
                 undo.callback(_give_back, module, own)
             yield
 
@@ -153,7 +153,7 @@ def _give_back(module: nn.Module, own: Any) -> None:
     if own is None:
         del module.forward
     else:
-        module.forward = own  # type: ignore[method-assign]
+        module.forward = own
 
 
 def _percentile(outputs: list[Tensor]) -> float:

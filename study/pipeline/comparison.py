@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from bimask.victims import Victim
 from study import search
 from study.analysis import comparison as analysis
 from study.analysis.comparison import Compared, Searched
+from study.pipeline.last_words import FrontSoFar
 from study.pipeline.naming import named
 from study.pipeline.opening import open_tracker
 from study.pipeline.prepare import check_data, find_room, prepare_victims, require_writable
 from study.pipeline.run import run_in
 from study.report import comparison as report
 from study.report.console import wide_console
-from study.search.interrupts import InterruptedStudyError, Interrupts, LostRayError
+from study.search.interrupts import InterruptedStudyError, Interrupts, LostRayError, leave
 from study.search.judging import run_judgements
 from study.spec.comparison import ComparisonConfig, Entry, load_comparison
 from study.spec.config import StudyConfig, StudyError
@@ -79,7 +80,6 @@ def run_comparison(
         refused = _refused(config, judging)
         if resume is None:
             store.begin(folder, config)
-        stack.enter_context(_ended_as(config.name))
         tracker = open_tracker(uri, outputs, judging, console)
         run = ComparisonRun(tracker, config.name, config.digest, _params(config))
         searched: dict[str, Searched] = {}
@@ -88,7 +88,9 @@ def run_comparison(
                 searched[entry.name] = _nothing(config, entry, refused[entry.name])
                 continue
             console.rule(entry.name)
-            searched[entry.name] = _tuned(config.study_of(entry), outputs, console, where)
+            searched[entry.name] = _tuned(
+                config.study_of(entry), outputs, console, {**where, "part_of": config.name}
+            )
         judged = _judged(config, judging, searched, folder, console, where)
         found = analysis.compare(config, searched, judged)
         _write(folder, found)
@@ -210,30 +212,23 @@ def _judged(
         )
         progress.update(task, completed=len(found))
 
-    try:
-        with interrupts.handled(), ExitStack() as stack:
-            stack.callback(search.stop_ray)
-            with interrupts.defer():
-                own = search.start_ray(where.get("address"), console.tell)
-            stack.enter_context(interrupts.watch(search.ray_gone(own=own), lambda: None))
-            find_room(judging, where.get("wait", 0), console)
-            device = resolve_device(judging.device)
-            suite = prepare_victims(judging, folder.parent / "victims", device, console)
-            victims = {one.spec.digest: one for one in suite.values() if isinstance(one, Victim)}
-            progress = stack.enter_context(ToldProgress(console))
-            task = progress.add_task("judging the choices", total=len(found) + len(jobs))
-            progress.update(task, completed=len(found))
-            run_judgements(judging, victims, jobs, on_done)
-    except KeyboardInterrupt:
-        if not interrupts.ended:
-            raise
-    except Exception as error:
-        if not interrupts.explains(error):
-            raise
-    if interrupts.signal is not None:
-        raise InterruptedStudyError(interrupts.signal, config.name)
-    if interrupts.ended:
-        raise LostRayError(interrupts.lost or "nobody knows why", config.name)
+    def reason() -> InterruptedStudyError | LostRayError:
+        return interrupts.reason(config.name, begun=True)
+
+    with interrupts.in_good_order(reason), ExitStack() as stack:
+        stack.callback(search.stop_ray)
+        FrontSoFar(config.name, begun=True).tell()
+        with interrupts.defer():
+            own = search.start_ray(where.get("address"), console.tell)
+        stack.enter_context(interrupts.watch(search.ray_gone(own=own), lambda: leave(reason())))
+        find_room(judging, where.get("wait", 0), console)
+        device = resolve_device(judging.device)
+        suite = prepare_victims(judging, folder.parent / "victims", device, console)
+        victims = {one.spec.digest: one for one in suite.values() if isinstance(one, Victim)}
+        progress = stack.enter_context(ToldProgress(console))
+        task = progress.add_task("judging the choices", total=len(found) + len(jobs))
+        progress.update(task, completed=len(found))
+        run_judgements(judging, victims, jobs, on_done)
     return found
 
 
@@ -295,14 +290,3 @@ def _show(console: Console, found: Compared, folder: Path) -> None:
     for sentence in report.verdict(found):
         console.tell(sentence)
     console.tell(f"page: {folder / store.PAGE}")
-
-
-@contextmanager
-def _ended_as(name: str) -> Iterator[None]:
-    """An end within a study is told as one of the comparison, which is what is gone on with."""
-    try:
-        yield
-    except InterruptedStudyError as error:
-        raise InterruptedStudyError(error.signal, name) from error
-    except LostRayError as error:
-        raise LostRayError(str(error), name) from error

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -21,6 +19,7 @@ from bimask.victims import Victim
 from study import search
 from study.pipeline.closing import close, make_report
 from study.pipeline.confirm import confirm_choice
+from study.pipeline.last_words import FrontSoFar
 from study.pipeline.naming import named
 from study.pipeline.opening import in_mlflow, open_tracker, say
 from study.pipeline.prepare import (
@@ -33,7 +32,7 @@ from study.pipeline.summary import summarise
 from study.report import REPORT
 from study.report.console import show, trial_progress, wide_console
 from study.report.pictures import FRONT_PICTURE, draw_front, draw_victims
-from study.search.interrupts import InterruptedStudyError, Interrupts, LostRayError
+from study.search.interrupts import InterruptedStudyError, Interrupts, LostRayError, leave
 from study.search.warm_start import Earlier, read_earlier
 from study.spec.config import StudyConfig, StudyError
 from study.spec.reading import load_config
@@ -43,7 +42,7 @@ from study.store.environment import patiently
 from study.store.files import locked, write_text
 from study.store.mending import mend
 from study.store.provenance import commit, versions
-from study.store.schema import StudySummary
+from study.store.schema import StudySummary, TrialRecord
 from study.store.session import Identity, begin, reopen
 from study.tracking.credentials import redacted
 from study.tracking.mlflow_runs import Status, Tracker, require_server, tracking_uri
@@ -107,47 +106,38 @@ def run_in(
     storage: str | None = None,
     wait: float = 0,
     resume: bool = False,
+    part_of: str | None = None,
 ) -> StudySummary:
     """Run a study, or go on with it, in its folder among the outputs, which is held; its summary.
 
     `address`, `storage` and `wait` are those of `run_study`, and what is raised is.
+
+    Args:
+        part_of: the name of the comparison that it belongs to: that is gone on with.
     """
-    interrupts = Interrupts()
-    try:
-        with interrupts.handled():
-            summary = _run_in(config, folder, interrupts, address, storage, wait, resume)
-    except KeyboardInterrupt:
-        if not interrupts.ended:
-            raise
-    except Exception as error:
-        if not interrupts.explains(error):
-            raise
-    if interrupts.ended:
-        raise _reason(interrupts, config, folder)
+    interrupts, resumed_as = Interrupts(), part_of or config.name
+    front = FrontSoFar(resumed_as, begun=resume or part_of is not None)
+
+    def reason() -> InterruptedStudyError | LostRayError:
+        again = [] if part_of else config.resuming
+        return interrupts.reason(resumed_as, begun=front.begun, again=again)
+
+    def leave_at_once() -> None:
+        leave(reason(), front.text)
+
+    with interrupts.in_good_order(reason):
+        summary = _run_in(
+            config, folder, interrupts, front, leave_at_once, address, storage, wait, resume
+        )
     return summary
-
-
-def _reason(
-    interrupts: Interrupts, config: StudyConfig, folder: Path
-) -> InterruptedStudyError | LostRayError:
-    """What a study that was ended raises; it says how to go on."""
-    begun = (folder / records.STUDY).is_file()
-    if interrupts.signal is not None:
-        return InterruptedStudyError(interrupts.signal, config.name, begun=begun, again=config.resuming)
-    lost = interrupts.lost or "nobody knows why"
-    return LostRayError(lost, config.name, begun=begun, again=config.resuming)
-
-
-def _leave(reason: InterruptedStudyError | LostRayError) -> None:
-    """End this process from any of its threads, as the command would."""
-    print(reason, file=sys.stderr, flush=True)
-    os._exit(128 + reason.signal if isinstance(reason, InterruptedStudyError) else 1)
 
 
 def _run_in(
     config: StudyConfig,
     folder: Path,
     interrupts: Interrupts,
+    front: FrontSoFar,
+    leave_at_once: Callable[[], None],
     address: str | None,
     storage: str | None,
     wait: float,
@@ -175,12 +165,10 @@ def _run_in(
         concurrency, own = 0, True
         if config.confirmation or not records.search_is_over(config, records.read_trials(folder)):
             stack.callback(search.stop_ray)
+            front.tell()
             with interrupts.defer():
                 own = search.start_ray(address, console.tell)
-            gone = search.ray_gone(own=own)
-            stack.enter_context(
-                interrupts.watch(gone, lambda: _leave(_reason(interrupts, config, folder)))
-            )
+            stack.enter_context(interrupts.watch(search.ray_gone(own=own), leave_at_once))
             if wait:
                 stack.callback(search.release_workers)
             concurrency = find_room(config, wait, console)
@@ -198,7 +186,10 @@ def _run_in(
         else:
             tracker = open_tracker(uri, outputs, config, console)
             _begin(config, folder, identity, tracker, suite, console)
-        study = _Study(config, folder, suite, earlier, tracker, console, concurrency, not own, storage)
+            front.tell(begun=True)
+        study = _Study(
+            config, folder, suite, earlier, tracker, console, concurrency, not own, storage, front
+        )
         summary = study.run(started, interrupts)
         with interrupts.hold():
             show(console, config, summary, tracker, outputs / "victims", folder)
@@ -265,6 +256,7 @@ class _Study:
     concurrency: int
     joined: bool  # the cluster is one that was there
     storage: str | None
+    front: FrontSoFar
 
     @property
     def victims(self) -> dict[str, Subject]:
@@ -338,10 +330,15 @@ class _Study:
         digests = {name: victim.spec.digest for name, victim in self.victims.items()}
         at_once = min(self.config.trials, self.concurrency * self.config.trials_per_actor)
         with trial_progress(self.console, self.config.trials, at_once) as on_change:
-            recorder = Recorder(self.config, self.folder, mirror, digests, on_change)
+
+            def changed(done: list[TrialRecord]) -> None:
+                on_change(done)
+                self.front.set(self.config, done)
+
+            recorder = Recorder(self.config, self.folder, mirror, digests, changed)
             before = len(recorder.records)
             recorder.show_again(self.tracker.ended)
-            on_change(recorder.records)
+            changed(recorder.records)
             search.run_search(
                 self.config,
                 cases,

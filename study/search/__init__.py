@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from study.search.confirm import run_confirmation
     from study.search.driver import run_search
     from study.search.embedded.liveness import ray_gone
+    from study.search.embedded.own_ray import set_last_words
     from study.search.pareto_search import ParetoSearch, first_points
     from study.search.preflight import check_nodes
     from study.search.tasks import LostTaskError, run_tasks
@@ -55,6 +56,7 @@ else:
         "run_confirmation": "confirm",
         "run_search": "driver",
         "ray_gone": "embedded.liveness",
+        "set_last_words": "embedded.own_ray",
         **dict.fromkeys(("ParetoSearch", "first_points"), "pareto_search"),
         "check_nodes": "preflight",
         **dict.fromkeys(("LostTaskError", "run_tasks"), "tasks"),
@@ -81,6 +83,7 @@ __all__ = [
     "run_confirmation",
     "run_search",
     "run_tasks",
+    "set_last_words",
     "start_ray",
     "stop_ray",
     "trainable",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from study.search.embedded import exposure, liveness, own_ray
+from study.search.embedded import exposure, liveness, own_ray, remedies
 from study.spec.config import StudyConfig, StudyError
 
 TO_ACTORS = (  # what the package's __init__ has set; a cluster's nodes were started without it
@@ -34,7 +34,8 @@ def start_ray(address: str | None, say: Callable[[str], None] = print) -> bool:
         Whether it was started here: its one node is this process's own.
 
     Raises:
-        StudyError: no cluster answers there, or it runs other versions.
+        StudyError: no cluster answers there, or it runs other versions, or none can be started here;
+            it names the cause, and what to do about that.
     """
     exposure.protect_token_file()
     named = address not in (None, "", "auto")
@@ -50,12 +51,12 @@ def start_ray(address: str | None, say: Callable[[str], None] = print) -> bool:
         if not joined:
             _start()
         return not joined
+    except StudyError:
+        raise
+    except own_ray.NotStartedError as error:
+        raise StudyError(remedies.started(error, error.said, error.place)) from error
     except Exception as error:  # Ray raises just that, as well
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StudyError(
-            f"Cannot join Ray at {where or 'this machine'} ({reason}); start it with `ray start "
-            "--head`, or leave the address out to run here."
-        ) from error
+        raise StudyError(remedies.joined(error, where or "this machine")) from error
 
 
 def _join_left(say: Callable[[str], None]) -> bool:
@@ -98,12 +99,17 @@ def _start() -> None:
     for attempt in range(ATTEMPTS):
         exposure.close()
         try:
-            own_ray.start(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            exposure.require_closed()
+            with own_ray.guarded():
+                own_ray.start(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                exposure.require_closed()
+                liveness.ray_gone(own=True)  # it asks the GCS
             return
         except Exception as error:
-            stop_ray()
-            if "timed out during startup" not in str(error) or attempt + 1 == ATTEMPTS:
+            _stop()
+            passing = isinstance(error, own_ray.NotStartedError) and remedies.may_pass(
+                error, error.said
+            )
+            if not passing or attempt + 1 == ATTEMPTS:
                 raise
 
 
@@ -116,6 +122,11 @@ def _require_listener(address: str) -> None:
 
 def stop_ray() -> None:
     """Leave the cluster, or stop the local one."""
+    _stop()
+    own_ray.set_last_words("")
+
+
+def _stop() -> None:
     liveness.forget()
     own_ray.stop()
     exposure.restore()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from study.search.embedded import own_ray
 from study.search.embedded.liveness import from_ray
 from study.spec.config import StudyError
 
@@ -98,6 +100,36 @@ class Interrupts:
         if self.ended and not self._held and not self._taken:
             raise KeyboardInterrupt
 
+    def reason(
+        self, name: str, *, begun: bool, again: Sequence[str] = ()
+    ) -> InterruptedStudyError | LostRayError:
+        """What a study that was ended raises; it says how to go on.
+
+        Args:
+            begun: whether its folder is there.
+            again: the words of the command that goes on; none are `--resume NAME`.
+        """
+        if self.signal is not None:
+            return InterruptedStudyError(self.signal, name, begun=begun, again=again)
+        return LostRayError(self.lost or "nobody knows why", name, begun=begun, again=again)
+
+    @contextmanager
+    def in_good_order(
+        self, reason: Callable[[], InterruptedStudyError | LostRayError]
+    ) -> Iterator[None]:
+        """Hear signals (`handled`); where one came, or Ray was lost, `reason()` is raised."""
+        try:
+            with self.handled():
+                yield
+        except KeyboardInterrupt:
+            if not self.ended:
+                raise
+        except Exception as error:
+            if not self.explains(error):
+                raise
+        if self.ended:
+            raise reason()
+
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Hear the signals that are not ignored (`nohup` ignores SIGHUP); in the main thread alone."""
@@ -128,11 +160,15 @@ class Interrupts:
             yield
             return
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self._held = True  # another thread, of a library's, may take what this one blocks
         try:
             yield
         finally:
+            self._held = False
             self._hear()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if self.ended:
+                raise KeyboardInterrupt
 
     @contextmanager
     def ask_first(self) -> Iterator[None]:
@@ -197,8 +233,8 @@ class Interrupts:
 
         def look() -> None:
             while not over.wait(LOOK):
-                if (reason := gone()) is not None:
-                    self.lost = reason
+                if (why := gone()) is not None:
+                    self.lost = why
                     _insist(over, 0, lambda: self._held or self._taken, at_worst)
 
         thread = threading.Thread(target=look, name="watch Ray", daemon=True)
@@ -208,6 +244,17 @@ class Interrupts:
         finally:
             over.set()
             thread.join()
+
+
+def leave(reason: InterruptedStudyError | LostRayError, shown: str = "") -> None:
+    """End this process from any of its threads, as a command does that was ended so.
+
+    Args:
+        shown: before the reason: what there is.
+    """
+    own_ray.set_last_words("")
+    print(f"{shown}{reason}", file=sys.stderr, flush=True)
+    os._exit(128 + reason.signal if isinstance(reason, InterruptedStudyError) else 1)
 
 
 def _insist(

@@ -15,7 +15,7 @@ from ray.util.queue import Queue
 
 from bimask.files.atomic import sync, sync_tree
 from bimask.victims import EpochLog, VictimSpec, obtain_victim
-from study.search.embedded.liveness import ray_gone
+from study.search.embedded.liveness import is_gone
 from study.spec.config import StudyError
 
 # name, and what happened: an EpochLog, or what is prepared, the steps done and how many there are
@@ -43,10 +43,9 @@ def make_victims(
         on_end: called once a victim, with its name and None, or why it was not made.
 
     Raises:
-        StudyError: no node has such resources, or Ray dies.
+        StudyError: no node has such resources.
     """
     _require_room(cpus, gpus)
-    gone = ray_gone(own=False)
     events = Queue()
     task = ray.remote(_make).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
     running = {
@@ -56,11 +55,6 @@ def make_victims(
     try:
         while running:
             ended, _ = ray.wait(list(running), timeout=0.5)
-            if (reason := gone()) is not None:
-                raise StudyError(
-                    f"Ray died while victims were made ({reason}); start again, those that are done "
-                    "are kept."
-                )
             for event in events.get_nowait_batch(events.qsize()):
                 on_event(event)
             for reference in ended:
@@ -100,6 +94,8 @@ def _received(reference: Any, folder: Path) -> str | None:
     try:
         files = ray.get(reference)
     except ray.exceptions.RayError as error:
+        if is_gone():  # that says nothing of the victim
+            raise
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     if isinstance(files, str):
         return files

@@ -6,6 +6,8 @@ full: to a process that may do everything, no folder is read-only.
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -57,12 +59,13 @@ STUDY = {
 class Launched:
     """`python -m study.launch`, as a user runs it."""
 
-    def __init__(self, home, *words, **changes):
+    def __init__(self, home, *words, within=(), **changes):
         self.home, self.outputs = home, home / "outputs"
         self.folder, self.log = self.outputs / "waits", home / "log"
         (home / "waits.yaml").write_text(yaml.safe_dump(STUDY | changes))
+        words = ["-m", "study.launch", *(words or ("waits.yaml",)), "--address", "local"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "study.launch", *(words or ("waits.yaml",)), "--address", "local"],
+            [*within, sys.executable, *words],
             cwd=home,
             stdout=self.log.open("a"),
             stderr=subprocess.STDOUT,
@@ -71,6 +74,10 @@ class Launched:
 
     def said(self):
         return " ".join(self.log.read_text().split())
+
+    def records(self):
+        path = self.folder / "trials.jsonl"
+        return path.read_text().splitlines() if path.is_file() else []
 
     def until(self, holds):
         deadline = time.monotonic() + 300
@@ -162,3 +169,71 @@ def test_lost_records_and_files_are_run_again_to_the_same_end(launch):
     for number, record in after.items():
         for key in ("parameters", "clean_accuracy", "attack_success", "passes"):
             assert record[key] == before[number][key], (number, key)
+
+
+LOCK = """
+import sqlite3, sys, time
+connection = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)
+connection.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("waits/optuna.db", "Optuna's database .* does not let us in .*database is locked"),
+        ("mlflow.db", "MLflow does not take what it is told"),
+    ],
+    ids=["optuna", "mlflow"],
+)
+def test_a_database_that_is_locked_for_two_minutes_is_waited_for_and_told(launch, name, told):
+    launched = launch(trials=10)
+    launched.until(lambda: len(launched.records()) >= 2)
+    words = [sys.executable, "-c", LOCK, str(launched.outputs / name), "120"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as locking:
+        assert locking.stdout.readline() == b"locked\n"
+        assert locking.wait(200) == 0
+    assert launched.process.wait(300) == 0, launched.said()
+    trials = study_package.load("waits", launched.outputs)
+    assert trials["number"].tolist() == list(range(10))
+    assert set(trials["status"]) == {"COMPLETE"}, trials["reason"].tolist()
+    assert "Traceback" not in launched.said()
+    assert len(re.findall(told, launched.said())) == 1, launched.said()
+
+
+FULL = """
+set -e
+cp -r outputs seed
+mount -t tmpfs -o size=64m none outputs
+cp -r seed/. outputs
+"$@" &
+while kill -0 $!; do
+    if [ $(cat outputs/waits/trials.jsonl 2> /dev/null | wc -l) -ge 2 ]; then break; fi
+    sleep 0.05
+done
+dd if=/dev/zero of=outputs/ballast bs=4k 2> /dev/null || true
+sleep 20
+cp outputs/waits/trials.jsonl while-full
+rm outputs/ballast
+code=0; wait $! || code=$?
+cp -r outputs/. seed
+exit $code
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_twenty_seconds_fails_no_trial(launch, tmp_path):
+    within = ["unshare", "--mount", "--map-root-user", "sh", "-c", FULL, "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*within[:3], "true"]).returncode:
+        pytest.skip("no disk of our own may be mounted here")
+    launched = launch(within=within, trials=8)
+    assert launched.process.wait(400) == 0, launched.said()
+    assert len((tmp_path / "while-full").read_text().splitlines()) < 8, "it was over before"
+    trials = study_package.load("waits", tmp_path / "seed")
+    assert trials["number"].tolist() == list(range(8))
+    assert set(trials["status"]) == {"COMPLETE"}, trials["reason"].tolist()
+    assert "Traceback" not in launched.said()
+    assert launched.said().count("waiting until it can be done") == 1, launched.said()

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bimask.defences.pruning.clp import BatchNorm, channel_lipschitz, pairs
+from bimask.defences.pruning.clp import channel_lipschitz
+from bimask.defences.pruning.layers import BatchNorm, pairs
 from bimask.masking.discovery import candidates
 from bimask.masking.sites import foldable
 

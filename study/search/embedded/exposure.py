@@ -22,6 +22,8 @@ from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+from study.spec.config import StudyError
+
 LOOPBACK = "127.0.0.1"
 MODE, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 # What Ray calls its support of clusters on Windows and macOS. Without it the node's address is
@@ -54,10 +56,13 @@ def require_closed() -> None:
     """Look whether the Ray that was started is what `close` asked for.
 
     Raises:
-        RuntimeError: it listens on another address than loopback.
+        StudyError: it listens on another address than loopback.
     """
     if (address := ray.util.get_node_ip_address()) != LOOPBACK:
-        raise RuntimeError(f"this release of Ray listens on {address}, not on loopback alone")
+        raise StudyError(
+            f"The Ray that was started here listens on {address}, not on loopback alone; install a "
+            "release of Ray that bimask was tried with (`pip install 'ray[default,tune]==2.60.0'`)."
+        )
 
 
 def restore() -> None:

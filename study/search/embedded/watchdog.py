@@ -1,8 +1,9 @@
 """A program beside a Ray of our own: when the process that started both is gone, so is the Ray.
 
 `python watchdog.py FOLDER`. Each line of standard input is the id of a process that leads a session of
-its own. When standard input ends, which it does however its writer ends, all processes of these
-sessions are killed, and the folder is removed. It imports the standard library alone, to be small.
+its own. When standard input ends, which it does however its writer ends, what FOLDER/last-words says is
+printed on standard error, all processes of these sessions are killed, and the folder is removed. It
+imports the standard library alone, to be small.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 
+LAST_WORDS = "last-words"
 ATTEMPTS = 300  # at killing, a tenth of a second apart: a process in the kernel dies when it comes back
 
 
@@ -59,11 +61,25 @@ def end(sessions: set[int]) -> None:
         time.sleep(0.1)
 
 
+def say_last_words(folder: str) -> None:
+    """Print what the process that is gone wanted said, and let go of where it is printed to."""
+    try:
+        with open(os.path.join(folder, LAST_WORDS), encoding="utf-8") as file:
+            text = file.read()
+        if text:
+            print(text, file=sys.stderr, flush=True)
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 2)  # whoever reads that to its end waits no longer
+    except OSError:  # it left none, or nobody is there
+        return
+
+
 def main() -> None:
     """Wait for the end of standard input, then clean up."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # whoever ends a whole group does not mean us: see above
     sessions = {int(line) for line in sys.stdin}
+    say_last_words(sys.argv[1])
     end(sessions)
     shutil.rmtree(sys.argv[1], ignore_errors=True)
 

@@ -40,6 +40,18 @@ STUDY = {
 }
 
 
+def heard():
+    """No signal is ignored, as it is by what `nohup` or a shell's background has started."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def children(pid):
+    """The pids of what a process has started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
 class Launched:
     """`python -m study.launch` in a session of its own; its output goes to a file."""
 
@@ -54,6 +66,7 @@ class Launched:
                 stdout=log if out is None else out,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=heard,
             )
 
     def until(self, holds):
@@ -68,13 +81,23 @@ class Launched:
         return len(path.read_text().splitlines()) if path.is_file() else 0
 
     def rays(self):
-        """Pids of Ray's own two programs by name, of this study's Ray."""
+        """Pids of this study's Ray by the names of its programs."""
         found = {}
-        for task in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-            for child in map(int, task.read_text().split()):
-                name = Path(f"/proc/{child}/comm").read_text().strip()
-                found[name] = child
+        for pid in children(self.process.pid):
+            found[Path(f"/proc/{pid}/comm").read_text().strip()] = pid
+        for pid in children(found.get("raylet", self.process.pid)):
+            name = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]
+            if name.endswith("Agent"):
+                found[name.removeprefix("ray::")] = pid
         return found
+
+    def last_words(self):
+        """All that was said, once --resume is named: Ray may end the process before it can do so."""
+        deadline = time.monotonic() + 30
+        while "--resume ends" not in (said := self.log.read_text()):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.05)
+        return said
 
     def wait(self):
         try:
@@ -112,12 +135,10 @@ def launch(tmp_path, cached):
     """Changes to the study, words and variables -> it, launched."""
     runs = []
 
-    def start(*words, victims=True, out=None, environment=None, **changes):
+    def start(*words, out=None, environment=None, **changes):
         tmp_path.mkdir(exist_ok=True)
         if not (tmp_path / "outputs").exists():
             shutil.copytree(cached, tmp_path / "outputs")
-            if not victims:
-                shutil.rmtree(tmp_path / "outputs/victims")
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | changes))
         runs.append(Launched(tmp_path, *(words or ("study.yaml",)), out=out, **(environment or {})))
         return runs[-1]
@@ -176,11 +197,11 @@ def test_a_signal_ends_every_phase_with_its_code(launch, place, phase, changes, 
         if phase is in_search:
             again.until(lambda: again.trials() > 10)
         else:
-            assert again.wait() == 0, again.log.read_text()
+            assert again.process.wait(PATIENCE) == 0, again.log.read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["gcs_server", "raylet"])
+@pytest.mark.parametrize("which", ["gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent"])
 @pytest.mark.parametrize(
     ("phase", "changes"), [(in_search, {"retries": 0}), (in_confirmation, {"trials": 2})]
 )
@@ -189,14 +210,31 @@ def test_a_ray_that_dies_ends_the_study_which_names_resume(launch, place, which,
     ran.until(lambda: phase(ran))
     os.kill(ran.rays()[which], signal.SIGKILL)
     assert ran.wait() == 1, ran.log.read_text()
-    said = ran.log.read_text()
-    assert "--resume ends" in said
+    said = ran.last_words()
+    assert "Pareto front of ends" in said
     assert "Traceback" not in said
     records = [json.loads(x) for x in (ran.folder / "trials.jsonl").read_text().splitlines()]
     assert {record["status"] for record in records} == {"COMPLETE"}
     if phase is in_confirmation:
         rows = [json.loads(x) for x in (ran.folder / "confirm.jsonl").read_text().splitlines()]
         assert not any(row.get("reason") for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["gcs_server", "raylet"])
+def test_a_ray_that_dies_while_it_starts_is_no_hang(launch, place, which):
+    """`ray.init` waits for a GCS that is gone as long as it takes."""
+    ran = launch()
+    ran.until(lambda: which in ran.rays())
+    os.kill(ran.rays()[which], signal.SIGKILL)
+    assert ran.process.wait(2 * END) in (1, 2), ran.log.read_text()
+    said = ran.log.read_text()
+    assert "Ray died" in said or "Cannot start Ray" in said
+    assert "Traceback" not in said
+    deadline = time.monotonic() + 30
+    while list(place.iterdir()):
+        assert time.monotonic() < deadline, "Ray's folder stays"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -228,6 +266,7 @@ def test_nothing_of_ray_outlives_a_study_that_is_killed(launch, place):
         except OSError:
             continue
     assert left == []
+    assert "Pareto front of ends so far" in ran.last_words()
 
 
 @pytest.mark.slow

@@ -7,29 +7,13 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from study.search.embedded import liveness, own_ray, watchdog
+from study.search.embedded import folders, liveness, own_ray, watchdog
 from study.search.interrupts import WAKE, Interrupts
-from study.spec.config import StudyError
 
 SLEEPER = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
-
-
-def test_the_folder_of_rays_sockets_is_short_where_the_usual_one_is_long(tmp_path, monkeypatch):
-    long = tmp_path / ("long" * 20)
-    long.mkdir()
-    monkeypatch.setenv("RAY_TMPDIR", str(long))
-    monkeypatch.setattr("tempfile.tempdir", str(long))
-    assert own_ray.short_folder() == Path("/tmp")
-    short = Path("/dev/shm")
-    monkeypatch.setenv("RAY_TMPDIR", str(short))
-    assert own_ray.short_folder() == short
-    monkeypatch.setattr(own_ray, "LONGEST", 5)
-    with pytest.raises(StudyError, match="set RAY_TMPDIR"):
-        own_ray.short_folder()
 
 
 def test_the_watchdog_kills_whole_sessions_and_removes_the_folder_when_its_writer_is_gone(tmp_path):
@@ -51,12 +35,32 @@ def test_the_watchdog_kills_whole_sessions_and_removes_the_folder_when_its_write
     assert not (tmp_path / "place").exists()
 
 
-def test_what_ray_starts_leads_a_session_of_its_own():
+def test_the_watchdog_says_what_its_writer_can_say_no_longer(tmp_path):
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / watchdog.LAST_WORDS).write_text("go on with --resume s\u00fc")
+    words = [sys.executable, "-I", watchdog.__file__, str(tmp_path / "place")]
+    done = subprocess.run(words, input=b"", capture_output=True, timeout=60)
+    assert done.stderr.decode() == "go on with --resume s\u00fc\n"
+
+
+def test_an_end_in_good_order_leaves_nothing_to_be_said(tmp_path, monkeypatch, capfd):
+    dog = own_ray._Watchdog(tmp_path)
+    monkeypatch.setattr(own_ray, "_watchdogs", [dog])
+    own_ray.set_last_words("it was killed")
+    assert (dog.folder.path / watchdog.LAST_WORDS).read_text() == "it was killed"
+    own_ray.set_last_words("it was killed, with a front")
+    dog.end()
+    assert not dog.folder.path.exists()
+    assert capfd.readouterr().err == ""
+
+
+def test_what_ray_starts_leads_a_session_of_its_own(tmp_path):
     """Ray starts all its processes through one name of its own, which is not public."""
 
     class Dog:
         def __init__(self):
             self.sessions = []
+            self.folder = folders.HeldFolder(tmp_path)
 
         def add(self, session):
             self.sessions.append(session)
@@ -67,6 +71,9 @@ def test_what_ray_starts_leads_a_session_of_its_own():
     try:
         assert os.getsid(started.process.pid) == started.process.pid
         assert dog.sessions == [started.process.pid]
+        os.close(dog.folder.descriptor)
+        folders._remove_if_left(dog.folder.path)
+        assert dog.folder.path.exists(), "what Ray started holds the folder as well"
     finally:
         started.process.kill()
         started.process.wait()
@@ -154,3 +161,25 @@ def test_signals_wait_while_ray_starts_and_are_then_heard():
     with interrupts.handled(), pytest.raises(KeyboardInterrupt):
         start()
     assert interrupts.signal == signal.SIGTERM
+
+
+def test_a_signal_that_a_thread_of_a_library_takes_waits_as_well():
+    interrupts, started = Interrupts(), []
+
+    def start():
+        with interrupts.defer():
+            signal.pthread_kill(other.ident, signal.SIGTERM)
+            while interrupts.signal is None:
+                time.sleep(0.01)
+            started.append(True)
+
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    try:
+        with interrupts.handled(), pytest.raises(KeyboardInterrupt):
+            start()
+    finally:
+        over.set()
+        other.join()
+    assert started == [True]

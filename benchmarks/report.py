@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from benchmarks.pages.audit import audit
 from benchmarks.pages.blind import blind
+from benchmarks.pages.conditional import conditional
 from benchmarks.pages.driver import driver
 from benchmarks.pages.samplers import samplers
 from benchmarks.pages.serving import serving
@@ -25,6 +26,7 @@ from benchmarks.records import HERE
 PAGES: dict[str, Callable[[], str]] = {
     "audit": audit,
     "blind": blind,
+    "conditional": conditional,
     "driver": driver,
     "samplers": samplers,
     "serving": serving,

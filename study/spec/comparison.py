@@ -227,10 +227,9 @@ def load_comparison(path: Path, overrides: Mapping[str, object] | None = None) -
 
 def _problems(study: StudyConfig) -> list[tuple[str, str]]:
     """What does not fit its defence in a study, by place."""
-    settings = study.defender.config
-    return spaces.problems(study.space, study.fixed, settings) + spaces.start_problems(
-        study.space, study.start
-    )
+    return spaces.problems(
+        study.space, study.fixed, study.defenders.problems
+    ) + spaces.start_problems(study.space, study.start)
 
 
 def _without(named: Mapping[str, Any], held: Mapping[str, Scalar]) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def draw_front(path: Path, trials: Sequence[TrialRecord], summary: StudySummary)
     points = {t["number"]: (100 * number(t, by), 100 * t["clean_accuracy"]) for t in complete}
     if front:
         x, y = zip(*sorted(points[number] for number in front), strict=True)
-        axes.step(x, y, where="post", color=BLUE, linewidth=1.2)
+        several = any(KEY in trial["parameters"] for trial in complete)  # and blue is one of them
+        axes.step(x, y, where="post", color=GREY if several else BLUE, linewidth=1.2)
     for group in _groups(complete, front):
         x, y = zip(*(points[number] for number in group.numbers), strict=True)
         axes.scatter(

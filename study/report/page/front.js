@@ -14,7 +14,7 @@ function drawFront() {
     : "");
   slot("front-legend").append(
     ...defencesSeen().map((name) => legendItem("front", name, false, colourOfDefence(name))),
-    legendItem("front", "on the front"), legendItem("dominated", "dominated"),
+    legendItem("front", "on the front", false, data.defences.length ? "var(--ink)" : null), legendItem("dominated", "dominated"),
     data.chosen === null ? "" : legendItem(roleOf(byNumber.get(data.chosen)), "chosen", true, colourOf(byNumber.get(data.chosen))),
     data.paper === null ? "" : legendItem("paper", "the paper's defaults"),
     before ? legendItem("victim", "the victim, before") : "");

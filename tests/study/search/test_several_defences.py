@@ -18,15 +18,20 @@ import study as study_package
 from bimask.cleaned.folder import load_cleaned
 from bimask.defences import DEFENCES, settings_from
 from bimask.errors import NonFiniteError
+from bimask.files.tensors import load_tensors
 from bimask.inspection.trigger_pool import TriggerPool
-from bimask.victims import obtain_victim
+from bimask.victims import load_victim, obtain_victim
 from study.pipeline.prepare import prepare_cases
+from study.pipeline.run import run_study
+from study.promote import promote
+from study.promotion.registry import Registry, fetch_config, load_classifier
 from study.search.pareto_search import ParetoSearch, first_points
 from study.search.samplers import SAMPLERS, first_sampler
 from study.search.warm_start import read_earlier
 from study.spec.config import PAPER, StudyConfig
 from study.store import records
 from study.store.schema import SCHEMA
+from study.tracking.mlflow_runs import tracking_uri
 from study.trial.cases import Case
 from study.trial.limits import LEAST
 from study.trial.run import run_trials
@@ -234,18 +239,18 @@ def test_a_defences_own_study_and_one_of_several_know_the_same(tmp_path):
     assert ParetoSearch(changed, None, earlier=earlier).study.trials
 
 
-def run(*words, cwd):
-    ended = subprocess.run(
-        [sys.executable, "-m", *words], cwd=cwd, capture_output=True, text=True, timeout=900
-    )
-    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
-    return ended.stdout
+@pytest.fixture
+def _clean_tree(monkeypatch):
+    """The sources count as committed, whatever the state of those that are tested."""
+    for place in ("study.promotion.candidate", "study.tracking.recorder", "study.pipeline.run"):
+        monkeypatch.setattr(f"{place}.commit", lambda: "0123456789ab")
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_study_over_three_defences_from_start_to_promotion(tmp_path, with_store):
-    """Launch, resume, records, Optuna, MLflow, page; then purify, promote and what is registered."""
+@pytest.mark.usefixtures("_clean_tree")
+def test_a_study_over_three_defences_from_start_to_promotion(tmp_path, with_store, capsys):
+    """Launch, resume, records, Optuna, MLflow, page; then purify, promote, and what is served."""
     outputs = with_store(tmp_path / "outputs")
     content = STUDY | {
         "name": "three",
@@ -261,8 +266,8 @@ def test_a_study_over_three_defences_from_start_to_promotion(tmp_path, with_stor
         "gates": {"accuracy_drop": 1.0, "attack_success": 1.0, "seeds": 2},
     }
     (tmp_path / "three.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    said = run("study.launch", "three.yaml", "--outputs", str(outputs), cwd=tmp_path)
-    assert "its settings" in said
+    assert run_study(tmp_path / "three.yaml", {}, outputs=outputs, address="local")
+    assert "its settings" in capsys.readouterr().out
     folder = outputs / "three"
     trials = records.read_trials(folder)
     assert len(trials) == 9
@@ -294,25 +299,35 @@ def test_a_study_over_three_defences_from_start_to_promotion(tmp_path, with_stor
     frame = study_package.load("three", outputs)
     assert set(frame["parameters.defence"]) == {"ims", "clp", "ft_sam"}
     page = (folder / "report.html").read_text()
-    data = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert data["defences"] == ["ims", "clp", "ft_sam"]
     assert {trial["number"]: trial["defence"] for trial in data["trials"]} == names
     assert (folder / "front.png").is_file()
-    assert "is finished" in run(
-        "study.launch", "--resume", "three", "--outputs", str(outputs), cwd=tmp_path
-    )
+    assert run_study(None, {}, outputs=outputs, address="local", resume="three")
+    assert "is finished" in capsys.readouterr().out
     # what takes a study's choice takes this one as any other
     victim = outputs / "victims" / summary["victims"]["digits-badnets"]["digest"]
-    run(
-        *("study.purify", "--config", str(folder / "best.yaml"), "--victim", str(victim)),
-        *("--out", str(tmp_path / "cleaned")),
-        cwd=tmp_path,
+    words = ["--config", str(folder / "best.yaml"), "--victim", str(victim)]
+    purified = [sys.executable, "-m", "study.purify", *words, "--out", str(tmp_path / "cleaned")]
+    ended = subprocess.run(purified, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert names[chosen] in (tmp_path / "cleaned" / "manifest.json").read_text()
+    console = Console(quiet=True)
+    assert promote("three", None, True, False, False, None, None, outputs, console)
+    uri = tracking_uri(outputs)
+    (version,) = Registry(uri, "three").versions()
+    reference = f"models:/three/{version.number}"
+    assert settings_from(fetch_config(reference, uri, tmp_path / "config")) == settings_from(
+        folder / "best.yaml"
     )
-    manifest = json.loads((tmp_path / "cleaned" / "manifest.json").read_text())
-    assert names[chosen] in json.dumps(manifest)
+    defence, settings = DEFENCES[names[chosen]], settings_from(folder / "best.yaml")
+    kept = folder / "trials" / f"{chosen:03d}" / f"digits-badnets.{defence.stem}.safetensors"
+    own = defence.restore(load_victim(victim).model, load_tensors(kept), settings)
+    image = torch.rand(2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        served = load_classifier(reference, uri).model(image)
+        assert torch.allclose(served, own(image), atol=1e-4)
     assert load_cleaned(tmp_path / "cleaned").model is not None
-    said = run("study.promote", "three", "--outputs", str(outputs), "--apply", cwd=tmp_path)
-    assert "champion: now version 1" in said or "sources" in said
 
 
 def test_a_table_of_trials_has_the_defence_as_a_column(tmp_path):

@@ -36,6 +36,7 @@ PALETTE = (
     "#B2182B",
     "#1B7837",
 )
+MARKS = (("D", "o"), ("P", "v"), ("X", "<"))  # on the front, and dominated
 FRONT_PICTURE = "front.png"
 AXES = {"attack_success": "attack success rate", "risk": "risk (short cuts still followed)"}
 
@@ -138,9 +139,10 @@ def _groups(complete: Sequence[TrialRecord], front: Sequence[int]) -> list[_Grou
                 _Group(best, BLUE, "Pareto front", size=46, layer=3),
             ]
             continue
-        colour = PALETTE[at % len(PALETTE)]
-        found.append(_Group(best, colour, name, "D", 52, 3))
-        found.append(_Group(others, colour, None if best else name, size=26))
+        lap, place = divmod(at, len(PALETTE))  # beyond the palette other marks stand for other defences
+        colour, mark = PALETTE[place], lap % len(MARKS)
+        found.append(_Group(best, colour, name, MARKS[mark][0], 52, 3))
+        found.append(_Group(others, colour, None if best else name, MARKS[mark][1], 26))
     return [group for group in found if group.numbers]
 
 

@@ -228,9 +228,9 @@ def load_comparison(path: Path, overrides: Mapping[str, object] | None = None) -
 
 def _problems(study: StudyConfig) -> list[tuple[str, str]]:
     """What does not fit its defence in a study, by place."""
-    return spaces.problems(
-        study.space, study.fixed, study.defenders.problems
-    ) + spaces.start_problems(study.space, study.start)
+    return spaces.problems(study.space, study.fixed, study.defenders.problems) + spaces.start_problems(
+        study.space, study.start
+    )
 
 
 def _without(named: Mapping[str, Any], held: Mapping[str, Scalar]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from bimask.defences import DEFENCES
 from study.search.optuna_door import OptunaDoor
-from study.search.samplers import SAMPLERS, STARTUP, WORTH, first_sampler
+from study.search.samplers import SAMPLERS, STARTUP, WORTH, sampler_of
 from study.search.warm_start import Earlier, Observed
 from study.spec.config import PAPER, StudyConfig, StudyError
 from study.spec.objectives import quantities
@@ -120,7 +120,7 @@ class ParetoSearch(Searcher):
         if self.config.sampler == "qmc":
             known = 0  # the storage knows the place in its sequence, under the sequence's seed
         self.seed = (self.config.seed + known) % 2**32
-        study.sampler = SAMPLERS[first_sampler(self.config)](self.seed)
+        study.sampler = sampler_of(self.config, self.seed)
         if "enqueued" not in study.user_attrs:  # a kill may have come before
             study.set_metric_names(list(self.config.directions))  # the axes in dashboards
             first: list[tuple[Parameters, dict[str, str]]] = []

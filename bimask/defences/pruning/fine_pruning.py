@@ -31,17 +31,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData, Passes
+from bimask.defences.finetuning.settings import FineTuningConfig, descend, epoch_of, sgd, weights_of
 from bimask.defences.held_out import accuracy, split
-from bimask.defences.loop import Loop, batches, cosine, logits_of, set_lr, steps_an_epoch
+from bimask.defences.loop import Loop, cosine, logits_of, set_lr
 from bimask.defences.pruning.layers import admitted, weight_of
-from bimask.defences.settings import DefenceConfig, Search
+from bimask.defences.settings import Search
 from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
 from bimask.errors import ModelError
 from bimask.masking.discovery import watched
 from bimask.masking.sites import CONVOLUTIONS
 
 
-class FinePruningConfig(DefenceConfig):
+class FinePruningConfig(FineTuningConfig):
     """The settings of fine-pruning; the learning rate follows a cosine to 0 over the epochs."""
 
     prune_step: float = Field(0.01, gt=0, le=1, description="share of the features that a step prunes")
@@ -61,21 +62,6 @@ class FinePruningConfig(DefenceConfig):
         description="share of each class's images that pruning is ended by (our choice; published "
         "programs take 0.1, or the test images)",
     )
-    lr: Annotated[
-        float, Field(gt=0, description="of SGD, in the first epoch"), Search(1e-4, 1e-1, log=True)
-    ] = 0.01
-    epochs: Annotated[
-        int, Field(ge=1, description="times that every image is seen"), Search(5, 200, log=True)
-    ] = 100
-    batch_size: int = Field(256, ge=2, description="images a step; batch norms need two")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(5e-4, ge=0, description="of SGD")
-    shift: int = Field(0, ge=0, description="pixels that images are shifted by at most, anew each step")
-    flip: bool = Field(False, description="whether half of the images are flipped, anew each step")
-
-    def steps(self, images: int) -> int:
-        """Batches over all epochs of fine-tuning."""
-        return self.epochs * steps_an_epoch(images, self.batch_size)
 
 
 class Columns(nn.Module):
@@ -121,14 +107,12 @@ class FinePruning(SimpleDefence[FinePruningConfig]):
             ModelError: the model has no layer that reads features.
         """
         net, reader = with_reader(model, clean.images)
-        weights = [p for p in net.requires_grad_(True).parameters() if p.is_floating_point()]
-        clean = CleanData(clean.images.to(weights[0].dtype), clean.labels)
+        net.requires_grad_(True)
+        clean = CleanData(clean.images.to(weights_of(net)[0].dtype), clean.labels)
         learn, choose = split(clean, config.held_out, generator)
         weight = weight_of(net, reader)
         columns = Columns(weight.shape[1], clean.images.device)
-        optimiser = torch.optim.SGD(
-            weights, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        optimiser = sgd(net, config)
 
         def ending() -> tuple[dict[str, Tensor], dict[str, float]]:
             share = columns.pruned.float().mean().item()
@@ -152,18 +136,9 @@ class FinePruning(SimpleDefence[FinePruningConfig]):
             net.train()
             for epoch in loop.epochs(config.epochs):
                 set_lr(optimiser, config.lr * cosine(epoch, config.epochs))
-                for images, labels in batches(
-                    clean,
-                    config.batch_size,
-                    generator,
-                    shift=config.shift,
-                    flip=config.flip,
-                    dtype=weights[0].dtype,
-                ):
-                    optimiser.zero_grad()
+                for images, labels in epoch_of(clean, config, generator, net):
                     loss = F.cross_entropy(logits_of(net, images), labels)
-                    loss.backward()
-                    optimiser.step()
+                    descend(optimiser, loss)
                     columns.cut(weight)
                     loop.passes.add(forward=1, backward=1)
                     if loop.step({"cross_entropy": loss.item()}, on_step):

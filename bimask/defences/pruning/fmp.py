@@ -32,13 +32,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData, Passes
-from bimask.defences.loop import Loop, batches, cosine, logits_of, set_lr, steps_an_epoch
+from bimask.defences.finetuning.settings import (
+    Epochs,
+    FineTuningConfig,
+    descend,
+    epoch_of,
+    sgd,
+    weights_of,
+)
+from bimask.defences.loop import Loop, cosine, logits_of, set_lr
 from bimask.defences.pruning.layers import pairs, weight_of, with_convolutions
-from bimask.defences.settings import DefenceConfig, Search
+from bimask.defences.settings import Search
 from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
 
 
-class FmpConfig(DefenceConfig):
+class FmpConfig(FineTuningConfig):
     """The settings of adversarial feature map pruning; the rate follows a cosine over the epochs."""
 
     share: Annotated[
@@ -57,22 +65,8 @@ class FmpConfig(DefenceConfig):
         Search(1 / 255, 16 / 255, log=True),
     ] = 1 / 255
     ranking_images: int = Field(32, ge=1, description="clean images that channels are ranked by")
-    lr: Annotated[
-        float, Field(gt=0, description="of SGD, in the first epoch"), Search(1e-4, 1e-1, log=True)
-    ] = 0.01
     last_lr: float = Field(1e-4, ge=0, description="what the rate goes to")
-    epochs: Annotated[
-        int, Field(ge=1, description="times that every image is seen"), Search(5, 200, log=True)
-    ] = 10
-    batch_size: int = Field(256, ge=2, description="images a step; batch norms need two")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(5e-4, ge=0, description="of SGD; never published, ours is FT's")
-    shift: int = Field(0, ge=0, description="pixels that images are shifted by at most, anew each step")
-    flip: bool = Field(False, description="whether half of the images are flipped, anew each step")
-
-    def steps(self, images: int) -> int:
-        """Batches over all epochs of fine-tuning."""
-        return self.epochs * steps_an_epoch(images, self.batch_size)
+    epochs: Epochs = 10
 
 
 class Filters(nn.Module):
@@ -131,16 +125,14 @@ class Fmp(SimpleDefence[FmpConfig]):
             ModelError: the model has no convolution with weights of its own.
         """
         net, names = with_convolutions(model, clean.images, "FMP")
-        weights = [p for p in net.requires_grad_(True).parameters() if p.is_floating_point()]
-        behind = {layer: norm for norm, layer in pairs(net, clean.images[:1].to(weights[0])).items()}
+        like = weights_of(net.requires_grad_(True))[0]
+        behind = {layer: norm for norm, layer in pairs(net, clean.images[:1].to(like)).items()}
         filters = Filters(net, names)
-        optimiser = torch.optim.SGD(
-            weights, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        optimiser = sgd(net, config)
         assert clean.labels is not None
         rows = torch.randperm(len(clean.images), generator=generator)[: config.ranking_images]
         rows = rows.to(clean.images.device)
-        images, labels = clean.images[rows].to(weights[0].dtype), clean.labels[rows]
+        images, labels = clean.images[rows].to(like.dtype), clean.labels[rows]
         signs = torch.randint(0, 2, images.shape, generator=generator).to(images) * 2 - 1
         noisy = (images + config.eps * signs).clamp(0, 1)
 
@@ -171,18 +163,9 @@ class Fmp(SimpleDefence[FmpConfig]):
             for epoch in loop.epochs(config.epochs):
                 rate = config.last_lr + (config.lr - config.last_lr) * cosine(epoch, config.epochs)
                 set_lr(optimiser, rate)
-                for seen, answers in batches(
-                    clean,
-                    config.batch_size,
-                    generator,
-                    shift=config.shift,
-                    flip=config.flip,
-                    dtype=weights[0].dtype,
-                ):
-                    optimiser.zero_grad()
+                for seen, answers in epoch_of(clean, config, generator, net):
                     loss = F.cross_entropy(logits_of(net, seen), answers)
-                    loss.backward()
-                    optimiser.step()
+                    descend(optimiser, loss)
                     filters.cut(net, behind)
                     loop.passes.add(forward=1, backward=1)
                     if loop.step({"cross_entropy": loss.item()}, on_step):

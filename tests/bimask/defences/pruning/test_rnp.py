@@ -27,9 +27,10 @@ def test_unlearning_goes_up_the_loss_along_a_clipped_gradient(clip):
     net = line(1.0)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.5)
     images, labels = torch.ones(2, 1, 1, 1), torch.zeros(2, dtype=torch.long)
-    loss = unlearn_step(net, optimiser, images, labels, clip)
+    loss, right = unlearn_step(net, optimiser, images, labels, clip)
     slope = min(sigmoid(-1.0), clip / math.sqrt(2))
     assert loss == pytest.approx(-math.log1p(math.exp(-1)))
+    assert right == 2
     assert net[1].weight.flatten().tolist() == pytest.approx([1 - 0.5 * slope, 0.5 * slope], rel=1e-4)
 
 

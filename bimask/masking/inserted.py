@@ -120,9 +120,18 @@ class Polarised(Around):
     def like(cls, block: nn.Module, tensors: Mapping[str, Tensor]) -> Self:
         own = next(block.parameters())
         weight, bias = (tensors[f"polariser.{kind}"].to(own) for kind in ("weight", "bias"))
-        polariser = nn.utils.skip_init(nn.Conv2d, *weight.shape[1::-1], 1).to(own)
-        polariser.load_state_dict({"weight": weight, "bias": bias})
-        return cls(block, polariser)
+        return cls(block, pointwise(weight, bias))
+
+
+def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    """A convolution of 1x1 with a copy of this weight (out, in, 1, 1) and bias (out,). No weight is
+    drawn for it, so that generators stay where they are."""
+    out, channels = weight.shape[:2]
+    made = nn.Conv2d(channels, out, 1, bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone())
+    return made
 
 
 KINDS: dict[str, type[Around]] = {kind.kind: kind for kind in (ActivationBound, Polarised)}

@@ -28,10 +28,16 @@ class Parted:
         self.net = net
         self._seen: list[Tensor] = []
         called: list[tuple[nn.Linear, Tensor, Tensor]] = []
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            assert isinstance(module, nn.Linear)
+            if args:
+                called.append((module, args[0], out))
+
         handles = [
-            m.register_forward_hook(lambda m, args, out: called.append((m, args[0], out)))
-            for m in net.modules()
-            if isinstance(m, nn.Linear)
+            module.register_forward_hook(hook)
+            for module in net.modules()
+            if isinstance(module, nn.Linear)
         ]
         with torch.no_grad():
             logits = logits_of(net, images[:2].to(next(net.parameters()).dtype))

@@ -42,7 +42,7 @@ from bimask.defences.settings import Search
 from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence
 from bimask.errors import ModelError, SettingError
 from bimask.masking.copies import copied
-from bimask.masking.inserted import Polarised, insert, put_around
+from bimask.masking.inserted import Polarised, insert, pointwise, put_around
 from bimask.nets.admission import admit, unwrapped
 
 OWN = ".polariser."  # between the name of a layer and that of a tensor of its polariser
@@ -235,8 +235,7 @@ def identity(net: nn.Module, layer: str, images: Tensor) -> nn.Sequential:
     handle.remove()
     mean = sums[0] / count
     variance = (sums[1] / count - mean.square()).clamp_min(0)
-    linear = nn.utils.skip_init(nn.Conv2d, channels, channels, 1, bias=False)
-    nn.init.dirac_(linear.weight)
+    linear = pointwise(torch.eye(channels).view(channels, channels, 1, 1), None)
     norm = nn.BatchNorm2d(channels)
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -255,17 +254,14 @@ def folded(polariser: nn.Sequential) -> nn.Conv2d:
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    one = nn.utils.skip_init(nn.Conv2d, linear.in_channels, linear.out_channels, 1).to(linear.weight)
     # in float64 on the CPU, since not every device has it
     weight, bias, mean, variance = (
         value.detach().cpu().double()
         for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     )
     scale = weight / (variance + norm.eps).sqrt()
-    one.weight.copy_(linear.weight.cpu() * scale.view(-1, 1, 1, 1))
-    assert one.bias is not None
-    one.bias.copy_(bias - mean * scale)
-    return one
+    one = pointwise(linear.weight.cpu() * scale.view(-1, 1, 1, 1), bias - mean * scale)
+    return one.to(linear.weight)
 
 
 def best_wrong(logits: Tensor, labels: Tensor) -> Tensor:

@@ -340,6 +340,8 @@ def test_bounds_of_activations_are_saved_listed_loaded_and_exported(some_images,
     expected = result.model()(images)
     assert torch.equal(read.model(images), expected)
     assert not torch.allclose(expected, suspect.model(images), atol=1e-3)
+    if granularity == "position":
+        return
     export_onnx(read.model, images, tmp_path / "model.onnx")
     kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
     assert kinds.count("Min") == 7

@@ -358,7 +358,8 @@ def _until_whole(
                     console.print(run.said()[-3000:], markup=False, highlight=False)
         if run.process.returncode == 0 and run.lines("trials.jsonl"):
             return hits
-        if not hits or hits[-1].code != run.process.returncode:
+        killed = hits and (hits[-1].code is None or hits[-1].code == run.process.returncode)
+        if not killed:
             message = f"It ended by itself with {run.process.returncode}: {run.said()[-3000:]}"
             hits.append(Hit("nothing", 0.0, run.phase(), run.process.returncode, 0.0, 0.0, [message]))
             console.print(hits[-1], markup=False)

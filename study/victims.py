@@ -93,12 +93,12 @@ def make_suite(
             on_end(name, None)
         if missing:
             try:
-                with interrupts.defer():
-                    own = start_ray(address)
                 set_last_words(
                     f"{suite} was ended without a word: it was killed, or Ray died; launch it again, "
                     "what is trained is kept."
                 )
+                with interrupts.defer():
+                    own = start_ray(address)
                 gone = ray_gone(own=own)
                 with interrupts.watch(gone, lambda: leave(ended(interrupts, suite))):
                     make_victims(

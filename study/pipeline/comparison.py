@@ -218,11 +218,11 @@ def _judged(
 
     with interrupts.in_good_order(reason), ExitStack() as stack:
         stack.callback(search.stop_ray)
+        FrontSoFar(config.name, begun=True).tell()
         with interrupts.defer():
             own = search.start_ray(
                 where.get("address"), lambda said: console.print(escape(said), soft_wrap=True)
             )
-        FrontSoFar(config.name, begun=True).tell()
         stack.enter_context(interrupts.watch(search.ray_gone(own=own), lambda: leave(reason())))
         find_room(judging, where.get("wait", 0), console)
         device = resolve_device(judging.device)

@@ -166,11 +166,11 @@ def _run_in(
         concurrency, own = 0, True
         if config.confirmation or not records.search_is_over(config, records.read_trials(folder)):
             stack.callback(search.stop_ray)
+            front.tell()
             with interrupts.defer():
                 own = search.start_ray(
                     address, lambda said: console.print(escape(said), soft_wrap=True)
                 )
-            front.tell()
             stack.enter_context(interrupts.watch(search.ray_gone(own=own), leave_at_once))
             if wait:
                 stack.callback(search.release_workers)

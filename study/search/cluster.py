@@ -99,11 +99,13 @@ def _start() -> None:
     for attempt in range(ATTEMPTS):
         exposure.close()
         try:
-            own_ray.start(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            exposure.require_closed()
+            with own_ray.guarded():
+                own_ray.start(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+                exposure.require_closed()
+                liveness.ray_gone(own=True)  # it asks the GCS
             return
         except Exception as error:
-            stop_ray()
+            _stop()
             passing = isinstance(error, own_ray.NotStartedError) and remedies.may_pass(
                 error, error.said
             )
@@ -120,6 +122,11 @@ def _require_listener(address: str) -> None:
 
 def stop_ray() -> None:
     """Leave the cluster, or stop the local one."""
+    _stop()
+    own_ray.set_last_words("")
+
+
+def _stop() -> None:
     liveness.forget()
     own_ray.stop()
     exposure.restore()

@@ -22,6 +22,8 @@ def ray_gone(*, own: bool) -> Callable[[], str | None]:
     Args:
         own: it was started here, and nobody starts it again.
     """
+    if _looks:  # at a Ray that was just started here
+        return _looks[0]
     here = ray.get_runtime_context()
     places: dict[str, tuple[int, object]] = {}
     host, _, port = str(here.gcs_address).rpartition(":")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +20,8 @@ from ray._private import services
 from study.search.embedded import folders, remedies
 from study.search.embedded.watchdog import LAST_WORDS
 
+# Seconds that `ray.init` has to notice that a program of Ray's is dead: for a raylet it waits 30.
+STUCK = {"gcs_server": 10.0, "raylet": 45.0}
 SECONDS = 40.0  # for the watchdog, which gives Ray's processes 30
 
 
@@ -88,6 +93,8 @@ class _Watchdog:
 
 
 _watchdogs: list[_Watchdog] = []  # of the Ray that runs here
+_started: dict[str, subprocess.Popen[Any]] = {}  # of its programs those without which it is none
+_last_words: list[str] = [""]
 
 
 def start(**parameters: Any) -> None:
@@ -105,13 +112,16 @@ def start(**parameters: Any) -> None:
     """
     folders.sweep()
     place, watchdog = folders.short_folder(), None
+    _started.clear()
     try:
         watchdog = _Watchdog(place)
+        watchdog.set_last_words(_last_words[0])
         with _sessions_of_their_own(watchdog):
             # Ray opens this folder to everybody, but nobody else gets into the one that it is in
             ray.init("local", _temp_dir=str(watchdog.folder.path / folders.RAY), **parameters)
     except BaseException as error:
         ray.shutdown()
+        _started.clear()
         said = ""
         if watchdog is not None:
             said = remedies.logs_of(watchdog.folder.path / folders.RAY)
@@ -127,8 +137,36 @@ def set_last_words(text: str) -> None:
 
     Ray itself ends a process that it has joined where the raylet has gone that it asks for an object.
     """
+    _last_words[0] = text
     for watchdog in _watchdogs:
         watchdog.set_last_words(text)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """While Ray starts: where one of its programs dies, and Ray waits for it without an end, this
+    process says so and ends; nothing else can interrupt `ray.init`."""
+    over = threading.Event()
+    thread = threading.Thread(target=_guard, args=(over,), name="watch Ray start", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _guard(over: threading.Event) -> None:
+    dead: dict[int, float] = {}
+    while not over.wait(0.5):
+        for name, process in tuple(_started.items()):
+            if process.poll() is None:
+                continue
+            began = dead.setdefault(process.pid, time.monotonic())
+            if time.monotonic() - began >= STUCK[name]:
+                why = f"{name} ended with code {process.returncode} while it started"
+                print(f"error: Ray died ({why}).", file=sys.stderr, flush=True)
+                os._exit(1)
 
 
 def stop() -> None:
@@ -160,6 +198,8 @@ def _sessions_of_their_own(watchdog: _Watchdog) -> Iterator[None]:
         more["pass_fds"] = (*more.get("pass_fds", ()), watchdog.folder.descriptor)
         process = popen(*args, start_new_session=True, preexec_fn=before_it_runs, **more)
         watchdog.add(process.pid)
+        if (name := Path(args[0][0]).name) in STUCK:
+            _started[name] = process
         return process
 
     with mock.patch.object(services, "ConsolePopen", in_a_session):

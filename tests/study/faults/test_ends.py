@@ -221,6 +221,30 @@ def test_a_ray_that_dies_ends_the_study_which_names_resume(launch, place, which,
 
 
 @pytest.mark.slow
+def test_a_raylet_that_dies_while_ray_starts_is_started_again(launch, place):
+    ran = launch()
+    ran.until(lambda: "raylet" in ran.rays())
+    os.kill(ran.rays()["raylet"], signal.SIGKILL)
+    ran.until(lambda: in_search(ran))
+
+
+@pytest.mark.slow
+def test_a_gcs_that_dies_while_ray_starts_is_no_hang(launch, place):
+    """`ray.init` waits for a GCS that is gone as long as it takes."""
+    ran = launch()
+    ran.until(lambda: "gcs_server" in ran.rays())
+    os.kill(ran.rays()["gcs_server"], signal.SIGKILL)
+    assert ran.wait() == 1, ran.log.read_text()
+    said = ran.log.read_text()
+    assert "Ray died (gcs_server ended with code -9 while it started)" in said
+    assert "Traceback" not in said
+    deadline = time.monotonic() + 30
+    while list(place.iterdir()):
+        assert time.monotonic() < deadline, "Ray's folder stays"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
 def test_signals_to_ray_and_study_alike_end_with_the_signals_code(launch, place):
     """What systemd does: every process of the unit is sent the signal."""
     ran = launch()

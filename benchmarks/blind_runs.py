@@ -23,6 +23,7 @@ from benchmarks.zoo.digits import ATTACKS
 from bimask.data import Splits
 from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.ims.defence import Ims
+from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import NonFiniteError
 from bimask.metrics import evaluate
@@ -76,7 +77,7 @@ def run(attack: str) -> None:
     study = load_config(SPACE, {"seed": SEED})
     case, test = Case.of(attack, victim, study), victim.eval_sets(splits, "test")
     configs, folder = settings(), FOLDER / attack
-    restore = study.defender.restore
+    restore = defence_of(configs[0]).restore
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, SETTINGS, AT_ONCE):
         group = range(first, min(first + AT_ONCE, SETTINGS))

@@ -48,6 +48,7 @@ def test_every_record_is_on_a_page():
     read = {
         "audit",
         "blind",
+        "conditional",
         "kills",
         "samplers",
         "scale",
@@ -65,6 +66,7 @@ def test_a_page_without_records_says_so(tmp_path, monkeypatch):
     from benchmarks.pages import (
         audit,
         blind,
+        conditional,
         driver,
         kills,
         samplers,
@@ -75,7 +77,8 @@ def test_a_page_without_records_says_so(tmp_path, monkeypatch):
         zoo,
     )
 
-    for module in (audit, blind, driver, kills, samplers, serving, shipped, training, victims, zoo):
+    measured = (audit, blind, conditional, driver, kills, samplers, serving, shipped, training)
+    for module in (*measured, victims, zoo):
         monkeypatch.setattr(module, "KEPT", tmp_path / "nothing")
         page = getattr(module, module.__name__.rpartition(".")[2])
         assert "Nothing was measured yet." in page()

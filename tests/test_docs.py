@@ -73,7 +73,7 @@ def test_the_readmes_study_is_one(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(text)
     config = load_config(path)
-    assert config.defender.name == "clp"
+    assert config.defenders.names == ("clp",)
     assert list(config.space) == ["u"]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from study.analysis.pareto import choose
 from study.spec.config import StudyConfig, StudyError
-from study.spec.objectives import SCORES, number, over_victims, total_violation
+from study.spec.objectives import SCORES, numbers_in, over_victims, total_violation
 from study.store.schema import LeaveOneOut, StudySummary, TrialRecord, Unseen
 
 BLIND_SAMPLERS = ("random", "qmc")
@@ -155,7 +155,7 @@ def _chosen(
 
 
 def _values(config: StudyConfig, trial: TrialRecord, victims: Sequence[str]) -> dict[str, float]:
-    runs = {name: [{n: number(trial["scores"][name], n) for n in NUMBERS}] for name in victims}
+    runs = {name: [numbers_in(trial["scores"][name], NUMBERS)] for name in victims}
     return over_victims(config.aggregate, runs, seconds=trial["seconds"])
 
 

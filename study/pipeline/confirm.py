@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bimask.defences import DEFENCES
 from bimask.defences.settings import DefenceConfig
 from bimask.progress import Console, ToldProgress
 from bimask.victims import Victim
@@ -23,7 +24,8 @@ def confirm_choice(
     suite: dict[str, Victim],
     console: Console,
 ) -> dict[str, Confirmation] | None:
-    """The chosen configuration and the paper's defaults on every victim of the suite, on `test`.
+    """The chosen configuration and the paper's defaults of its defence on every victim of the suite, on
+    `test`.
 
     Each run is a line of confirm.jsonl as it ends; those that are there are not run again.
 
@@ -33,8 +35,8 @@ def confirm_choice(
     settings: dict[Configuration, DefenceConfig] = {}
     if summary["chosen"]:
         settings["chosen"] = config.defence_config(summary["chosen"]["parameters"])
-    if config.paper_defaults:
-        settings["paper_defaults"] = config.defender.config()
+    if config.paper_defaults and (name := _whose(config, summary)) is not None:
+        settings["paper_defaults"] = DEFENCES[name].config()
     jobs = jobs_of(config, settings)
     if not jobs:
         return None
@@ -56,3 +58,11 @@ def confirm_choice(
 
         search.run_confirmation(config, suite, [job for job in jobs if job.key not in known], on_done)
     return confirmation(rows, suite)
+
+
+def _whose(config: StudyConfig, summary: StudySummary) -> str | None:
+    """The defence whose defaults the choice is held against; of several none, where nothing is
+    chosen."""
+    if summary["chosen"] is None and config.defenders.several:
+        return None
+    return config.defenders.name_of(summary["chosen"]["parameters"] if summary["chosen"] else {})

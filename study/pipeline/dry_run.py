@@ -9,8 +9,9 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ from rich.table import Table
 from torch import nn
 
 from bimask.data import Splits
-from bimask.defences.base import CleanData, Defence, Preparation, StepLog
+from bimask.defences.base import CleanData, Preparation, StepLog
+from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
 from bimask.nets import may_run
 from bimask.progress import Console
 from study import search
-from study.pipeline.prepare import check_data
+from study.pipeline.choosing import accepted
+from study.pipeline.opening import say
+from study.pipeline.prepare import check_data, preparations
 from study.search.warm_start import read_earlier
 from study.spec.config import PAPER, StudyConfig
 from study.spec.reading import load_config
+from study.store.schema import Member
 from study.trial.suite import roles
 
 SHOWN, TIMED = 5, 3  # configurations; rounds of a stage
@@ -39,7 +44,7 @@ def dry_run(path: Path, overrides: Mapping[str, object], *, outputs: Path, conso
     Raises:
         BimaskError: for anything that would make the study fail.
     """
-    config = load_config(path, overrides)
+    config = accepted(load_config(path, overrides), partial(say, console))
     check_data(config)
     earlier = read_earlier(config)
     console.tell(
@@ -52,11 +57,16 @@ def dry_run(path: Path, overrides: Mapping[str, object], *, outputs: Path, conso
     )
     console.print(_space(config))
     console.print(_victims(config, outputs / "victims"))
-    members = search.first_points(config, SHOWN, earlier)
-    settings = [config.defence_config(member["parameters"]) for member in members]
+    # one of each defence at least, and each of their published defaults
+    papers = len(config.defenders.names) if config.paper_defaults else 0
+    begun = papers + len(config.start) if config.defenders.several else 0
+    members = search.first_points(config, max(SHOWN, begun), earlier)
     console.tell(f"the first {len(members)}, if none of them ended before the last began:")
     for member in members:
-        shown = "the paper's defaults" if member["preset"] == search.PAPER else member["parameters"]
+        shown: object = member["parameters"]
+        if member["preset"] == search.PAPER:
+            name = config.defenders.name_of(member["parameters"])
+            shown = "the paper's defaults" + (f" of {name}" if config.defenders.several else "")
         console.tell(f"  {member['number']}: {shown}")
     nets = [one.net for one in ([config.suspect] if config.suspect else config.suite)]
     if own := [net for net in nets if not may_run(net)]:
@@ -65,30 +75,39 @@ def dry_run(path: Path, overrides: Mapping[str, object], *, outputs: Path, conso
             "it timed, add --trust-code."
         )
         return
-    console.tell(estimate(config, settings))
+    console.tell(estimate(config, members))
 
 
-def estimate(config: StudyConfig, settings: list[DefenceConfig]) -> str:
+def estimate(config: StudyConfig, members: Sequence[Member]) -> str:
     """Seconds of the study, from rounds timed on nets of random weights; and how it was done."""
     torch.set_num_threads(config.cpus_per_trial)
-    timed, published = _nets(config), config.defender.config()
+    timed, papers = _nets(config), [member["preset"] == PAPER for member in members]
+    settings = [config.defence_config(member["parameters"]) for member in members]
     per_trial = [
-        sum(seconds_of(config.defender, one, net, seed=config.seed) for net in timed)
-        * (config.repeats_of(PAPER) if one == published else config.repeats)
-        for one in settings
+        sum(seconds_of(one, net, seed=config.seed) for net in timed)
+        * config.repeats_of(member["preset"])
+        for one, member in zip(settings, members, strict=True)
     ]
-    paper = [s for s, one in zip(per_trial, settings, strict=True) if one == published]
-    usual = statistics.fmean([s for s in per_trial if s not in paper] or per_trial)
+    paper = [seconds for seconds, is_paper in zip(per_trial, papers, strict=True) if is_paper]
+    searched: dict[str, list[float]] = {}  # the mean over the defences: each may be drawn as often
+    for seconds, is_paper, one in zip(per_trial, papers, settings, strict=True):
+        if not is_paper or all(papers):
+            searched.setdefault(defence_of(one).name, []).append(seconds)
+    usual = statistics.fmean(statistics.fmean(mine) for mine in searched.values())
     at_once = config.concurrency or max(1, (os.cpu_count() or 1) // config.cpus_per_trial)
     search_seconds = (usual * (config.trials - len(paper)) + sum(paper)) / at_once
     preparing = config.repeats * sum(net.preparing for net in timed)
     preparing_at_once = min(at_once, config.repeats * len(timed))
-    made = config.defender.preparation(config.may_use)
+    made = preparations(config).values()
     text = (
         "estimate: "
-        + (f"{made.doing} {preparing / preparing_at_once:.0f} s, once; " if made else "")
+        + (
+            f"{' and '.join(one.doing for one in made)} {preparing / preparing_at_once:.0f} s, once; "
+            if made
+            else ""
+        )
         + f"a trial {usual:.0f} s"
-        + (f", the paper's defaults {paper[0]:.0f} s" if paper else "")
+        + (f", the paper's defaults {sum(paper):.0f} s" if paper else "")
         + f", the search {search_seconds:.0f} s with {at_once} actors"
     )
     if (asked := config.confirmation) is not None:
@@ -107,21 +126,19 @@ class _Net:
     """What is timed in a victim's place.
 
     Attributes:
-        clean: the defence's.
-        prepared: what the defence makes of a victim beforehand, where it does.
-        preparing: seconds that it took.
+        clean: the defence's, with labels, which some are not handed.
+        prepared: defence -> what it makes of a victim beforehand, where it does.
+        preparing: seconds that all of it took.
     """
 
     model: nn.Module
     clean: CleanData
-    prepared: Any = None
+    prepared: Mapping[str, Any] = field(default_factory=dict)
     preparing: float = 0.0
 
-    def ready(self, preparation: Preparation | None) -> _Net:
-        if preparation is None:
-            return self
+    def ready(self, preparations: Mapping[str, Preparation]) -> _Net:
         started = time.perf_counter()
-        prepared = preparation.make(self.model, self.clean.images)
+        prepared = {name: one.make(self.model, self.clean.images) for name, one in preparations.items()}
         return replace(self, prepared=prepared, preparing=time.perf_counter() - started)
 
 
@@ -135,18 +152,17 @@ def _nets(config: StudyConfig) -> list[_Net]:
         suspect = config.suspect.load(config.clean_images_per_class)
         found.append((suspect.model, suspect.load_data()))
     count, seed = config.clean_images_per_class, config.seed
-    preparation = config.defender.preparation(config.may_use)
-    nets = []
+    made, nets = preparations(config), []
     for net, splits in found:
         clean = splits.train.clean_subset(count, seed=seed)
-        labels = clean.labels if config.defender.needs_labels else None
-        nets.append(_Net(net, CleanData(clean.floats(), labels)).ready(preparation))
+        nets.append(_Net(net, CleanData(clean.floats(), clean.labels)).ready(made))
     return nets
 
 
-def seconds_of(defence: Defence[Any], settings: DefenceConfig, net: _Net, *, seed: int) -> float:
+def seconds_of(settings: DefenceConfig, net: _Net, *, seed: int) -> float:
     """Seconds of one run, from a few steps of every kind."""
-    seconds = 0.0
+    seconds, defence = 0.0, defence_of(settings)
+    clean = net.clean if defence.needs_labels else replace(net.clean, labels=None)
     for short, stands_for in settings.samples(TIMED, len(net.clean.images)):
         marks = [time.perf_counter()]
 
@@ -156,10 +172,10 @@ def seconds_of(defence: Defence[Any], settings: DefenceConfig, net: _Net, *, see
 
         defence.run(
             net.model,
-            net.clean,
+            clean,
             [short],
             generators=[torch.Generator().manual_seed(seed)],
-            prepared=net.prepared,
+            prepared=net.prepared.get(defence.name),
             on_step=mark,
         )
         if len(marks) == 1:  # a defence without steps

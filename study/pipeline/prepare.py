@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bimask.defences import DEFENCES
 from bimask.defences.base import Preparation
 from bimask.errors import BimaskError, DataError
 from bimask.inspection.risk import RiskProbe
@@ -77,7 +78,8 @@ def check_data(config: StudyConfig) -> None:
     """
     if config.suspect is not None and may_run(config.suspect.net):
         suspect = config.suspect.load(config.clean_images_per_class)
-        config.defender.check(suspect.model, suspect.load_data().val.floats()[:2])
+        for defence in map(DEFENCES.__getitem__, config.defenders):
+            defence.check(suspect.model, suspect.load_data().val.floats()[:2])
     elif config.suspect is not None:
         config.suspect.load_data(config.clean_images_per_class)
     for name, spec in zip(config.suite_names(), config.suite, strict=config.suspect is None):
@@ -91,7 +93,9 @@ def check_data(config: StudyConfig) -> None:
                 if not attack.has_state:  # else the trigger is made with the victim, and refused there
                     attack.triggered(data)
             if may_run(spec.net):
-                config.defender.check(spec.fresh_net(splits.train).eval(), splits.val.floats()[:2])
+                net = spec.fresh_net(splits.train).eval()
+                for defence in map(DEFENCES.__getitem__, config.defenders):
+                    defence.check(net, splits.val.floats()[:2])
 
 
 def prepare_victims(
@@ -173,16 +177,34 @@ def prepare_cases(
     """
     cases = cases_of(config, victims)
     pieces = {("probe", case.name): _probe_of(case, config.seed) for case in cases}
-    preparation = config.defender.preparation(config.may_use)
-    if preparation is not None:
-        pieces |= {("defence", case.key): _prepared(preparation, case) for case in cases}
+    for name, preparation in preparations(config).items():
+        pieces |= {(name, case.key): _prepared(preparation, case) for case in cases}
     elsewhere = workers > 0 and (joined or min(workers, len(pieces)) > 1)
     make = _made_by_workers if elsewhere else _made_here
     made = dict(zip(pieces, make(config, list(pieces.values()), victims, console), strict=True))
     return [
-        replace(case, probe=made["probe", case.name], prepared=made.get(("defence", case.key)))
+        replace(
+            case,
+            probe=made["probe", case.name],
+            prepared={
+                name: made[name, case.key] for name in config.defenders if (name, case.key) in made
+            },
+        )
         for case in cases
     ]
+
+
+def preparations(config: StudyConfig) -> dict[str, Preparation]:
+    """Defence -> what it makes of a victim beforehand, of those that a trial may have and that need
+    it."""
+    defenders = config.defenders
+    found = {
+        name: DEFENCES[name].preparation(
+            lambda setting, name=name: config.may_use(defenders.flat(name, setting))  # type: ignore[misc]
+        )
+        for name in defenders
+    }
+    return {name: made for name, made in found.items() if made is not None}
 
 
 def _probe_of(case: Case, seed: int) -> _Piece:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from study.analysis import leave_out
+from study.pipeline.choosing import accepted
 from study.pipeline.naming import named
+from study.pipeline.opening import say
 from study.pipeline.run import run_in
 from study.report.console import show_leave_out, wide_console
 from study.spec.config import Confirm
@@ -34,7 +37,7 @@ def run_leave_out(
     Returns:
         Whether every study had a COMPLETE trial.
     """
-    config = load_config(path, overrides)
+    config = accepted(load_config(path, overrides), partial(say, wide_console()))
     attacks = leave_out.select(config, which)
     if config.confirmation is None and not leave_out.is_exact(config):
         config = config.model_copy(update={"confirm": Confirm(paper_seeds=0)})

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from bimask.nets import require_trusted
 from bimask.progress import Console
 from bimask.victims import Victim
 from study import search
+from study.pipeline.choosing import accepted
 from study.pipeline.closing import close, make_report
 from study.pipeline.confirm import confirm_choice
 from study.pipeline.last_words import FrontSoFar
@@ -35,6 +37,7 @@ from study.report.pictures import FRONT_PICTURE, draw_front, draw_victims
 from study.search.interrupts import InterruptedStudyError, Interrupts, LostRayError, leave
 from study.search.warm_start import Earlier, read_earlier
 from study.spec.config import StudyConfig, StudyError
+from study.spec.defences import KEY
 from study.spec.reading import load_config
 from study.spec.suspect import Subject
 from study.store import records
@@ -82,13 +85,18 @@ def run_study(
         InterruptedStudyError: a signal ended it, in good order.
         LostRayError: Ray died under it.
     """
+    understood = partial(accepted, say=partial(say, wide_console()))
     with ExitStack() as stack:
         if resume is not None:
-            config, folder = reopen(outputs, resume, path, overrides)
+            config, folder = reopen(outputs, resume, path, overrides, understood=understood)
             stack.enter_context(locked(folder))
         elif path is not None:
             config, folder = stack.enter_context(
-                named(load_config(path, overrides), outputs, chosen_by_user="name" in overrides)
+                named(
+                    understood(load_config(path, overrides)),
+                    outputs,
+                    chosen_by_user="name" in overrides,
+                )
             )
         else:
             raise StudyError("There is no study to run; give a YAML file, or --resume NAME.")
@@ -233,13 +241,15 @@ def _start_in_mlflow(
     tracker.start_study(
         config.name,
         {"trials": config.trials, "seed": config.seed, "sampler": config.sampler}
-        | {"selection": config.selection, "victims": ", ".join(victims)},
+        | {"selection": config.selection, "victims": ", ".join(victims)}
+        | ({"defences": ", ".join(config.defenders)} if config.defenders.several else {}),
         {"study": config.name, "study_id": identity.study_id, "study_digest": config.digest}
         | {"objectives": json.dumps(config.directions), "commit": commit()}
         | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}
         | {f"version.{package}": number for package, number in versions().items()},
         scores=["clean_accuracy", "attack_success" if config.suspect is None else "risk"],
-        settings=list(config.space),
+        # of several defences the settings would be as many columns as there are settings in all
+        settings=[KEY] if config.defenders.several else list(config.space),
     )
 
 

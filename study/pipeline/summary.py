@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from bimask.defences.base import Defence
+from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
 from bimask.files.tensors import load_tensors
 from bimask.metrics import Split, evaluate
@@ -63,7 +63,11 @@ def summarise(
     }
     position = positions[config.selection]
     chosen = None if position is None else complete[position]
-    paper = next((t for t in complete if t["preset"] == search.PAPER), None)
+    papers = [t for t in complete if t["preset"] == search.PAPER]
+    whose = chosen and config.defenders.name_of(chosen["parameters"])
+    # of several defences the defaults of the chosen one: what the search was worth
+    mine = [t for t in papers if whose in (None, config.defenders.name_of(t["parameters"]))]
+    paper = next(iter(mine), None)
     on_front = [complete[competing[i]] for i in front.indices]
     accuracies = {name: victim.scores["val"].clean_accuracy for name, victim in victims.items()}
     summary: StudySummary = {
@@ -138,19 +142,16 @@ def _measured(
     """A trial with its scores on `test`, measured from its saved masks."""
     settings = config.defence_config(trial["parameters"])
     per_victim = {
-        name: _on_test(
-            folder / "trials" / f"{trial['number']:03d}", name, victim, config.defender, settings
-        )
+        name: _on_test(folder / "trials" / f"{trial['number']:03d}", name, victim, settings)
         for name, victim in victims.items()
     }
     overall = _over_all(config, per_victim)
     return {**_point(config, trial), "test": overall, "victims": per_victim}
 
 
-def _on_test(
-    folder: Path, name: str, victim: Subject, defence: Defence[Any], settings: DefenceConfig
-) -> VictimScores:
+def _on_test(folder: Path, name: str, victim: Subject, settings: DefenceConfig) -> VictimScores:
     """The scores on `test` of what a trial stored, mean over the victim's runs."""
+    defence = defence_of(settings)
     splits = victim.load_data()
     again = sorted(folder.glob(f"{name}.*.{defence.stem}.*rs"))
     paths = (folder / f"{name}.{defence.stem}.safetensors", *again)

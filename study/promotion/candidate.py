@@ -6,7 +6,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from bimask.defences.base import Defence
+from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import BimaskError
 from bimask.progress import Console, ToldProgress
@@ -42,9 +45,16 @@ class Candidate:
     evidence: TestEvidence | None
 
     @property
+    def defence(self) -> Defence[Any]:
+        """The defence whose settings these are."""
+        return defence_of(self.settings)
+
+    @property
     def digest(self) -> str:
         """Sixteen hex digits of the study's and the trial's settings: what is registered once."""
         deciding = [self.config.digest, self.settings.model_dump(mode="json"), self.config.seed]
+        if self.config.defenders.several:
+            deciding.append(self.defence.name)
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -52,7 +52,7 @@ def packed(candidate: Candidate, name: str, victim: Victim) -> Iterator[tuple[Pa
     if result is None:
         generator = torch.Generator().manual_seed(config.seed)
         result = defend(model, images, settings, labels=labels, generator=generator)
-    purified, twin = result.model(), config.defender.twin(model, result.tensors, settings)
+    purified, twin = result.model(), candidate.defence.twin(model, result.tensors, settings)
     own = settings if isinstance(settings, PurifyConfig) else None
     looked = before_after(model, purified, images, labels, twin=twin, config=own)
     test = victim.eval_sets(splits, "test")
@@ -62,7 +62,7 @@ def packed(candidate: Candidate, name: str, victim: Victim) -> Iterator[tuple[Pa
         save_cleaned(cleaned, suspect, result, looked, seed=config.seed, scores=scores)
         records.write_yaml(
             best,
-            {"defence": config.defence, "purify": settings.model_dump(), "seed": config.seed}
+            {"defence": candidate.defence.name, "purify": settings.model_dump(), "seed": config.seed}
             | {"study": candidate.folder.name, "trial": candidate.number},
             f"trial {candidate.number} of study {candidate.folder.name}, promoted on victim {name}",
         )
@@ -88,7 +88,7 @@ def stored(candidate: Candidate, name: str, model: nn.Module) -> DefenceResult |
     Returns:
         None for a victim that no trial had, and where an earlier version stored it.
     """
-    defence, folder = candidate.config.defender, candidate.folder / "trials"
+    defence, folder = candidate.defence, candidate.folder / "trials"
     path = folder / f"{candidate.number:03d}" / f"{name}.{defence.stem}.safetensors"
     rounds = path.with_name(f"{name}.rounds.json")
     if not path.is_file() or not rounds.is_file():
@@ -144,7 +144,7 @@ def card_of(candidate: Candidate, verdicts: list[Verdict], victim_name: str) -> 
     settings = indent(dump_yaml(candidate.settings.model_dump()), "    ")  # no text can end it
     return f"""# Trial {candidate.number} of the study {candidate.folder.name}
 
-A configuration of the defence `{candidate.config.defence}`, and the victim `{victim_name}`
+A configuration of the defence `{candidate.defence.name}`, and the victim `{victim_name}`
 purified with it. Images in, as arrays (height, width, channels) or PNGs in base64; classes and
 probabilities out.
 

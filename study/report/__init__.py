@@ -16,13 +16,13 @@ from typing import Any
 from markupsafe import escape
 from typing_extensions import NotRequired, TypedDict
 
-from bimask.defences import defence_named
 from bimask.errors import BimaskError
 from bimask.files.pages import plain
 from study.report.answers import Scene, TrialAnswers, VictimAnswers
 from study.report.closeup import Curves, Layer, curves, layers, reports_of, stored
 from study.report.content import Finished, PageContent, page_content, read, settings_of
-from study.spec.config import IMS, StudyError
+from study.spec.config import StudyError
+from study.spec.defences import Defenders
 from study.store.records import fitting_together
 from study.store.schema import VictimBefore
 
@@ -138,7 +138,7 @@ def _close_ups(
     """`trials` by number and `victims` by name, for the chosen trial, the paper's and the front."""
     study = study_found.study
     first = [content["chosen"], content["paper"], *content["front"]]
-    defence = defence_named(study.get("defence", IMS))
+    defenders = Defenders.of(study)
     numbers = list(dict.fromkeys(n for n in first if n is not None))[:CLOSE_UPS]
     trials = {trial["number"]: trial for trial in study_found.trials}
     reports = reports_of(folder)
@@ -150,6 +150,7 @@ def _close_ups(
             continue
         kept = folder / "trials" / f"{number:03d}"
         settings = settings_of(study, trials[number])
+        defence = defenders.defence(trials[number]["parameters"])
         found[number] = {"settings": settings.model_dump(), "victims": {}}
         for name in trials[number]["scores"]:
             tensors = stored(kept, name, defence)

@@ -75,10 +75,13 @@ def show(
     shown = list(SCORES) if config.suspect is None else ["clean_accuracy", "risk"]
     taken = sum(COLUMN + len(f"{SHORT[name]} %") for name in shown) + COLUMN + len("trial *")
     points = [trial["parameters"] for trial in summary["front"]]
-    searched = fitting(list(config.space), points, console.width - taken - 1)
+    several = config.defenders.several
+    searched = [] if several else fitting(list(config.space), points, console.width - taken - 1)
     table = Table(title=f"Pareto front of {summary['name']} (val)", title_justify="left")
     for column in ("trial", *(f"{SHORT[name]} %" for name in shown), *searched):
         table.add_column(column, justify="right")
+    for column in ("defence", "its settings") if several else ():
+        table.add_column(column)
     for trial in summary["front"]:
         values = {**trial["val"], "risk": trial.get("risk")}
         mark = chosen is not None and trial["number"] == chosen["number"]
@@ -86,10 +89,11 @@ def show(
             f"{trial['number']}{' *' if mark else ''}",
             *(f"{100 * number(values, name):.1f}" for name in shown),
             *(_short(trial["parameters"].get(name, "")) for name in searched),
+            *(_of_its_defence(config, trial["parameters"]) if several else ()),
             style="bold green" if mark else None,
         )
     console.print(table)
-    if hidden := len(config.space) - len(searched):
+    if hidden := 0 if several else len(config.space) - len(searched):
         console.tell(
             f"{hidden} more settings of each trial: {folder / records.TRIALS}, {folder / REPORT}"
         )
@@ -121,6 +125,14 @@ def show(
     where = shlex.join(["--config", str(folder / records.BEST), "--out", str(folder / "cleaned")])
     reuse = f"python -m bimask purify {_whom(config, victims)} {where}{_trust(config)}"
     console.tell(f"reuse: {reuse}")
+
+
+def _of_its_defence(config: StudyConfig, parameters: Parameters) -> tuple[str, str]:
+    """A trial's defence, and the searched of its settings."""
+    name = config.defenders.name_of(parameters)
+    searched = {key: value for key, value in parameters.items() if key in config.space}
+    own = config.defenders.own(name, searched)
+    return name, ", ".join(f"{key} {_short(value)}" for key, value in own.items())
 
 
 def _whom(config: StudyConfig, victims: Path) -> str:

@@ -19,7 +19,7 @@ from study.analysis.blind import PROMISE
 from study.analysis.importance import importances
 from study.analysis.pareto import ParetoFront
 from study.spec.config import PAPER, StudyError
-from study.spec.config import settings_of as settings_class
+from study.spec.defences import KEY, Defenders
 from study.spec.directions import DIRECTIONS, OBJECTIVES, Direction
 from study.spec.objectives import (
     SCORES,
@@ -30,7 +30,7 @@ from study.spec.objectives import (
     number,
     quantities,
 )
-from study.spec.space import Parameter
+from study.spec.space import Parameter, Scalar
 from study.store import records
 from study.store.schema import (
     Confirmation,
@@ -73,6 +73,7 @@ class TrialOnPage(TypedDict):
     number: int
     status: TrialStatus
     preset: str | None
+    defence: NotRequired[str]
     parameters: Parameters
     seconds: float | None
     reason: NotRequired[str | None]
@@ -134,6 +135,7 @@ class PageContent(TypedDict):
 
     name: str
     headline: Headline
+    defences: list[str]
     victims: list[VictimOnPage]
     parameters: list[Mapping[str, object]]
     objectives: dict[str, Direction]
@@ -190,24 +192,27 @@ def page_content(found: Finished) -> PageContent:
     chosen = summary and summary["chosen"]
     space = TypeAdapter(dict[str, Parameter]).validate_python(study["space"])
     searched = [trial for trial in complete if trial["preset"] != PAPER]
+    defenders = Defenders.of(study)
     left = "attack_success" if study.get("suspect") is None else RISK
     shown: dict[str, Direction] = {name: DIRECTIONS[name] for name in ("clean_accuracy", left)}
     return {
         "name": study["name"],
         "headline": headline(summary, Counter(trial["status"] for trial in trials)),
+        "defences": list(defenders) if defenders.several else [],
         "victims": _victims(summary, complete),
         "parameters": [{"name": name, **parameter.model_dump()} for name, parameter in space.items()],
         "objectives": objectives,
         "left": left,
         "scores": list(SCORES) if left in SCORES else list(shown),
-        "trials": [_trial(trial) for trial in trials],
+        "trials": [_trial(trial, several=defenders.several) for trial in trials],
         "front": front,
         "chosen": chosen and chosen["number"],
-        "paper": next((t["number"] for t in trials if t["preset"] == PAPER), None),
+        "paper": _paper(summary, trials),
         "before": scores_before(summary, "val"),
         "bound": summary and summary["min_clean_accuracy"],
         "hypervolume": summary and summary["hypervolume"],
-        "importance": importances(space, searched, shown),
+        # of several defences `defence` alone is in all trials, and its importance would be all there is
+        "importance": {} if defenders.several else importances(space, searched, shown),
         "blind": blind_choice(complete, summary),
         "suite": summary and summary.get("suite"),
         "leave_one_out": summary and summary.get("leave_one_out"),
@@ -238,19 +243,31 @@ def headline(summary: StudySummary | None, count: Mapping[TrialStatus, int]) -> 
     after = chosen["test"]
     if "attack_success" not in after:
         return _of_suspect(chosen, was, ended)
-    paper = summary["paper_defaults"]
-    who = "The paper's defaults" if paper and paper["number"] == chosen["number"] else None
+    paper, name = summary["paper_defaults"], _defence_of(chosen)
+    of = "" if name is None else f" of {name}"
+    who = f"The paper's defaults{of}" if paper and paper["number"] == chosen["number"] else None
     text = f"Measured on the test images, once, after the choice. {ended}."
     if paper and who is None:
         left = _percent(paper["test"]["attack_success"])
-        text += f" The paper's defaults leave attack success at {left}."
+        text += f" The paper's defaults{of} leave attack success at {left}."
     text += _unseen(summary)
     return {
-        "title": _finding(who or f"Trial {chosen['number']}", was, after, plural=who is not None),
+        "title": _finding(who or _named(chosen), was, after, plural=who is not None),
         "text": text,
         "before": was,
         "after": after,
     }
+
+
+def _named(chosen: Measured) -> str:
+    """The chosen trial, with its defence where the study had several."""
+    name = _defence_of(chosen)
+    return f"Trial {chosen['number']}" + ("" if name is None else f" ({name})")
+
+
+def _defence_of(chosen: Measured) -> Scalar:
+    """The chosen trial's defence where the study had several."""
+    return chosen.get("parameters", {}).get(KEY)
 
 
 def _of_suspect(chosen: Measured, before: Mapping[str, float], ended: str) -> Headline:
@@ -259,7 +276,7 @@ def _of_suspect(chosen: Measured, before: Mapping[str, float], ended: str) -> He
     left = f"leaves {_percent(risk)} of the short cuts found in the suspect"
     price = _price(before, chosen["test"], in_vain=risk >= 1)
     return {
-        "title": f"Trial {chosen['number']} {left} {price}",
+        "title": f"{_named(chosen)} {left} {price}",
         "text": "Short cuts were sought with clean pictures alone, and the risk is of val; the "
         f"accuracy was measured on other pictures, once, after the choice. {ended}. {PROMISE}",
         "before": before,
@@ -333,7 +350,14 @@ def _victims(summary: StudySummary | None, complete: list[TrialRecord]) -> list[
     ]
 
 
-def _trial(trial: TrialRecord) -> TrialOnPage:
+def _paper(summary: StudySummary | None, trials: Sequence[TrialRecord]) -> int | None:
+    """The trial of the paper's defaults; of several defences that of the chosen one's."""
+    if summary and summary["paper_defaults"]:
+        return summary["paper_defaults"]["number"]
+    return next((t["number"] for t in trials if t["preset"] == PAPER), None)
+
+
+def _trial(trial: TrialRecord, *, several: bool) -> TrialOnPage:
     short: TrialOnPage = {
         "number": trial["number"],
         "status": trial["status"],
@@ -341,6 +365,8 @@ def _trial(trial: TrialRecord) -> TrialOnPage:
         "parameters": {} if trial["preset"] == PAPER else trial["parameters"],
         "seconds": trial.get("seconds"),
     }
+    if several:
+        short["defence"] = str(trial["parameters"][KEY])
     if trial["status"] != COMPLETE:
         return {**short, "reason": trial["reason"]}
     for name in SHOWN:
@@ -355,7 +381,7 @@ def _trial(trial: TrialRecord) -> TrialOnPage:
 def settings_of(study: Mapping[str, Any], trial: TrialRecord) -> DefenceConfig:
     """All settings of the defence in a trial."""
     fixed = {} if trial["preset"] == PAPER else study["fixed"]
-    return settings_class(study).model_validate({**fixed, **trial["parameters"]})
+    return Defenders.of(study).settings(fixed, trial["parameters"])
 
 
 def _tested(summary: StudySummary | None) -> list[TestedOnPage]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,27 @@ from bimask.metrics import EvalSets
 from bimask.victims import Victim
 from bimask.victims.gallery import gallery
 from study.report.content import scores_before
+from study.spec.defences import KEY
 from study.spec.objectives import backdoor_left, number
 from study.store.schema import StudySummary, TrialRecord
 from study.trial.cases import Case
 
 # Okabe-Ito: distinct to colour-blind readers, and each role has a marker of its own as well.
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#999999", "#000000"
+# Of defences: Okabe-Ito's, then Tol's; the legend and the table of trials name them as well.
+PALETTE = (
+    BLUE,
+    ORANGE,
+    GREEN,
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#7A5195",
+    "#8C510A",
+    "#B2182B",
+    "#1B7837",
+)
+MARKS = (("D", "o"), ("P", "v"), ("X", "<"))  # on the front, and dominated
 FRONT_PICTURE = "front.png"
 AXES = {"attack_success": "attack success rate", "risk": "risk (short cuts still followed)"}
 
@@ -38,15 +54,21 @@ def draw_front(path: Path, trials: Sequence[TrialRecord], summary: StudySummary)
     axes = figure.subplots()
     by = backdoor_left(victim)
     points = {t["number"]: (100 * number(t, by), 100 * t["clean_accuracy"]) for t in complete}
-    others = [p for number, p in points.items() if number not in front]
-    if others:
-        x, y = zip(*others, strict=True)
-        axes.scatter(x, y, color=GREY, s=36, label="dominated")
     if front:
-        line = sorted(points[number] for number in front)
-        x, y = zip(*line, strict=True)
-        axes.step(x, y, where="post", color=BLUE, linewidth=1.2)
-        axes.scatter(x, y, color=BLUE, s=46, zorder=3, label="Pareto front")
+        x, y = zip(*sorted(points[number] for number in front), strict=True)
+        several = any(KEY in trial["parameters"] for trial in complete)  # and blue is one of them
+        axes.step(x, y, where="post", color=GREY if several else BLUE, linewidth=1.2)
+    for group in _groups(complete, front):
+        x, y = zip(*(points[number] for number in group.numbers), strict=True)
+        axes.scatter(
+            x,
+            y,
+            color=group.colour,
+            marker=group.marker,
+            s=group.size,
+            zorder=group.layer,
+            label=group.label,
+        )
     if paper is not None:
         axes.scatter(
             *points[paper],
@@ -87,6 +109,41 @@ def draw_front(path: Path, trials: Sequence[TrialRecord], summary: StudySummary)
     axes.grid(alpha=0.25)
     axes.legend(loc="lower center", fontsize=8, ncols=2)
     save_figure(figure, path)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Trials that look alike; a label None is in the legend already."""
+
+    numbers: list[int]
+    colour: str
+    label: str | None
+    marker: str = "o"
+    size: int = 36
+    layer: int = 2
+
+
+def _groups(complete: Sequence[TrialRecord], front: Sequence[int]) -> list[_Group]:
+    """The trials on the front and the dominated ones, of several defences each in its colour."""
+    by_defence: dict[str | None, list[int]] = {}
+    for trial in complete:
+        name = trial["parameters"].get(KEY)
+        by_defence.setdefault(None if name is None else str(name), []).append(trial["number"])
+    found = []
+    for at, (name, numbers) in enumerate(by_defence.items()):
+        best = [number for number in numbers if number in front]
+        others = [number for number in numbers if number not in front]
+        if name is None:
+            found += [
+                _Group(others, GREY, "dominated"),
+                _Group(best, BLUE, "Pareto front", size=46, layer=3),
+            ]
+            continue
+        lap, place = divmod(at, len(PALETTE))  # beyond the palette other marks stand for other defences
+        colour, mark = PALETTE[place], lap % len(MARKS)
+        found.append(_Group(best, colour, name, MARKS[mark][0], 52, 3))
+        found.append(_Group(others, colour, None if best else name, MARKS[mark][1], 26))
+    return [group for group in found if group.numbers]
 
 
 def draw_victims(folder: Path, cases: Sequence[Case]) -> None:

@@ -9,13 +9,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from ray import tune
 from safetensors.torch import save
 
-from bimask.defences.base import Defence, StepLog
+from bimask.defences.base import StepLog
+from bimask.defences.purify import defence_of
 from bimask.errors import NonFiniteError
 from bimask.metrics import CleanScores, Scores
 from study.report.pictures import draw_masks
@@ -105,17 +105,18 @@ def trainable(config: Group, *, study: StudyConfig, cases: list[Case]) -> None:
                 reports.append({"number": number, "reason": f"NonFiniteError: {result}"})
             else:
                 if result.stopped is None:
-                    write_artifacts(result, study.defender, Path(folder) / str(number), number)
+                    write_artifacts(result, Path(folder) / str(number), number)
                 reports.append(result.report(number, device))
         kept = tune.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
         tune.report({"final": True, "members": reports}, checkpoint=kept)
 
 
-def write_artifacts(result: TrialResult, defence: Defence[Any], folder: Path, number: int) -> None:
+def write_artifacts(result: TrialResult, folder: Path, number: int) -> None:
     """What every run stored (safetensors), a picture of its masks, and its steps (JSON), in a new
     folder."""
     folder.mkdir()
     for name, case in result.cases.items():
+        defence = defence_of(case.result.config)
         cost = {kind: str(count) for kind, count in asdict(case.result.passes).items()}
         cost["seconds"] = f"{case.result.seconds:.3f}"
         # safetensors' own writer raises an error of its own where the disk is full, and no OSError

@@ -13,8 +13,9 @@ import optuna
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
+from bimask.defences import DEFENCES
 from study.search.optuna_door import OptunaDoor
-from study.search.samplers import SAMPLERS, STARTUP, WORTH, first_sampler
+from study.search.samplers import SAMPLERS, STARTUP, WORTH, sampler_of
 from study.search.warm_start import Earlier, Observed
 from study.spec.config import PAPER, StudyConfig, StudyError
 from study.spec.objectives import quantities
@@ -75,7 +76,8 @@ class ParetoSearch(Searcher):
         self.untold: dict[int, TrialRecord] = {}
         self.told: list[TrialRecord] = []
         self.seconds: list[float] = []
-        self.took: list[float] = []  # seconds of complete trials, for one run a victim
+        # seconds of complete trials, for one run a victim: a defence is no measure of another
+        self.took: dict[str, list[float]] = {}
         self.earlier = earlier or Earlier()
         self.rules = TrialRules.of(config)
         self.history = ParetoHistory(config.early_stopping)
@@ -118,12 +120,14 @@ class ParetoSearch(Searcher):
         if self.config.sampler == "qmc":
             known = 0  # the storage knows the place in its sequence, under the sequence's seed
         self.seed = (self.config.seed + known) % 2**32
-        study.sampler = SAMPLERS[first_sampler(self.config)](self.seed)
+        study.sampler = sampler_of(self.config, self.seed)
         if "enqueued" not in study.user_attrs:  # a kill may have come before
             study.set_metric_names(list(self.config.directions))  # the axes in dashboards
             first: list[tuple[Parameters, dict[str, str]]] = []
             if self.config.paper_defaults:
-                first.append(({}, {"preset": PAPER}))
+                for name in self.config.defenders:
+                    whose = {"defence": name} if self.config.defenders.several else {}
+                    first.append(({}, {"preset": PAPER, **whose}))
             points = first + [(point, {}) for point in (*self.config.start, *self.earlier.points)]
             for point, attributes in points[len(study.trials) :]:
                 study.enqueue_trial(point, user_attrs=attributes)
@@ -177,13 +181,13 @@ class ParetoSearch(Searcher):
 
     def _limit(self, members: Sequence[Member]) -> float:
         """Seconds that a group has: the study's `trial_timeout` for each, or what others took."""
-        each = self.config.trial_timeout
-        if each is None:
-            presets = [member["preset"] for member in members]
-            # the paper's defaults may take a hundred times what searched settings do
-            known = [] if PAPER in presets else self.took
-            each = default_timeout(known) * max(map(self.config.repeats_of, presets))
-        return each * len(members)
+        if self.config.trial_timeout is not None:
+            return self.config.trial_timeout * len(members)
+        presets = [member["preset"] for member in members]
+        names = [self.config.defenders.name_of(member["parameters"]) for member in members]
+        # the paper's defaults may take a hundred times what searched settings do
+        known = [[] if PAPER in presets else self.took.get(name, []) for name in names]
+        return sum(map(default_timeout, known)) * max(map(self.config.repeats_of, presets))
 
     def _unasked(self) -> int:
         """How many new trials there may still be."""
@@ -227,7 +231,10 @@ class ParetoSearch(Searcher):
             source = optuna.trial.FixedTrial(trial.params)
         else:
             trial.set_user_attr("tune_trial_id", trial_id)
-        parameters = published(self.config) if preset == PAPER else suggest(self.config.space, source)
+        if preset == PAPER:
+            parameters = published(self.config, trial.user_attrs.get("defence"))
+        else:
+            parameters = suggest(self.config.space, source)
         return {"number": trial.number, "preset": preset, "parameters": parameters}
 
     def _trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
@@ -258,7 +265,9 @@ class ParetoSearch(Searcher):
             violations = self.rules.constraints.violations(values)
             self.history.finished(self.rules.losses(values), violations)
             seconds = record.get("seconds", 0.0)
-            self.took.append(seconds / self.config.repeats_of(record["preset"]))
+            name = self.config.defenders.name_of(record["parameters"])
+            took = seconds / self.config.repeats_of(record["preset"])
+            self.took.setdefault(name, []).append(took)
             self._settle(seconds)
         try:
             self.flush_pending()
@@ -329,10 +338,10 @@ def is_complete(record: TrialRecord) -> bool:
     return bool(record["status"] == "COMPLETE")
 
 
-def published(config: StudyConfig) -> Parameters:
-    """The published defaults of the study's defence, every setting."""
-    found: Parameters = config.defender.config().model_dump()
-    return found
+def published(config: StudyConfig, name: str | None = None) -> Parameters:
+    """The published defaults of a defence of the study, by default its first: every setting."""
+    name = name or config.defenders.names[0]
+    return config.defenders.parameters(name, DEFENCES[name].config().model_dump())
 
 
 def final_reports(result: Mapping[str, Any] | None) -> dict[int, MemberReport]:

@@ -29,6 +29,21 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 }
 
 
+def grouped_tpe(seed: int) -> optuna.samplers.BaseSampler:
+    """TPE for several defences: the settings of each are learned together, from its own trials
+    (benchmarks/conditional.md)."""
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=STARTUP, constant_liar=True, multivariate=True, group=True
+    )
+
+
+def sampler_of(config: StudyConfig, seed: int) -> optuna.samplers.BaseSampler:
+    """What a study begins with, itself."""
+    name = first_sampler(config)
+    made = grouped_tpe if name == "tpe" and config.defenders.several else SAMPLERS[name]
+    return made(seed)
+
+
 def first_sampler(config: StudyConfig) -> str:
     """What a study begins with: under `auto` GP, where that can learn the whole space in time."""
     if config.sampler != "auto":

@@ -16,7 +16,8 @@ from bimask.errors import describe, first_of
 from bimask.files.bounded import read_yaml
 from bimask.victims import VictimSpec
 from study.spec import space as spaces
-from study.spec.config import IMS, Choice, StudyConfig, StudyError
+from study.spec.config import Choice, StudyConfig, StudyError
+from study.spec.defences import IMS
 from study.spec.space import Scalar
 
 # Ablations of IMS: what is left out -> settings that hold it out of every trial.
@@ -227,8 +228,7 @@ def load_comparison(path: Path, overrides: Mapping[str, object] | None = None) -
 
 def _problems(study: StudyConfig) -> list[tuple[str, str]]:
     """What does not fit its defence in a study, by place."""
-    settings = study.defender.config
-    return spaces.problems(study.space, study.fixed, settings) + spaces.start_problems(
+    return spaces.problems(study.space, study.fixed, study.defenders.problems) + spaces.start_problems(
         study.space, study.start
     )
 

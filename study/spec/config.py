@@ -19,16 +19,16 @@ from pydantic import (
 )
 
 from bimask.defences import DEFENCES
-from bimask.defences.base import Defence
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import BimaskError
 from bimask.nets import is_own
 from bimask.victims import VictimSpec
 from bimask.victims.suite import MAX_VICTIMS
+from study.spec.defences import ALL, IMS, Defenders, complete
 from study.spec.directions import DIRECTIONS, Direction
 from study.spec.gates import Gates
 from study.spec.objectives import Aggregate, Constraints, ObjectiveName
-from study.spec.space import Parameter, Scalar, expanded, ranges
+from study.spec.space import Parameter, Scalar
 from study.spec.stopping import EarlyStopping
 from study.spec.suspect import NAME, SuspectSpec
 
@@ -46,9 +46,11 @@ LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constrai
     "suspect",
     "defence",
     "search_seconds",
+    "defences",
 }
 PAPER = "paper"  # the preset of trial 0, the published defaults
-IMS = "ims"  # what a study without a word of it searches
+# They model the parameters that all trials have: of several defences, `defence` alone.
+OF_ONE_DEFENCE = {"gp", "nsga2", "nsga3", "qmc"}
 NEEDS_TRIGGER = {"attack_success", "recovery"}
 
 
@@ -98,7 +100,15 @@ class StudyConfig(BaseModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(0, ge=0, lt=2**32)
-    defence: str = Field(IMS, description="whose settings are searched: a name in `bimask.defences`")
+    defence: str | None = Field(
+        IMS,
+        description="whose settings are searched: a name in `bimask.defences`; null beside `defences`",
+    )
+    defences: Literal["all"] | list[str] | None = Field(
+        None,
+        description="in its place: several, of which each trial has one, chosen with its settings; "
+        "all: those that can work on the study's nets",
+    )
     trials: int = Field(ge=1, le=1_000_000)
     search_seconds: float | None = Field(
         None,
@@ -191,18 +201,10 @@ class StudyConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_profile(cls, given: Any) -> Any:
+    def _complete(cls, given: Any) -> Any:
         """`profile: NAME` in `fixed` stands for that profile's settings; without a `space` that of
-        the defence is searched."""
-        if isinstance(given, dict) and "space" not in given and (own := default_space(given)):
-            given = given | {"space": own}
-        if isinstance(given, dict) and isinstance(given.get("fixed"), dict):
-            space = given.get("space")
-            fixed = expanded(
-                given["fixed"], space if isinstance(space, dict) else {}, settings_of(given)
-            )
-            return given | {"fixed": fixed}
-        return given
+        the defence is searched; what is said by defence becomes flat."""
+        return complete(given) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _blind_stays_blind(self) -> StudyConfig:
@@ -219,30 +221,50 @@ class StudyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _bounds_are_of_numbers(self) -> StudyConfig:
-        if (
-            self.constraints.max_pruned_share is not None
-            and "pruned_share" not in self.defender.numbers
-        ):
-            raise ValueError(
-                f"{self.defence} prunes nothing, so constraints.max_pruned_share bounds nothing; "
-                "leave it out"
-            )
+        if self.constraints.max_pruned_share is not None and (who := _prunes_nothing(self.defenders)):
+            raise ValueError(f"{who}, so constraints.max_pruned_share bounds nothing; leave it out")
         return self
 
     @field_validator("defence")
     @classmethod
-    def _known_defence(cls, name: str) -> str:
-        if name not in DEFENCES:
+    def _known_defence(cls, name: str | None) -> str | None:
+        if name is not None and name not in DEFENCES:
             raise ValueError(f"there is no defence {name!r}; known are {', '.join(DEFENCES)}")
+        return name
+
+    @field_validator("defences", mode="before")
+    @classmethod
+    def _known_defences(cls, given: Any, info: ValidationInfo) -> Any:
+        if given is None or given == ALL:
+            names: list[Any] = []
+        elif isinstance(given, list) and given:
+            names = given
+        else:
+            raise ValueError("give `all`, or a list of defences' names such as [ims, clp]")
+        if unknown := [name for name in names if not isinstance(name, str) or name not in DEFENCES]:
+            raise ValueError(f"there is no defence {unknown[0]!r}; known are {', '.join(DEFENCES)}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"defences must differ, got {', '.join(names)}")
+        if given is not None and info.data.get("defence") is not None:
+            raise ValueError("stands beside `defence`; give one of the two")
+        return given
+
+    @field_validator("sampler")
+    @classmethod
+    def _copes_with_conditions(cls, name: str, info: ValidationInfo) -> str:
+        if info.data.get("defences") is not None and name in OF_ONE_DEFENCE:
+            raise ValueError(
+                f"{name} models the parameters that all trials have, and trials of several defences "
+                "have `defence` alone in common; take auto, tpe or random"
+            )
         return name
 
     @field_validator("objectives")
     @classmethod
     def _distinct(cls, names: list[str], info: ValidationInfo) -> list[str]:
-        defence = DEFENCES.get(info.data.get("defence", ""))
-        for name in names:
-            if name == "pruned_share" and defence is not None and name not in defence.numbers:
-                raise ValueError(f"{defence.name} prunes nothing, so {name} cannot be an objective")
+        who = _prunes_nothing(Defenders.of(info.data))
+        if "pruned_share" in names and who:
+            raise ValueError(f"{who}, so pruned_share cannot be an objective")
         if len(set(names)) < len(names):
             raise ValueError(f"objectives must differ, got {', '.join(names)}")
         return names
@@ -329,31 +351,23 @@ class StudyConfig(BaseModel):
         return min(self.repeats, self.paper_repeats) if preset == PAPER else self.repeats
 
     def may_use(self, setting: str) -> bool:
-        """Whether any trial may have it other than off."""
+        """Whether any trial may have it, under its name in the study, other than off."""
         points = [self.fixed, *self.start]
         return setting in self.space or any(point.get(setting) for point in points)
 
     @property
-    def defender(self) -> Defence[Any]:
-        """The defence whose settings are searched."""
-        return DEFENCES[self.defence]
+    def defenders(self) -> Defenders:
+        """The defences whose settings are searched, one or several."""
+        return Defenders.of({"defence": self.defence, "defences": self.defences})
 
     def defence_config(self, parameters: Mapping[str, Scalar]) -> DefenceConfig:
         """The defence's settings in a trial: fixed ones, then its own, which are all in the paper's."""
-        found: DefenceConfig = self.defender.config.model_validate({**self.fixed, **parameters})
-        return found
+        return self.defenders.settings(self.fixed, parameters)
 
 
-def settings_of(raw: Mapping[str, Any]) -> type[DefenceConfig]:
-    """The settings of the defence that a study names, checked or not; of an unknown one IMS's."""
-    name = raw.get("defence", IMS)
-    defence = DEFENCES.get(name) if isinstance(name, str) else None
-    found: type[DefenceConfig] = (defence or DEFENCES[IMS]).config
-    return found
-
-
-def default_space(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What is searched where a study says nothing: the defence's own ranges, but for what is fixed."""
-    fixed = raw.get("fixed")
-    held = set(fixed) if isinstance(fixed, dict) else set()
-    return {name: one for name, one in ranges(settings_of(raw)).items() if name not in held}
+def _prunes_nothing(defenders: Defenders) -> str:
+    """Who prunes nothing, as the subject and verb of a sentence; "" where any of them prunes."""
+    names = defenders.lacking("pruned_share")
+    if len(names) < len(defenders.names):
+        return ""
+    return f"{' and '.join(names)} prune{'s' if len(names) == 1 else ''} nothing"

@@ -118,7 +118,7 @@ class Aggregate(BaseModel):
 
     def __call__(self, name: str, values: Iterable[float]) -> float:
         """One value of the objective `name` from those of the victims."""
-        if name == "risk":
+        if name == "risk" or name not in DIRECTIONS:  # what a defence says of itself has no worse end
             return statistics.fmean(values)
         sign = -1.0 if DIRECTIONS[name] == "maximize" else 1.0
         return sign * self.of_losses([sign * value for value in values])
@@ -154,10 +154,11 @@ def over_victims(
     """A trial's numbers: the mean over a victim's runs, then `rule` over the victims.
 
     Args:
-        runs: victim -> the numbers of each of its runs, all with the same names.
+        runs: victim -> the numbers of each of its runs; those that every run has count.
         seconds: of the trial, which are a sum under every rule.
     """
-    names = next(iter(runs.values()))[0]
+    every = [run for mine in runs.values() for run in mine]
+    names = [name for name in every[0] if all(name in run for run in every)]
     means = {
         name: [sum(run[name] for run in mine) / len(mine) for mine in runs.values()] for name in names
     }

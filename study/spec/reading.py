@@ -18,7 +18,8 @@ from bimask.files.bounded import (
     require_rereadable,
 )
 from study.spec import space as spaces
-from study.spec.config import StudyConfig, StudyError, default_space, settings_of
+from study.spec.config import StudyConfig, StudyError
+from study.spec.defences import Defenders, complete
 from study.spec.space import Parameter
 from study.spec.suspect import beside_problems
 
@@ -49,7 +50,7 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
     if not isinstance(raw, dict):
         raise StudyError(f"{path} must hold `key: value` lines, got {type(raw).__name__}.")
     (lines, duplicates), *_ = found_places
-    raw |= overrides or {}
+    raw = complete({**raw, **(overrides or {})})
     found = [(place, "is given twice") for place in duplicates] + beside_problems(raw)
     try:
         config = StudyConfig.model_validate(raw)
@@ -58,12 +59,10 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
         reported = error.errors(include_url=False)
         found += [_problem(problem) for problem in reported[:MOST_PROBLEMS]]
         found += [("", f"{problem['loc']}") for problem in reported[MOST_PROBLEMS:]]
-    settings = settings_of(raw)
-    space = _readable_space(raw.get("space", default_space(raw)))
-    fixed = spaces.expanded(_mapping(raw.get("fixed")), space, settings)
-    found += spaces.problems(space, fixed, settings)
+    space = _readable_space(raw.get("space"))
+    found += spaces.problems(space, _mapping(raw.get("fixed")), Defenders.of(raw).problems)
     if config is not None:
-        found += spaces.start_problems(space, config.start)
+        found += spaces.start_problems(config.space, config.start)
     if config is not None and not found:
         found += [
             (f"controls.{row}.poisoning_rate", f"a control is clean: 0, got {spec.poisoning_rate:g}")

@@ -11,7 +11,7 @@ the setting keeps its fixed or published value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -125,24 +125,28 @@ def ranges(settings: type[DefenceConfig]) -> dict[str, dict[str, Any]]:
 
 
 def problems(
-    space: Mapping[str, Parameter], fixed: Mapping[str, Any], settings: type[DefenceConfig]
+    space: Mapping[str, Parameter], fixed: Mapping[str, Any], told: Callable[[str, Any], list[str]]
 ) -> list[tuple[str, str]]:
-    """What is wrong with a space and its fixed settings, as (place, sentence); empty if nothing."""
+    """What is wrong with a space and its fixed settings, as (place, sentence); empty if nothing.
+
+    Args:
+        told: name, value -> what is wrong with it by the defence's own settings.
+    """
     found = []
     for name, value in fixed.items():
         place = f"fixed.{name}"
         if name in space:
             found.append((place, "is searched in `space` as well; drop one of the two"))
-        found += [(place, text) for text in _setting_problems(name, value, settings)]
+        found += [(place, text) for text in told(name, value)]
     earlier: dict[str, Parameter] = {}
     for name, parameter in space.items():
         place = f"space.{name}"
-        texts = [t for value in parameter.probes() for t in _setting_problems(name, value, settings)]
+        texts = [t for value in parameter.probes() for t in told(name, value)]
         found += [(place, text) for text in dict.fromkeys(texts)]
         for parent, value in parameter.when.items():
             if parent not in earlier:
                 found.append((f"{place}.when", f"{parent!r} must be a parameter above this one"))
-            elif parent in earlier and not _possible(earlier[parent], value):
+            elif parent in earlier and not possible(earlier[parent], value):
                 found.append((f"{place}.when", f"{parent!r} never takes the value {value!r}"))
         earlier[name] = parameter
     return found
@@ -156,7 +160,7 @@ def start_problems(
         (f"start.{row}.{name}", f"{value!r} is not in the space")
         for row, point in enumerate(start)
         for name, value in point.items()
-        if name not in space or not _possible(space[name], value)
+        if name not in space or not possible(space[name], value)
     ]
 
 
@@ -171,13 +175,14 @@ def expanded(
     return {key: value for key, value in settings.PROFILES[name].items() if key not in space} | beside
 
 
-def _possible(parameter: Parameter, value: Scalar) -> bool:
+def possible(parameter: Parameter, value: Scalar) -> bool:
+    """Whether a parameter can take a value."""
     if isinstance(parameter, CategoricalParameter):
         return value in parameter.choices
     return isinstance(value, int | float) and parameter.low <= value <= parameter.high
 
 
-def _setting_problems(name: str, value: Any, settings: type[DefenceConfig]) -> list[str]:
+def setting_problems(name: str, value: Any, settings: type[DefenceConfig]) -> list[str]:
     """What the defence's configuration says of one setting."""
     if name == "profile":
         known = ", ".join(settings.PROFILES) or "none"

@@ -152,7 +152,7 @@ def _records(path: Path, checked: Callable[[Mapping[str, object]], Record]) -> l
 def settings_content(config: StudyConfig, parameters: Parameters) -> dict[str, object]:
     """A trial's settings as `bimask purify` takes them: of which defence, every one, and the seed."""
     settings = config.defence_config(parameters).model_dump()
-    return {"defence": config.defence, "purify": settings, "seed": config.seed}
+    return {"defence": config.defenders.name_of(parameters), "purify": settings, "seed": config.seed}
 
 
 def write_yaml(path: Path, content: Mapping[str, object], header: str) -> None:

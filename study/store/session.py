@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,13 +95,20 @@ def begin(folder: Path, config: StudyConfig, identity: Identity) -> None:
 
 
 def reopen(
-    outputs: Path, name: str, path: Path | None, overrides: Mapping[str, object]
+    outputs: Path,
+    name: str,
+    path: Path | None,
+    overrides: Mapping[str, object],
+    *,
+    understood: Callable[[StudyConfig], StudyConfig] = lambda config: config,
 ) -> tuple[StudyConfig, Path]:
     """The study NAME and its folder, to be gone on with.
 
     Args:
         path: a study's YAML that must say the same, or None.
         overrides: as for `load_config`; only how the study runs may differ from what it was.
+        understood: makes of a study as its file says it the one that runs, see
+            `study.pipeline.choosing`.
 
     Raises:
         StudyError: there is no such study, or it would be another one.
@@ -113,7 +120,7 @@ def reopen(
             f"There is no study {name!r} in {outputs} to go on with; there are: "
             f"{', '.join(known) or 'none'}."
         )
-    config = load_config(path or folder / records.STUDY, {**overrides, "name": name})
+    config = understood(load_config(path or folder / records.STUDY, {**overrides, "name": name}))
     if config.digest != (begun := Identity.load(folder).digest):
         raise StudyError(
             f"The study {name!r} was begun with the digest {begun}, but with what is given now it is "

@@ -123,12 +123,18 @@ class Recorder:
         settings = self.config.defence_config(trial["parameters"])
         tags = {"preset": preset or "search", "study": self.config.name, "commit": commit()}
         tags |= {"study_digest": self.config.digest, "seed": str(self.config.seed)}
+        tags["defence"] = self.config.defenders.name_of(trial["parameters"])
         tags |= {f"victim.{name}": digest for name, digest in self.victims.items()}
         if warnings := settings.warnings():
             tags["warning"] = " ".join(warnings)
         # what differs between trials: with constants in, the UI's parallel coordinates drown in them
-        searched = [name for name in self.config.space if preset or name in trial["parameters"]]
-        params = {name: getattr(settings, name) for name in searched}
+        parameters = self.config.defenders.parameters(tags["defence"], settings.model_dump())
+        searched = [
+            name
+            for name in self.config.space
+            if name in trial["parameters"] or (preset and name in parameters)
+        ]
+        params = {name: parameters[name] for name in searched}
         self.tracker.start_trial(trial["number"], params, tags)
 
     def reported(self, result: StepReport) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from bimask.defences import DEFENCES
 from bimask.defences.base import CleanData, Defence, DefenceResult
+from bimask.defences.purify import defence_of
 from bimask.inspection.risk import RiskProbe
 from bimask.metrics import CleanScores, CleanSet, EvalSets, Scores
 from study.spec.config import StudyConfig
@@ -30,9 +31,8 @@ class Case:
         repeat: which of the victim's runs in a trial this is: each has its own seed and images.
         probe: what asks a purified model without the attack, see `study.analysis.blind`; None asks
             nothing.
-        prepared: what the defence made of the victim beforehand; None where it needs nothing.
+        prepared: defence -> what it made of the victim beforehand; none of those that need nothing.
         labels: of `clean`, handed to defences that declare them alone.
-        defence: its name.
     """
 
     name: str
@@ -41,9 +41,8 @@ class Case:
     val: EvalSets | CleanSet
     repeat: int = 0
     probe: RiskProbe | None = None
-    prepared: Any = None
+    prepared: Mapping[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
-    defence: str = "ims"
 
     @classmethod
     def of(cls, name: str, victim: Subject, config: StudyConfig, repeat: int = 0) -> Case:
@@ -58,32 +57,25 @@ class Case:
             victim.eval_sets(splits, "val"),
             repeat,
             labels=clean.labels,
-            defence=config.defence,
         )
 
     def to(self, device: torch.device | str) -> Case:
         """The same with its images on another device; the victim stays."""
         probe = None if self.probe is None else self.probe.to(device)
-        prepared = None if self.prepared is None else self.prepared.to(device)
+        prepared = {name: one.to(device) for name, one in self.prepared.items()}
         labels = None if self.labels is None else self.labels.to(device)
         clean, val = self.clean.to(device), self.val.to(device)
         return replace(self, clean=clean, val=val, probe=probe, prepared=prepared, labels=labels)
 
-    @property
-    def defender(self) -> Defence[Any]:
-        """The defence that runs here."""
-        return DEFENCES[self.defence]
-
-    @property
-    def data(self) -> CleanData:
-        """What the defence is handed: labels only where it declares that it needs them."""
-        return CleanData(self.clean, self.labels if self.defender.needs_labels else None)
+    def data(self, defence: Defence[Any]) -> CleanData:
+        """What a defence is handed: labels only where it declares that it needs them."""
+        return CleanData(self.clean, self.labels if defence.needs_labels else None)
 
     def ask(self, model: nn.Module, result: DefenceResult) -> dict[str, float]:
         """What the probe says of a defended model and its twin, by name; nothing without a probe."""
         if self.probe is None:
             return {}
-        twin = self.defender.twin(model, result.tensors, result.config)
+        twin = defence_of(result.config).twin(model, result.tensors, result.config)
         return self.probe(result.model(), twin).numbers()
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
 from study.analysis.pareto import losses
 from study.spec.config import StudyConfig
@@ -14,6 +15,8 @@ from study.spec.directions import OBJECTIVES, Direction
 from study.spec.objectives import BEST, Aggregate, Constraints, Numbers, Spread, over_victims, spread
 from study.spec.stopping import EarlyStopping
 from study.trial.history import StoppingBounds, rung
+
+ABSENT = {"pruned_share": 0.0}  # of several defences: one that prunes nothing has pruned 0
 
 
 class Run(Protocol):
@@ -31,6 +34,10 @@ class Run(Protocol):
 class TrialRules:
     """The rules of a study, and what one trial is held against.
 
+    Attributes:
+        absent: numbers that not every defence says of itself -> what is understood where one does not.
+        several: whether trials may be of several defences, so that a rung is of one of them.
+
     By default the rules are those of a study that says nothing: the mean over the victims, no bounds,
     and every trial runs to its end.
     """
@@ -40,6 +47,8 @@ class TrialRules:
     constraints: Constraints = field(default_factory=Constraints)
     early_stopping: EarlyStopping | None = None
     rivals: StoppingBounds = field(default_factory=StoppingBounds)
+    absent: Mapping[str, float] = field(default_factory=dict)
+    several: bool = False
 
     @classmethod
     def of(cls, config: StudyConfig, rivals: StoppingBounds | None = None) -> TrialRules:
@@ -50,7 +59,13 @@ class TrialRules:
             config.constraints,
             config.early_stopping,
             rivals or StoppingBounds(),
+            ABSENT if config.defenders.several else {},
+            config.defenders.several,
         )
+
+    def numbers(self, own: Numbers) -> Numbers:
+        """What a defence says of itself, with what is understood of those that do not say it."""
+        return {**self.absent, **own}
 
     def values(
         self, runs: Sequence[Run], numbers: Mapping[str, Numbers], seconds: float
@@ -109,8 +124,19 @@ class TrialRules:
         found = {math.ceil(share * rounds): share for share in self.early_stopping.halving.shares}
         return {at: share for at, share in found.items() if at < rounds}
 
-    def at_rung(self, run: Run, share: float, values: Numbers) -> str | None:
+    def rung(self, run: Run, share: float, config: DefenceConfig) -> str:
+        """The name of the place where a trial is looked at: trials meet there those of their own
+        defence alone.
+
+        At half of its steps one defence has only begun to unlearn and another has all but ended, so
+        that their losses there say nothing of each other; and a step of one costs a hundred of
+        another's.
+        """
+        place = rung(run.key, share)
+        return f"{defence_of(config).name}/{place}" if self.several else place
+
+    def at_rung(self, run: Run, share: float, values: Numbers, config: DefenceConfig) -> str | None:
         """Why a trial with these losses at a rung is stopped there, or None."""
-        if self.rivals.ahead_at(rung(run.key, share), self.losses(values)):
+        if self.rivals.ahead_at(self.rung(run, share, config), self.losses(values)):
             return f"behind at {share:g} of the rounds on {run.key}"
         return None

@@ -1,7 +1,8 @@
 """A trial is one configuration: every victim is purified with it and scored on `val`.
 
-The trials of a group run at once, on one prepared victim (`bimask.defences.ims.population`), and each
-ends with the numbers that it has alone. Plain functions; nothing here knows Ray, Optuna or MLflow.
+The trials of a group that may share a run (`Defence.batch_key`) run at once, on one prepared victim,
+those of other defences one after another, and each ends with the numbers that it has alone. Plain
+functions; nothing here knows Ray, Optuna or MLflow.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from bimask.defences.base import Defence
+from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import NonFiniteError
 from bimask.metrics import evaluate
@@ -41,7 +41,7 @@ def run_trials(
     """Purify each case with every configuration, all configurations at once.
 
     Args:
-        configs: settings of the defence, one a trial.
+        configs: settings, one a trial; their types name the defences, which may differ.
         cases: runs of victims, in the order in which a trial meets them; they are left as they are.
         seed: of the defence in a victim's first run, the same for every trial; the same seed gives the
             same result on the same hardware, whatever else is in the group.
@@ -68,7 +68,7 @@ def run_trials(
     for case in cases:
         model = copy.deepcopy(case.victim.model).to(device)
         there = case.to(device)
-        for group in _batches(trials, case.defender):
+        for group in _batches(trials):
             running = [t for t in group if t.running and case.key in keys[t.position]]
             if running:
                 watch = TrialObserver(there, model, running, rules, report_every, on_report)
@@ -97,11 +97,12 @@ def _result(
     return TrialResult(trial.cases, values, spreads, trial.rungs, trial.seconds)
 
 
-def _batches(trials: Sequence[TrialState], defence: Defence[Any]) -> list[list[TrialState]]:
-    """The trials that may share one run of the defence."""
-    groups: dict[Hashable, list[TrialState]] = {}
+def _batches(trials: Sequence[TrialState]) -> list[list[TrialState]]:
+    """The trials that may share one run: of one defence, and of one key there."""
+    groups: dict[tuple[str, Hashable], list[TrialState]] = {}
     for trial in trials:
-        groups.setdefault(defence.batch_key(trial.config), []).append(trial)
+        defence = defence_of(trial.config)
+        groups.setdefault((defence.name, defence.batch_key(trial.config)), []).append(trial)
     return list(groups.values())
 
 
@@ -116,14 +117,15 @@ def _defend(
 ) -> None:
     """One run of trials that share one; every one of them gets its result, or its error."""
     configs = [trial.config for trial in running]
+    defence = defence_of(configs[0])
     if kept is not None:
         watch.resume(kept)
-    ended = case.defender.run(
+    ended = defence.run(
         model,
-        case.data,
+        case.data(defence),
         configs,
         generators=[torch.Generator().manual_seed(seed + case.repeat) for _ in running],
-        prepared=case.prepared,
+        prepared=case.prepared.get(defence.name),
         on_step=watch,
         state=None if kept is None else kept.state(configs),
         between_steps=None if kept is None else kept.between_steps,
@@ -140,7 +142,7 @@ def _defend(
                 scores,
                 result,
                 {name: t.detach().cpu().contiguous() for name, t in result.tensors.items()},
-                numbers_of(scores, result.numbers, before=case.before, said=said),
+                numbers_of(scores, watch.rules.numbers(result.numbers), before=case.before, said=said),
                 said,
             )
     seconds = watch.seconds_each + (kept.seconds / len(running) if kept is not None else 0.0)

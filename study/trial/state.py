@@ -15,7 +15,6 @@ from bimask.metrics import CleanScores, Scores, evaluate
 from study.spec.objectives import numbers_of
 from study.trial.cases import Case, CaseResult
 from study.trial.checkpoint import TrialCheckpoint
-from study.trial.history import rung
 from study.trial.rules import TrialRules
 
 Report = Callable[[int, str, StepLog, Scores | CleanScores], None]
@@ -93,10 +92,12 @@ class TrialObserver:
         if share is not None:
             spent = trial.seconds + self.seconds_each
             said = self.case.ask(self.model, result)
-            numbers = numbers_of(scores, result.numbers, before=self.case.before, said=said)
+            own = self.rules.numbers(result.numbers)
+            numbers = numbers_of(scores, own, before=self.case.before, said=said)
             numbers["seconds"] = spent
-            trial.rungs[rung(self.case.key, share)] = self.rules.losses(numbers)
-            trial.stopped = self.rules.at_rung(self.case, share, numbers)
+            where = self.rules.rung(self.case, share, trial.config)
+            trial.rungs[where] = self.rules.losses(numbers)
+            trial.stopped = self.rules.at_rung(self.case, share, numbers, trial.config)
             if self.kept is not None:
                 self.kept.keep_rungs([(one.rungs, one.stopped) for one in self.running])
         return trial.stopped is not None

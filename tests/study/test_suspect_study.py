@@ -368,3 +368,24 @@ def test_clean_scores_count_right_answers_and_know_no_more():
     assert CleanScores(0.6, 8, "val").arr(CleanScores(0.8, 8, "val")) == pytest.approx(0.25)
     with pytest.raises(DataError, match="none in split 'test'"):
         evaluate(model, CleanSet(data.subset(torch.tensor([], dtype=torch.long)), "test"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_suspects_study_may_choose_the_defence(home):
+    content = {key: value for key, value in STUDY.items() if key not in ("fixed", "space")}
+    content |= {"name": "which", "trials": 4, "defences": ["clp", "ft_sam"]}
+    content["fixed"] = {"ft_sam": {"epochs": 3}}
+    (home / "which.yaml").write_text(yaml.safe_dump(content))
+    done = run("study.launch", "which.yaml", "--concurrency", "1", cwd=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = home / "outputs" / "which"
+    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    assert [trial["parameters"]["defence"] for trial in trials[:2]] == ["clp", "ft_sam"]
+    chosen = min(trials, key=lambda t: (t["risk"], -t["clean_accuracy"], t["number"]))
+    best = yaml.safe_load((folder / "best.yaml").read_text())
+    assert (best["trial"], best["defence"]) == (chosen["number"], chosen["parameters"]["defence"])
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("reuse: ")]
+    done = run(*line.removeprefix("reuse: python -m ").split(), cwd=home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((folder / "cleaned" / "manifest.json").read_text())["defence"] == best["defence"]

@@ -32,7 +32,7 @@ function blindChart(width, risk, chosen) {
       transform: place, style: "cursor:pointer", onclick: () => update({ trial: trial.number }),
       onpointermove: (event) => { if (state.hover !== trial.number) update({ hover: trial.number }); trialTip(trial, event.clientX, event.clientY); },
       onpointerleave: () => { update({ hover: null }); hideTip(); },
-    }, trial.number === data.chosen ? svg("circle", { class: "ring", r: 9 }) : null, mark(roleOf(trial), roleOf(trial) === "dominated" ? 3.6 : 4.6)));
+    }, trial.number === data.chosen ? svg("circle", { class: "ring", r: 9 }) : null, mark(roleOf(trial), roleOf(trial) === "dominated" ? 3.6 : 4.6, colourOf(trial))));
     if (trial.number === chosen) picture.append(svg("g", { transform: place, "pointer-events": "none" }, mark("triangle", 8)));
   }
   return picture;

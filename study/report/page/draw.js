@@ -95,11 +95,12 @@ const SHAPES = {
   },
   triangle: (r) => `M0 ${-r}L${1.1 * r} ${0.9 * r}H${-1.1 * r}Z`,
 };
-const mark = (kind, r) => svg("path", { class: `mark ${kind}`, d: SHAPES[kind.split(" ")[0]](r) });
+const mark = (kind, r, colour) => svg("path", { class: `mark ${kind}`, d: SHAPES[kind.split(" ")[0]](r),
+  style: colour ? `${kind === "front" ? "fill" : "stroke"}:${colour}` : null });
 
-const legendItem = (kind, text, ring) =>
+const legendItem = (kind, text, ring, colour) =>
   el("li", {}, svg("svg", { viewBox: "-8 -8 16 16", "aria-hidden": "true" },
-    ring ? svg("circle", { class: "ring", r: 8 }) : null, mark(kind, 4.5)), text);
+    ring ? svg("circle", { class: "ring", r: 8 }) : null, mark(kind, 4.5, colour)), text);
 
 const tip = document.getElementById("tip");
 function showTip(x, y, ...content) {

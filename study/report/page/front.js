@@ -13,8 +13,9 @@ function drawFront() {
     ? segments("Part shown", [["all", "Everything"], ["near", "Close-up"]], view, (value) => { view = value; redraw(); })
     : "");
   slot("front-legend").append(
-    legendItem("front", "on the front"), legendItem("dominated", "dominated"),
-    data.chosen === null ? "" : legendItem(roleOf(byNumber.get(data.chosen)), "chosen", true),
+    ...defencesSeen().map((name) => legendItem("front", name, false, colourOfDefence(name))),
+    legendItem("front", "on the front", false, data.defences.length ? "var(--ink)" : null), legendItem("dominated", "dominated"),
+    data.chosen === null ? "" : legendItem(roleOf(byNumber.get(data.chosen)), "chosen", true, colourOf(byNumber.get(data.chosen))),
     data.paper === null ? "" : legendItem("paper", "the paper's defaults"),
     before ? legendItem("victim", "the victim, before") : "");
   redraw = responsive(container, (width) => scatter(width, view === "near" ? near : everything()));
@@ -131,7 +132,7 @@ function pointOf(trial, x, y) {
     onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); look(); } },
   },
   trial.number === data.chosen ? svg("circle", { class: "ring", r: 10.5 }) : null,
-  mark(role, { dominated: 3.6, front: 4.6, paper: 7 }[role]));
+  mark(role, { dominated: 3.6, front: 4.6, paper: 7 }[role], colourOf(trial)));
 }
 
 // The trial whose mark is nearest to a place in the picture, if one is near: marks may lie on each other.
@@ -163,7 +164,7 @@ function pointAt(picture, hit, near) {
 // Names beside the marks that the headline speaks of, moved apart where they would meet.
 function labels(drawn, inside, X, Y, left, right, bottom) {
   const named = drawn.filter((t) => t.number === data.chosen || t.number === data.paper)
-    .map((t) => ({ p: t, text: t.number === data.chosen ? `trial ${t.number}, chosen` : "the paper's defaults" }));
+    .map((t) => ({ p: t, text: t.number === data.chosen ? `trial ${t.number}, ${t.defence ? `${t.defence}, ` : ""}chosen` : "the paper's defaults" }));
   if (before && inside(before)) named.push({ p: before, text: "the victim, before" });
   const placed = named.map(({ p, text }) => ({ text, x: X(p[LEFT]), y: Y(p.clean_accuracy) }))
     .sort((a, b) => a.y - b.y);

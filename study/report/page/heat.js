@@ -45,7 +45,7 @@ function heat(width, score) {
     });
     if (roleOf(trial) !== "dominated")
       column.append(svg("g", { transform: `translate(${x + cell / 2} 12)` },
-        trial.number === data.chosen ? svg("circle", { class: "ring", r: 8 }) : null, mark(roleOf(trial), Math.min(4, Math.max(2, cell / 2)))));
+        trial.number === data.chosen ? svg("circle", { class: "ring", r: 8 }) : null, mark(roleOf(trial), Math.min(4, Math.max(2, cell / 2)), colourOf(trial))));
     data.victims.forEach((victim, k) => {
       const value = trial.scores[victim.name]?.[score];
       if (value === undefined) return;

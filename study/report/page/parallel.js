@@ -6,7 +6,17 @@ function drawParallel() {
   if (data.importance[LEFT])
     slot("axis-order").textContent = `; the settings that matter most for ${SCORES[LEFT].name} come first`;
   if (data.paper === null) slot("paper-aside").remove();
-  responsive(slot("parallel"), parallel);
+  const redraw = responsive(slot("parallel"), parallel);
+  if (data.defences.length) {
+    const names = defencesSeen();
+    const { select, nodes } = picker("defence", "Settings of", names.map((name) => [name, name]), (name) => {
+      showDefence(name);
+      redraw();
+      update({ ranges: state.ranges });
+    });
+    select.value = state.defence;
+    slot("parallel-bar").append(...nodes);
+  }
   return true;
 }
 
@@ -23,7 +33,8 @@ function parallel(width) {
   const lines = new Map(), reaches = new Map();
   for (const trial of searched) {
     const d = pathOf(trial, at);
-    lines.set(trial.number, svg("path", { d, class: `trial-line ${roleOf(trial)}${trial.number === data.chosen ? " chosen" : ""}` }));
+    const colour = colourOf(trial);
+    lines.set(trial.number, svg("path", { d, style: colour ? `stroke:${colour}` : null, class: `trial-line ${roleOf(trial)}${trial.number === data.chosen ? " chosen" : ""}` }));
     reaches.set(trial.number, svg("path", {
       d, class: "trial-reach", onclick: () => update({ trial: trial.number }),
       onpointermove: (event) => {

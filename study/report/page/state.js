@@ -14,26 +14,36 @@ const ALL_SCORES = {
 const SCORES = Object.fromEntries(data.scores.map((key) => [key, ALL_SCORES[key]]));
 
 const complete = data.trials.filter((trial) => trial.status === "COMPLETE");
-const searched = complete.filter((trial) => trial.number !== data.paper);
+const isPaper = (trial) => trial.preset === "paper";
+const searched = complete.filter((trial) => !isPaper(trial));
 const byNumber = new Map(data.trials.map((trial) => [trial.number, trial]));
 const onFront = new Set(data.front);
 
 const roleOf = (trial) =>
-  trial.number === data.paper ? "paper" : onFront.has(trial.number) ? "front" : "dominated";
+  isPaper(trial) ? "paper" : onFront.has(trial.number) ? "front" : "dominated";
 
 function titleOf(trial) {
   const said = [];
-  if (trial.number === data.paper) said.push("the paper's defaults");
+  if (trial.defence) said.push(trial.defence);
+  if (isPaper(trial)) said.push("the paper's defaults");
   if (trial.number === data.chosen) said.push("chosen");
   else if (onFront.has(trial.number)) said.push("on the front");
   return `Trial ${trial.number}${said.length ? `, ${said.join(", ")}` : ""}`;
 }
 
+// Of several defences each has a colour; its name is in every title, tip and table as well.
+const colourOf = (trial) => (trial.defence ? colourOfDefence(trial.defence) : null);
+function colourOfDefence(name) {
+  const at = data.defences.indexOf(name);
+  return `oklch(${at % 2 ? 68 : 58}% .16 ${Math.round((250 + 137.5 * at) % 360)})`;
+}
+const defencesSeen = () => data.defences.filter((name) => complete.some((trial) => trial.defence === name));
+
 const scoresText = (trial) => Object.entries(SCORES)
   .map(([key, score]) => `${score.name} ${percent(trial[key])}`).join(", ");
 
 // Ranges by axis, as shares [low, high] of it. An axis without one keeps everything.
-const state = { ranges: new Map(), hover: null, trial: null, victim: null };
+const state = { ranges: new Map(), hover: null, trial: null, victim: null, defence: null };
 const axes = [];
 const listeners = [];
 
@@ -108,8 +118,20 @@ function buildAxes() {
       scale: scaleOf({ kind: "float", low, high, percent: key !== "seconds" }) });
   }
   const weight = data.importance[LEFT] || {};
-  const parameters = [...data.parameters].sort((a, b) => (weight[b.name] || 0) - (weight[a.name] || 0));
+  const parameters = data.parameters.filter(shownOnAxis).sort((a, b) => (weight[b.name] || 0) - (weight[a.name] || 0));
   for (const parameter of parameters)
-    axes.push({ name: parameter.name, label: parameter.name, scale: scaleOf(parameter) });
+    axes.push({ name: parameter.name, label: settingOf(parameter.name), scale: scaleOf(parameter) });
 }
-if (complete.length) buildAxes();
+
+// Of several defences the axes are those of one, which the reader picks.
+const shownOnAxis = ({ name }) => !data.defences.length || name === "defence" || name.startsWith(`${state.defence}.`);
+const settingOf = (name) => (data.defences.length ? name.slice(name.indexOf(".") + 1) : name);
+
+function showDefence(name) {
+  state.defence = name;
+  axes.length = 0;
+  buildAxes();
+  for (const axis of [...state.ranges.keys()]) if (!axisOf(axis)) state.ranges.delete(axis);
+}
+if (complete.length)
+  showDefence((byNumber.get(data.chosen) ?? byNumber.get(data.front[0]))?.defence ?? data.defences[0] ?? null);

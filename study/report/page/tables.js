@@ -30,16 +30,21 @@ function testedTable() {
 }
 
 function drawTrials() {
-  const many = data.victims.length > 1, names = data.parameters.map((p) => p.name);
+  const many = data.victims.length > 1, several = data.defences.length > 0;
+  const names = several ? [] : data.parameters.map((p) => p.name);
+  const own = (t) => Object.entries(t.parameters).filter(([name]) => name !== "defence")
+    .map(([name, value]) => `${settingOf(name)} ${words(value)}`).join(", ");
   const columns = [
     ["trial", (t) => t.number, (t) => t.number],
+    ...(several ? [["defence", (t) => t.defence, (t) => t.defence]] : []),
     ...Object.entries(SCORES).map(([key, s]) => [`${s.short} %`, (t) => t[key], (t) => (100 * t[key]).toFixed(1)]),
     ...(many ? data.victims.map((v) => [`ASR % ${v.name}`, (t) => t.scores[v.name]?.attack_success ?? 2,
       (t) => (t.scores[v.name] ? (100 * t.scores[v.name].attack_success).toFixed(1) : "–")]) : []),
     ["seconds", (t) => t.seconds, (t) => t.seconds.toFixed(1)],
     ...names.map((name) => [name, (t) => t.parameters[name] ?? -1, (t) => (name in t.parameters ? words(t.parameters[name]) : "–")]),
+    ...(several ? [["its settings", own, own]] : []),
   ];
-  let by = 2, down = false;
+  let by = several ? 3 : 2, down = false;
   const place = slot("trials");
   const draw = () => {
     const value = columns[by][1];
@@ -58,7 +63,7 @@ function drawTrials() {
   listeners.push((change) => "ranges" in change && shown.open && draw());
 }
 
-const nameOf = (t) => `${t.number}${t.number === data.paper ? " paper" : t.number === data.chosen ? " chosen" : onFront.has(t.number) ? " front" : ""}`;
+const nameOf = (t) => `${t.number}${isPaper(t) ? " paper" : t.number === data.chosen ? " chosen" : onFront.has(t.number) ? " front" : ""}`;
 
 function drawImportance() {
   const [left, acc] = [data.importance[LEFT], data.importance.clean_accuracy];

@@ -1,6 +1,7 @@
 """The table at a study's end, at any width of the terminal."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -80,3 +81,19 @@ def test_what_is_printed_to_copy_is_whole_and_quoted(tmp_path, with_store, capsy
     assert victim.startswith(f"{outputs / 'victims'}/")
     look = shlex.split(said["look"])
     assert sqlite_path(look[-1]) == outputs / "mlflow.db"
+
+
+def test_of_several_defences_a_row_has_its_defence_and_the_settings_of_that(
+    two_defences, with_store, tmp_path, capsys
+):
+    outputs = with_store(tmp_path / "outputs")
+    tracker = Tracker(tracking_uri(outputs), outputs / "mlartifacts")
+    config, summary = load_config(two_defences / "study.yaml"), read_summary(two_defences)
+    summary["selection"] = summary["selection"] | {"oracle": None, "blind": None}  # it was never asked
+    show(Console(width=160), config, summary, tracker, outputs / "victims", two_defences)
+    printed = capsys.readouterr().out
+    assert "its settings" in printed
+    for point in summary["front"]:
+        name = point["parameters"]["defence"]
+        (row,) = re.findall(rf"^│ +{point['number']}[ *]* │.*$", printed, re.M)
+        assert f"│ {name} " in row

@@ -334,3 +334,43 @@ def test_what_a_study_has_not_is_not_there(opened, large_study, tmp_path):
     (folder / "trials.jsonl").write_text("")
     page = opened(write_report(folder, tmp_path / "nowhere"))
     assert page.locator("h1").inner_text() == "This study has not ended"
+
+
+def test_of_several_defences_each_point_has_the_colour_and_the_name_of_its_own(
+    opened, two_defences, tmp_path
+):
+    page = opened(write_report(two_defences, tmp_path / "nowhere", tmp_path / "page.html"))
+    data = data_in(page)
+    assert data["defences"] == ["ims", "clp"]
+    legend = page.locator("#front .legend li").all_inner_texts()
+    assert legend[:2] == ["ims", "clp"]
+    colours = {"ims": set(), "clp": set()}
+    named = {trial["number"]: trial["defence"] for trial in data["trials"]}
+    for point in page.locator("#front .point").all():
+        name = named[int(point.get_attribute("data-number"))]
+        assert name in point.get_attribute("aria-label")
+        style = point.locator(".mark").first.get_attribute("style")
+        colours[name].add(style.partition(":")[2])
+    assert [len(found) for found in colours.values()] == [1, 1]
+    assert colours["ims"] != colours["clp"]
+
+
+def test_of_several_defences_the_axes_are_those_of_the_one_that_is_picked(
+    opened, two_defences, tmp_path
+):
+    page = opened(write_report(two_defences, tmp_path / "nowhere", tmp_path / "page.html"))
+    select = page.locator("#pick-defence")
+    select.select_option("clp")
+    labels = page.locator("#parallel .handle").evaluate_all(
+        "all => all.map((one) => one.getAttribute('aria-label'))"
+    )
+    assert any(label.startswith("u,") for label in labels)
+    assert any(label.startswith("defence,") for label in labels)
+    assert not any("mask_lr" in label for label in labels)
+    select.select_option("ims")
+    page.locator("#parallel .handle[aria-label^='mask_lr']").first.wait_for(state="attached")
+    page.locator("#parallel summary").click()
+    page.locator("[data-slot='trials'] thead th").first.wait_for()
+    heads = page.locator("[data-slot='trials'] thead th").all_inner_texts()
+    assert "defence" in heads
+    assert "its settings" in heads

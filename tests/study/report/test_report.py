@@ -23,8 +23,10 @@ from study.report import REPORT, write_report
 from study.report.__main__ import main as report_page
 from study.report.closeup import layers
 from study.report.content import blind_choice, headline, page_content, read
+from study.report.pictures import _groups, draw_front
 from study.spec.config import StudyError
 from study.spec.space import Parameter
+from study.store import records
 
 
 def data_of(path):
@@ -348,3 +350,23 @@ def test_the_settings_of_a_close_up_are_the_trials(page, large_study):
         if trial["preset"] is None:
             expected = {**study["fixed"], **trial["parameters"]}
             assert {name: getattr(settings, name) for name in expected} == expected
+
+
+def test_of_several_defences_the_headline_names_that_of_the_choice(two_defences):
+    content = page_content(read(two_defences))
+    chosen = next(one for one in content["trials"] if one["number"] == content["chosen"])
+    assert f"({chosen['defence']})" in content["headline"]["title"]
+    assert content["importance"] == {}, "`defence` alone is in all trials"
+    assert {one["defence"] for one in content["trials"]} == {"ims", "clp"}
+
+
+def test_of_several_defences_the_picture_of_the_front_has_a_colour_each(two_defences):
+    trials = records.read_trials(two_defences)
+    complete = [trial for trial in trials if trial["status"] == "COMPLETE"]
+    front = [point["number"] for point in records.read_summary(two_defences)["front"]]
+    found = _groups(complete, front)
+    assert {one.label for one in found if one.label} == {"ims", "clp"}
+    assert sorted(n for one in found for n in one.numbers) == [t["number"] for t in complete]
+    for one in found:
+        assert len({trials[number]["parameters"]["defence"] for number in one.numbers}) == 1
+    draw_front(two_defences / "front.png", trials, records.read_summary(two_defences))

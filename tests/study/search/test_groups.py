@@ -280,7 +280,7 @@ def test_workers_make_probes_and_triggers_once_and_trials_share_them(case, searc
     (ended,) = run_trials([config.defence_config(GOOD)], runs, seed=config.seed)
     for one, mask in zip(runs, alone, strict=True):
         assert torch.equal(ended.cases[one.key].result.masks.mask, mask)
-    assert prepare_cases(StudyConfig.model_validate(STUDY), victims, quiet)[0].prepared is None
+    assert prepare_cases(StudyConfig.model_validate(STUDY), victims, quiet)[0].prepared == {}
 
 
 def test_a_victim_that_a_worker_refuses_is_refused_with_its_sentence(case, searched):

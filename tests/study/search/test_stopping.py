@@ -145,9 +145,11 @@ def test_a_rung_stops_nobody_before_its_grace():
     assert standings.rivals().lines == {}
     standings.passed("a@0.5", [-0.9, 0.3])
     decide = TrialRules(early_stopping=standings.rules, rivals=standings.rivals())
-    assert decide.at_rung(RUNS[0], 0.5, numbers(0.9, 0.15)) is None
-    assert "behind at 0.5" in decide.at_rung(RUNS[0], 0.5, numbers(0.9, 0.25))
-    assert decide.at_rung(RUNS[1], 0.5, numbers(0.0, 1.0)) is None, "another victim's rung"
+    assert decide.at_rung(RUNS[0], 0.5, numbers(0.9, 0.15), PurifyConfig()) is None
+    assert "behind at 0.5" in decide.at_rung(RUNS[0], 0.5, numbers(0.9, 0.25), PurifyConfig())
+    assert decide.at_rung(RUNS[1], 0.5, numbers(0.0, 1.0), PurifyConfig()) is None, (
+        "another victim's rung"
+    )
 
 
 def test_only_feasible_trials_are_rivals():

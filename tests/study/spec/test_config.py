@@ -221,7 +221,7 @@ def test_every_attack_passes_the_check_of_a_studys_data(name, study):
 def test_a_study_names_its_defence_and_searches_its_own_ranges(study):
     path = study(GOOD.split("fixed:")[0].replace("trials: 2", "trials: 2\ndefence: clp"))
     config = load_config(path)
-    assert config.defender.name == "clp"
+    assert config.defenders.names == ("clp",)
     assert list(config.space) == ["u"]
     assert (config.space["u"].low, config.space["u"].high) == (0, 10)
     assert config.defence_config({"u": 2}).u == 2

@@ -192,7 +192,7 @@ def test_a_group_is_given_the_seconds_of_its_members(tmp_path):
 
     def limits(config, took):
         searcher = search.ParetoSearch(config, None)
-        searcher.took = took
+        searcher.took = {"ims": took}
         return [searcher.suggest(str(group))["limit"] for group in range(2)]
 
     known = [1000.0] * KNOWN

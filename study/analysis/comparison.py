@@ -9,6 +9,7 @@ import pandas as pd
 from typing_extensions import NotRequired, TypedDict
 
 from study.analysis.ranks import Ranks, rank
+from study.analysis.risk_bias import RiskBias, risk_bias
 from study.spec.comparison import ComparisonConfig, Part
 from study.spec.objectives import Spread, spread
 from study.store.comparison import JudgedRecord
@@ -85,6 +86,7 @@ class Compared(TypedDict):
     by_attack: list[dict[str, object]]
     tare: dict[str, dict[str, Spread | None]]
     rankings: list[Ranking]
+    risk_bias: dict[str, RiskBias]
 
 
 def searched_of(summary: StudySummary, trials: Sequence[TrialRecord]) -> Searched:
@@ -108,11 +110,13 @@ def compare(
     config: ComparisonConfig,
     searched: Mapping[str, Searched],
     records: Sequence[JudgedRecord],
+    trials: Mapping[str, Sequence[TrialRecord]] | None = None,
 ) -> Compared:
     """All tables of a comparison.
 
     Args:
         searched: entry -> what its study came to, in the order of the comparison.
+        trials: entry -> the records of its study.
     """
     budgets = config.budgets
     cells = [
@@ -146,6 +150,7 @@ def compare(
             for budget in budgets
             if (ranking := _ranking(measure, budget, tried, records)) is not None
         ],
+        "risk_bias": risk_bias(trials or {}),
     }
 
 

@@ -92,7 +92,12 @@ def run_comparison(
                 config.study_of(entry), outputs, console, {**where, "part_of": config.name}
             )
         judged = _judged(config, judging, searched, folder, console, where)
-        found = analysis.compare(config, searched, judged)
+        trials = {
+            name: records.read_trials(outputs / one["study"])
+            for name, one in searched.items()
+            if one["trials"]
+        }
+        found = analysis.compare(config, searched, judged, trials)
         _write(folder, found)
         run.adopt([one["study"] for one in searched.values()])
         told = " ".join(report.verdict(found))

@@ -25,7 +25,7 @@ no step is within the budget, the result has the bounds of the beginning, not th
 warning is given. The published code sets its counter of good steps to 0 one step late, which makes no
 difference. The profile `scaled` is ours: a bound a channel, so that images of another size can be
 answered, and k of b = mean + k std is learned. It tightens further and costs more: on digits, with
-ten images a class, seven to ten points of accuracy where bounds a position cost none.
+ten images a class, seven to ten points of accuracy where bounds a position cost one.
 """
 
 from __future__ import annotations

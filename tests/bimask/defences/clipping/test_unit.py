@@ -53,7 +53,8 @@ def some(count=24, classes=3, side=8):
 
 
 def ran(net, clean, **settings):
-    (result,) = Unit().run(net, clean, [UnitConfig(**settings)], generators=[seeded()])
+    config = UnitConfig.profile("scaled", **settings)
+    (result,) = Unit().run(net, clean, [config], generators=[seeded()])
     return result
 
 
@@ -245,16 +246,13 @@ def test_the_answers_of_the_suspect_may_stand_for_labels():
     assert torch.equal(one.tensors["relu.bound"], other.tensors["relu.bound"])
 
 
-def test_the_published_settings_are_a_profile():
-    config = UnitConfig.profile("published")
+def test_the_defaults_are_the_published_settings():
+    config = UnitConfig()
     assert (config.deviations, config.bound_lr, config.iterations) == (4, 1e-3, 300)
-    assert (config.granularity, config.parametrisation, config.faithful) == (
-        "position",
-        "absolute",
-        True,
-    )
-    assert UnitConfig(bound_lr=0.005, iterations=50).warnings()
-    assert not UnitConfig().warnings() + config.warnings()
+    assert (config.granularity, config.parametrisation) == ("position", "absolute")
+    assert UnitConfig.profile("faithful").faithful
+    assert UnitConfig.profile("scaled", bound_lr=0.005, iterations=50).warnings()
+    assert not UnitConfig.profile("scaled").warnings() + config.warnings()
 
 
 def test_a_net_without_activations_is_refused_with_what_to_do():

@@ -41,9 +41,9 @@ def _parts(about: dict[str, Any], found: dict[str, Any]) -> list[str]:
     blocks = [
         f"## {found['name']}",
         f"`python -m study.compare {about['suite']}`: every defence was tuned for "
-        f"{about['search_seconds']:g} seconds on {about['tuning']}, and its choice was run on `test` with "
-        f"{budget} clean images a class. Numbers are means over n victims with their standard deviation; "
-        f"shares are in %. {about['machine']}, {about['date']}, commit {about['commit']}.",
+        f"{about['search_seconds']:g} seconds on {about['tuning']}, and its choice was run on `test` "
+        f"with {budget} clean images a class. Numbers are means over n victims with their standard "
+        f"deviation; shares are in %. {about['machine']}, {about['date']}, commit {about['commit']}.",
         *found["verdict"],
     ]
     for part, title in PARTS.items():
@@ -59,7 +59,7 @@ def _parts(about: dict[str, Any], found: dict[str, Any]) -> list[str]:
     blocks += [
         "### By attack",
         table(*_by_attack(found)),
-        f"Each cell is ACC / ASR / RA of `test`, {budget} images a class, the mean over the victims' seeds.",
+        f"Each cell is ACC / ASR / RA of `test`, {budget} images a class, the mean over seeds.",
         "### Does risk flatter a defence?",
         table(
             ["defence", "trials", "mean risk", "mean ASR", "Spearman of risk and ASR", "bias"],
@@ -72,21 +72,20 @@ def _parts(about: dict[str, Any], found: dict[str, Any]) -> list[str]:
                 for entry, one in found["risk_bias"].items()
             ],
         ),
-        "The bias is the mean ASR of a defence's trials on `val` above what the same risk comes with over "
-        "all defences, each weighing the same; above 0, a blind choice is misled in its favour.",
+        "The bias is the mean ASR of a defence's trials on `val` above what the same risk comes with "
+        "over all defences, each weighing the same; above 0, a blind choice is misled in its favour.",
         "### Searches",
         table(["defence", "trials", "complete", "seconds", "hypervolume on val"], _searches(found)),
-        "A row without scores above chose nothing: no trial of it kept the accuracy that was asked for, "
-        "or none ended in its seconds.",
+        "A row without scores above chose nothing: no trial of it kept the accuracy that was asked "
+        "for, or none ended in its seconds.",
     ]
     return blocks
 
 
 def _row(cell: dict[str, Any], searched: dict[str, Any]) -> list[str]:
     scores = cell["scores"]
-    counts = [
-        f"{scores[name]['mean']:.3g}" if name in scores else "" for name in ("seconds", "forward")
-    ]
+    counted = [scores.get(name) for name in ("seconds", "forward")]
+    counts = ["" if one is None else f"{one['mean']:.3g}" for one in counted]
     return [
         cell["entry"],
         *(_percent(scores.get(name)) for name in SHOWN),
@@ -122,11 +121,9 @@ def _by_attack(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = found["by_attack"]
     attacks = list(dict.fromkeys(row["attack"] for row in rows))
     entries = list(dict.fromkeys(row["entry"] for row in rows))
+    shown = ("clean_accuracy", "attack_success", "recovery")
     cells = {
-        (row["entry"], row["attack"]): " / ".join(
-            f"{100 * row[name]['mean']:.1f}"
-            for name in ("clean_accuracy", "attack_success", "recovery")
-        )
+        (row["entry"], row["attack"]): " / ".join(f"{100 * row[name]['mean']:.1f}" for name in shown)
         for row in rows
     }
     return ["defence", *attacks], [

@@ -66,6 +66,7 @@ def test_a_page_without_records_says_so(tmp_path, monkeypatch):
     from benchmarks.pages import (
         audit,
         blind,
+        comparison,
         conditional,
         driver,
         kills,
@@ -77,7 +78,7 @@ def test_a_page_without_records_says_so(tmp_path, monkeypatch):
         zoo,
     )
 
-    modules = (audit, blind, conditional, driver, kills, samplers)
+    modules = (audit, blind, comparison, conditional, driver, kills, samplers)
     for module in (*modules, serving, shipped, training, victims, zoo):
         monkeypatch.setattr(module, "KEPT", tmp_path / "nothing")
         page = getattr(module, module.__name__.rpartition(".")[2])

@@ -241,9 +241,9 @@ def test_a_planted_channel_is_found_in_nine_of_ten_seeds():
     for seed in range(10):
         generator = seeded(seed)
         policy = learned(graphs, generator=generator, lr=0.02)
-        for step in range(100):
+        for step in range(160):
             masks = policy.ask(8, generator)
-            policy.tell(masks, table[masks.long() @ places], step / 100)
+            policy.tell(masks, table[masks.long() @ places], step / 160)
         chances = policy.probabilities()
         others = torch.cat([chances[:3], chances[4:]])
         found += bool(chances[3] > 0.9 and (others[:3] < 0.1).all())

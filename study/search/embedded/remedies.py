@@ -8,14 +8,20 @@ from pathlib import Path
 LOGS = ("gcs_server", "raylet", "dashboard_agent", "runtime_env_agent", "dashboard")
 TAIL = 20_000  # bytes of a log's end that are looked at
 LONGEST = 200  # characters of a reason
-ERROR = re.compile(  # a line of Ray's of level error or fatal, or of the system's own
-    r"^\[[^]]* [EFC] \d+ |"
-    r"^(?!\[).*(rror|xception|failed|bad_alloc|what\(\)|[Cc]annot|No space|in use)"
+ERROR = (
+    re.compile(  # a line of level error or fatal, of Ray's two kinds of logs, or of the system's own
+        r"^\[[^]]* [EFC] \d+ |^\d{4}-\S+ \S+\s(ERROR|CRITICAL)\s|"
+        r"^(?!\[|\d{4}-).*(rror|xception|failed|bad_alloc|what\(\)|[Cc]annot|No space|in use)"
+    )
 )
 
 BUSY = (
     r"timed out|[Tt]imeout|did not (come up|register)|unable to (start|connect)",
     "this machine is too busy: start again when it has less to do",
+)
+PORT = (
+    r"Address already in use|Errno 98|port .{0,40} in use",
+    "another program took a port that Ray had chosen: start again",
 )
 # What Ray, its libraries or the system say of a cause, and what to do about it; the first that fits.
 # What is full or missing comes first: other causes follow from it.
@@ -50,12 +56,10 @@ HERE = (
         r"/dev/shm",
         "mount /dev/shm with at least 100 MB (a container takes --shm-size=2g, or --ipc=host)",
     ),
-    (
-        r"Address already in use|Errno 98|port .{0,40} in use",
-        "another program took a port that Ray had chosen: start again",
-    ),
+    PORT,
     BUSY,
 )
+MAY_PASS = (BUSY[1], PORT[1])
 THERE = (
     (
         r"[Vv]ersion mismatch",
@@ -96,9 +100,9 @@ def started(error: BaseException, logs: str, place: Path) -> str:
 
 
 def may_pass(error: BaseException, logs: str) -> bool:
-    """Whether nothing but a busy machine kept Ray from starting, so that it is worth another try."""
+    """Whether a busy machine or a port kept Ray from starting, so that it is worth another try."""
     found = _found(error, logs, HERE)
-    return found is not None and found[1] == BUSY[1]
+    return found is not None and found[1] in MAY_PASS
 
 
 def joined(error: BaseException, address: str) -> str:

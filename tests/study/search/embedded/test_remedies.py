@@ -82,6 +82,18 @@ def test_a_raylet_without_memory_is_no_machine_that_is_busy():
     assert remedies.may_pass(error, "")
 
 
+def test_what_ray_warns_of_and_tries_again_is_no_cause():
+    """An agent's log beside a raylet that was killed while Ray started."""
+    error = RuntimeError("The current node timed out during startup.")
+    logs = (
+        "2026-11-30 14:08:44,178\tWARNING http_server_agent.py:79 -- Failed to bind to port 52365 "
+        "(attempt 1/6). Retrying in 0.14s. Error: [Errno 98] error while attempting to bind\n"
+    )
+    assert "too busy" in remedies.started(error, logs, PLACE)
+    assert remedies.may_pass(error, logs)
+    assert "took a port" in remedies.started(error, logs.replace("WARNING", "ERROR"), PLACE)
+
+
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [

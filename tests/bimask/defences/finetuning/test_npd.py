@@ -174,7 +174,7 @@ def test_the_module_is_saved_listed_loaded_and_exported(tmp_path):
     spec = NetSpec(net="small_resnet", width=8)
     suspect = Suspect(spec, model, clean, tuple("abcd"), "0" * 64)
     images = clean.floats()
-    result = defend(model, images, NpdConfig(epochs=3), labels=clean.labels)
+    result = defend(model, images, NpdConfig(epochs=10, lr=0.1), labels=clean.labels)
     looked = before_after(model, result.model(), images, None)
     manifest = save_cleaned(tmp_path / "out", suspect, result, looked, seed=0)
     (inserted,) = manifest["inserted"].items()

@@ -7,17 +7,11 @@ from typing import Any
 
 from bimask.defences.base import Defence
 from bimask.defences.clipping.unit import Unit
-from bimask.defences.finetuning.bti_dbf import BtiDbf
 from bimask.defences.finetuning.fip import Fip
 from bimask.defences.finetuning.fst import Fst
 from bimask.defences.finetuning.ft import Ft
 from bimask.defences.finetuning.ft_sam import FtSam
-from bimask.defences.finetuning.ibau import Ibau
 from bimask.defences.finetuning.nad import Nad
-from bimask.defences.finetuning.neural_cleanse import NeuralCleanse
-from bimask.defences.finetuning.npd import Npd
-from bimask.defences.finetuning.sau import Sau
-from bimask.defences.finetuning.strategic import Strategic
 from bimask.defences.ims.defence import Ims
 from bimask.defences.pruning.anp import Anp
 from bimask.defences.pruning.awm import Awm
@@ -29,6 +23,12 @@ from bimask.defences.pruning.nft import Nft
 from bimask.defences.pruning.onp_like import OnpLike
 from bimask.defences.pruning.rnp import Rnp
 from bimask.defences.settings import DefenceConfig
+from bimask.defences.unlearning.bti_dbf import BtiDbf
+from bimask.defences.unlearning.ibau import Ibau
+from bimask.defences.unlearning.neural_cleanse import NeuralCleanse
+from bimask.defences.unlearning.npd import Npd
+from bimask.defences.unlearning.sau import Sau
+from bimask.defences.unlearning.strategic import Strategic
 from bimask.errors import SettingError
 from bimask.files.bounded import read_yaml
 

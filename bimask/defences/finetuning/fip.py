@@ -36,7 +36,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.settings import (
+from bimask.defences.loop import Loop, logits_of
+from bimask.defences.settings import Search
+from bimask.defences.sgd import (
     BatchSize,
     FineTuningConfig,
     Momentum,
@@ -46,8 +48,6 @@ from bimask.defences.finetuning.settings import (
     sgd,
     weights_of,
 )
-from bimask.defences.loop import Loop, logits_of
-from bimask.defences.settings import Search
 from bimask.defences.simple import (
     BEGINNING,
     Defended,

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.settings import Epochs, FineTuningConfig, descend, epoch_of, sgd
 from bimask.defences.loop import Loop, cosine, logits_of, set_lr
 from bimask.defences.settings import Search
+from bimask.defences.sgd import Epochs, FineTuningConfig, descend, epoch_of, sgd
 from bimask.defences.simple import (
     BEGINNING,
     Defended,

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.settings import FineTuningConfig, descend, epoch_of, sgd
 from bimask.defences.loop import Loop, cosine, logits_of, set_lr
+from bimask.defences.sgd import FineTuningConfig, descend, epoch_of, sgd
 from bimask.defences.simple import (
     BEGINNING,
     Defended,

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.settings import (
+from bimask.defences.loop import Loop, batches, cosine, logits_of, set_lr, steps_an_epoch
+from bimask.defences.settings import DefenceConfig, Search
+from bimask.defences.sgd import (
     BatchSize,
     Epochs,
     Flip,
@@ -34,8 +36,6 @@ from bimask.defences.finetuning.settings import (
     Shift,
     WeightDecay,
 )
-from bimask.defences.loop import Loop, batches, cosine, logits_of, set_lr, steps_an_epoch
-from bimask.defences.settings import DefenceConfig, Search
 from bimask.defences.simple import (
     BEGINNING,
     Defended,

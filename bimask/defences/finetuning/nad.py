@@ -33,9 +33,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.settings import Epochs, FineTuningConfig, descend, epoch_of, sgd
 from bimask.defences.loop import Loop, cosine, logits_of, set_lr, steps_an_epoch
 from bimask.defences.settings import Search
+from bimask.defences.sgd import Epochs, FineTuningConfig, descend, epoch_of, sgd
 from bimask.defences.simple import (
     BEGINNING,
     Defended,

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData, Passes
-from bimask.defences.finetuning.settings import FineTuningConfig, descend, epoch_of, sgd, weights_of
 from bimask.defences.held_out import accuracy, split
 from bimask.defences.loop import Loop, cosine, logits_of, set_lr
 from bimask.defences.pruning.layers import admitted, weight_of
 from bimask.defences.settings import Search
+from bimask.defences.sgd import FineTuningConfig, descend, epoch_of, sgd, weights_of
 from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
 from bimask.errors import ModelError
 from bimask.masking.discovery import watched

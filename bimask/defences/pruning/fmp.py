@@ -32,7 +32,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData, Passes
-from bimask.defences.finetuning.settings import (
+from bimask.defences.loop import Loop, cosine, logits_of, set_lr
+from bimask.defences.pruning.layers import pairs, weight_of, with_convolutions
+from bimask.defences.settings import Search
+from bimask.defences.sgd import (
     Epochs,
     FineTuningConfig,
     descend,
@@ -40,9 +43,6 @@ from bimask.defences.finetuning.settings import (
     sgd,
     weights_of,
 )
-from bimask.defences.loop import Loop, cosine, logits_of, set_lr
-from bimask.defences.pruning.layers import pairs, weight_of, with_convolutions
-from bimask.defences.settings import Search
 from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
 
 

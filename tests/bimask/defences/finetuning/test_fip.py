@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
 from bimask.defences.finetuning.fip import Fip, FipConfig, drift, fisher_diagonal, fisher_trace
-from bimask.defences.finetuning.settings import weights_of
+from bimask.defences.sgd import weights_of
 
 LABELS = torch.tensor([0, 2, 1, 2])
 IMAGES = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

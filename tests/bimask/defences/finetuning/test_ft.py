@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from bimask.defences.base import CleanData
 from bimask.defences.finetuning.ft import Ft, FtConfig
 from bimask.defences.finetuning.ft_sam import FtSam, FtSamConfig
-from bimask.defences.finetuning.settings import FineTuningConfig
+from bimask.defences.sgd import FineTuningConfig
 
 
 def run(defence, net, clean, config):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bimask.defences.finetuning.bti_dbf import BtiDbf, BtiDbfConfig
-from bimask.defences.finetuning.decoupling import (
+from bimask.defences.unlearning.bti_dbf import BtiDbf, BtiDbfConfig
+from bimask.defences.unlearning.decoupling import (
     FeatureMask,
     Parted,
     descend,
@@ -13,7 +13,7 @@ from bimask.defences.finetuning.decoupling import (
     inversion_losses,
     mask_losses,
 )
-from bimask.defences.finetuning.unet import ImageChanger
+from bimask.defences.unlearning.unet import ImageChanger
 from bimask.errors import ModelError
 
 

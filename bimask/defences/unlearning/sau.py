@@ -33,10 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.losses import minus_log_other
-from bimask.defences.finetuning.settings import BatchSize, Epochs, Flip, Shift, weights_of
 from bimask.defences.loop import Loop, batches, logits_of, steps_an_epoch
 from bimask.defences.settings import DefenceConfig, Search
+from bimask.defences.sgd import BatchSize, Epochs, Flip, Shift, weights_of
 from bimask.defences.simple import (
     BEGINNING,
     Defended,
@@ -45,6 +44,7 @@ from bimask.defences.simple import (
     SimpleDefence,
     with_tensors,
 )
+from bimask.defences.unlearning.losses import minus_log_other
 from bimask.masking.copies import copied
 from bimask.nets.admission import admit
 

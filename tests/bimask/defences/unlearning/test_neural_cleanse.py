@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning import trigger_search
-from bimask.defences.finetuning.neural_cleanse import NeuralCleanse, NeuralCleanseConfig
-from bimask.defences.finetuning.trigger_search import (
+from bimask.defences.unlearning import trigger_search
+from bimask.defences.unlearning.neural_cleanse import NeuralCleanse, NeuralCleanseConfig
+from bimask.defences.unlearning.trigger_search import (
     TriggerSearch,
     anomaly_index,
     as_share,

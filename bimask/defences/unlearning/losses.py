@@ -1,4 +1,4 @@
-"""Losses that several methods of this room have."""
+"""Losses that several methods of this room share."""
 
 from __future__ import annotations
 

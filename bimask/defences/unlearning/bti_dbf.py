@@ -34,19 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.decoupling import (
-    FeatureMask,
-    Losses,
-    Parted,
-    descend,
-    identity_losses,
-    inversion_losses,
-    mask_losses,
-)
-from bimask.defences.finetuning.settings import BatchSize, Flip, Shift, weights_of
-from bimask.defences.finetuning.unet import ImageChanger
 from bimask.defences.loop import Loop, batches, steps_an_epoch
 from bimask.defences.settings import DefenceConfig, Search
+from bimask.defences.sgd import BatchSize, Flip, Shift, weights_of
 from bimask.defences.simple import (
     BEGINNING,
     Defended,
@@ -55,6 +45,16 @@ from bimask.defences.simple import (
     SimpleDefence,
     with_tensors,
 )
+from bimask.defences.unlearning.decoupling import (
+    FeatureMask,
+    Losses,
+    Parted,
+    descend,
+    identity_losses,
+    inversion_losses,
+    mask_losses,
+)
+from bimask.defences.unlearning.unet import ImageChanger
 from bimask.masking.copies import copied
 from bimask.nets.admission import admit
 

@@ -1,4 +1,4 @@
-"""What defences of this room share, written once: settings of SGD, and steps along a loss.
+"""What defences that train share, written once: settings of SGD, and steps along a loss.
 
 The types are for configurations that have the fields in an order of their own.
 """

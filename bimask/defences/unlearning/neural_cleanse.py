@@ -37,16 +37,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.settings import FineTuningConfig, descend, epoch_of, sgd
-from bimask.defences.finetuning.trigger_search import (
-    FOUND,
-    TriggerSearch,
-    search_step,
-    stamped,
-    success_of,
-)
 from bimask.defences.loop import Loop, batches, cosine, logits_of, set_lr, steps_an_epoch
 from bimask.defences.settings import Search
+from bimask.defences.sgd import FineTuningConfig, descend, epoch_of, sgd
 from bimask.defences.simple import (
     BEGINNING,
     Defended,
@@ -54,6 +47,13 @@ from bimask.defences.simple import (
     OnOwnStep,
     SimpleDefence,
     with_tensors,
+)
+from bimask.defences.unlearning.trigger_search import (
+    FOUND,
+    TriggerSearch,
+    search_step,
+    stamped,
+    success_of,
 )
 from bimask.devices import upload
 from bimask.errors import ModelError

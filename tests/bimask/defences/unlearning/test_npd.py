@@ -8,7 +8,8 @@ from bimask.cleaned.before_after import before_after
 from bimask.cleaned.export import export_onnx
 from bimask.cleaned.folder import load_cleaned, save_cleaned
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.npd import (
+from bimask.defences.purify import defend
+from bimask.defences.unlearning.npd import (
     Npd,
     NpdConfig,
     best_wrong,
@@ -19,7 +20,6 @@ from bimask.defences.finetuning.npd import (
     perturbed,
     projected,
 )
-from bimask.defences.purify import defend
 from bimask.errors import ModelError, SettingError
 from bimask.inspection.suspect import CleanImages, Suspect
 from bimask.masking.inserted import Polarised, inserted_in, put_around

@@ -39,9 +39,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.settings import BatchSize, Flip, Shift, weights_of
 from bimask.defences.loop import Loop, batches, logits_of, steps_an_epoch
 from bimask.defences.settings import DefenceConfig, Search
+from bimask.defences.sgd import BatchSize, Flip, Shift, weights_of
 from bimask.defences.simple import (
     BEGINNING,
     Defended,

@@ -40,8 +40,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.strategic_settings import StrategicConfig
-from bimask.defences.finetuning.trojan_neurons import Found, mixed, parted, rates_of, search
 from bimask.defences.held_out import accuracy
 from bimask.defences.loop import Loop, logits_of
 from bimask.defences.simple import (
@@ -53,6 +51,8 @@ from bimask.defences.simple import (
     SimpleDefence,
     with_tensors,
 )
+from bimask.defences.unlearning.strategic_settings import StrategicConfig
+from bimask.defences.unlearning.trojan_neurons import Found, mixed, parted, rates_of, search
 from bimask.errors import warn
 from bimask.inspection.neuron_triggers import Triggers
 from bimask.inspection.shared_errors import SharedErrors

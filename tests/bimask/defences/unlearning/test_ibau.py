@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.ibau import (
+from bimask.defences.unlearning.ibau import (
     Ibau,
     IbauConfig,
     carriers,

@@ -4,9 +4,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.strategic import Strategic
-from bimask.defences.finetuning.strategic_settings import StrategicConfig
-from bimask.defences.finetuning.trojan_neurons import affected, parted
+from bimask.defences.unlearning.strategic import Strategic
+from bimask.defences.unlearning.strategic_settings import StrategicConfig
+from bimask.defences.unlearning.trojan_neurons import affected, parted
 
 
 def seeded(seed=0):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from bimask.data import augment
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.strategic_settings import StrategicConfig
 from bimask.defences.held_out import split
 from bimask.defences.loop import Loop, shuffled
+from bimask.defences.unlearning.strategic_settings import StrategicConfig
 from bimask.devices import upload
 from bimask.inspection.class_triggers import Patch, find_class_triggers
 from bimask.inspection.neuron_triggers import Kind, Triggers, flip_rates, search_triggers

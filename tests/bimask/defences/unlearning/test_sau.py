@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bimask.defences.finetuning.losses import minus_log_other
-from bimask.defences.finetuning.sau import (
+from bimask.defences.unlearning.losses import minus_log_other
+from bimask.defences.unlearning.sau import (
     Sau,
     SauConfig,
     inner_objective,

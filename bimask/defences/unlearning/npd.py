@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
-from bimask.defences.finetuning.losses import minus_log_other
-from bimask.defences.finetuning.settings import FineTuningConfig, epoch_of
 from bimask.defences.loop import Loop, cosine, logits_of, set_lr
 from bimask.defences.settings import Search
+from bimask.defences.sgd import FineTuningConfig, epoch_of
 from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence
+from bimask.defences.unlearning.losses import minus_log_other
 from bimask.errors import ModelError, SettingError
 from bimask.masking.copies import copied
 from bimask.masking.inserted import Polarised, insert, pointwise, put_around

@@ -1,0 +1,1 @@
+"""Defences that make the backdoor fire, and unlearn it."""

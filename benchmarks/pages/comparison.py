@@ -119,15 +119,18 @@ def _conclusion(part: str, found: dict[str, Any]) -> str:
 
 def _by_attack(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = found["by_attack"]
-    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    columns = list(dict.fromkeys((row["part"], row["attack"]) for row in rows))
     entries = list(dict.fromkeys(row["entry"] for row in rows))
     shown = ("clean_accuracy", "attack_success", "recovery")
     cells = {
-        (row["entry"], row["attack"]): " / ".join(f"{100 * row[name]['mean']:.1f}" for name in shown)
+        (row["entry"], row["part"], row["attack"]): " / ".join(
+            f"{100 * row[name]['mean']:.1f}" for name in shown
+        )
         for row in rows
     }
-    return ["defence", *attacks], [
-        [entry, *(cells.get((entry, attack), "") for attack in attacks)] for entry in entries
+    titles = [f"{attack} (held out)" if part == "held_out" else attack for part, attack in columns]
+    return ["defence", *titles], [
+        [entry, *(cells.get((entry, *column), "") for column in columns)] for entry in entries
     ]
 
 

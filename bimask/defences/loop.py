@@ -125,7 +125,9 @@ class Loop(Generic[Config]):
         Raises:
             NonFiniteError: a tensor of it is not finite.
         """
+        before = Passes(self.passes.forward, self.passes.backward)
         tensors, numbers = self._ending()
+        spent, self.passes = self.passes, before  # whoever looks on the way costs the run nothing
         tensors = {
             name: value.detach().clone(memory_format=torch.contiguous_format)
             for name, value in tensors.items()
@@ -142,7 +144,7 @@ class Loop(Generic[Config]):
             tensors,
             numbers,
             tuple(self.history),
-            Passes(self.passes.forward, self.passes.backward),
+            spent,
             time.perf_counter() - self._began,
         )
 
@@ -250,6 +252,14 @@ def logits_of(net: Callable[[Tensor], Any], images: Tensor) -> Tensor:
             "expected; switch its auxiliary outputs off."
         )
     return logits
+
+
+def inside(images: Tensor) -> Tensor:
+    """Images put into [0, 1]; the gradient passes at 0 and 1, where `clamp` of newer torch stops it.
+
+    What begins at the images themselves would never move where these are black or white.
+    """
+    return torch.where((images >= 0) & (images <= 1), images, images.detach().clamp(0, 1))
 
 
 def cosine(epoch: int, epochs: int) -> float:

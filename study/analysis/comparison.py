@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import pandas as pd
 from typing_extensions import NotRequired, TypedDict
@@ -11,6 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 from study.analysis.ranks import Ranks, rank
 from study.analysis.risk_bias import RiskBias, risk_bias
 from study.spec.comparison import ComparisonConfig, Part
+from study.spec.defences import IMS
 from study.spec.objectives import Spread, spread
 from study.store.comparison import JudgedRecord
 from study.store.schema import Parameters, StudySummary, TrialRecord
@@ -29,6 +31,7 @@ COLUMNS = {
     "forward": False,
     "backward": False,
 }
+Group = Literal["defences", "ablations"]
 RANKED = {"der": "attacked", "rdr": "attacked", "tare": "control"}
 
 
@@ -65,6 +68,7 @@ class Ranking(TypedDict):
 
     measure: str
     budget: int
+    of: Group
     ranks: Ranks
 
 
@@ -92,7 +96,7 @@ class Compared(TypedDict):
 def searched_of(summary: StudySummary, trials: Sequence[TrialRecord]) -> Searched:
     """One study in the table."""
     chosen = summary["chosen"]
-    return {
+    found: Searched = {
         "study": summary["name"],
         "trials": summary["n_trials"],
         "complete": summary["n_complete"],
@@ -104,6 +108,13 @@ def searched_of(summary: StudySummary, trials: Sequence[TrialRecord]) -> Searche
             for point in summary["front"]
         ],
     }
+    if chosen is None:
+        found["reason"] = (
+            "no complete trial kept the accuracy that was asked for"
+            if summary["n_complete"]
+            else "no trial was complete"
+        )
+    return found
 
 
 def compare(
@@ -133,7 +144,12 @@ def compare(
         }
         for cell in cells
     }
-    tried = [entry for entry, one in searched.items() if one["trials"]]
+    tried = [entry for entry in config.entries() if searched[entry.name]["trials"]]
+    ablated = [entry.name for entry in tried if entry.held or entry.name == IMS]
+    groups: dict[Group, list[str]] = {
+        "defences": [entry.name for entry in tried if not entry.held],
+        "ablations": ablated if len(ablated) > 1 else [],
+    }
     return {
         "name": config.name,
         "digest": config.digest,
@@ -146,9 +162,10 @@ def compare(
         "tare": tare,
         "rankings": [
             ranking
+            for of, group in groups.items()
             for measure in RANKED
             for budget in budgets
-            if (ranking := _ranking(measure, budget, tried, records)) is not None
+            if (ranking := _ranking(of, measure, budget, group, records)) is not None
         ],
         "risk_bias": risk_bias(trials or {}),
     }
@@ -226,7 +243,11 @@ def _by_attack(records: Sequence[JudgedRecord], budget: int) -> list[dict[str, o
 
 
 def _ranking(
-    measure: str, budget: int, entries: list[str], records: Sequence[JudgedRecord]
+    of: Literal["defences", "ablations"],
+    measure: str,
+    budget: int,
+    entries: list[str],
+    records: Sequence[JudgedRecord],
 ) -> Ranking | None:
     """Ranks over the victims, a failure, and a search that chose nothing, behind all others."""
     wanted = RANKED[measure]
@@ -245,4 +266,4 @@ def _ranking(
         entry: [known.get((entry, victim, seed), math.nan) for victim, seed in blocks]
         for entry in entries
     }
-    return {"measure": measure, "budget": budget, "ranks": rank(scores)}
+    return {"measure": measure, "budget": budget, "of": of, "ranks": rank(scores)}

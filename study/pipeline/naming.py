@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from study.pipeline.prepare import require_writable
+from study.spec.comparison import ComparisonConfig
 from study.spec.config import StudyConfig, StudyError
 from study.store import records
 from study.store.files import locked
 
+Config = TypeVar("Config", StudyConfig, ComparisonConfig)
+
 
 @contextmanager
 def named(
-    config: StudyConfig, outputs: Path, *, chosen_by_user: bool = False
-) -> Iterator[tuple[StudyConfig, Path]]:
-    """The study under a name that is free, and its folder, which no other process takes meanwhile.
+    config: Config, outputs: Path, *, chosen_by_user: bool = False
+) -> Iterator[tuple[Config, Path]]:
+    """The study, or the comparison, under a name that is free, and its folder, which no other process
+    takes meanwhile.
 
     Nothing is made but `outputs`; the name is reserved by the folder's lock.
     """

@@ -17,6 +17,7 @@ from study.report.comparison_pictures import (
 )
 from study.spec.objectives import Spread
 
+GROUPS = {"defences": "the defences", "ablations": "IMS and its ablations"}
 PICTURES = "comparison"  # folder of the pictures, beside the page
 PARTS = {
     "unseen_seed": "the tuning attacks, on victims of other seeds",
@@ -43,12 +44,13 @@ def draw(folder: Path, found: Compared) -> dict[str, Path]:
     for ranking in found["rankings"]:
         if ranking["budget"] != found["main_budget"]:
             continue
-        measure = ranking["measure"]
-        name = f"{measure.upper()} at {ranking['budget']} images a class"
-        pictures[name] = target / f"ranks-{measure}.png"
+        measure, of = ranking["measure"], ranking["of"]
+        name = f"{measure.upper()} of {GROUPS[of]} at {ranking['budget']} images a class"
+        pictures[name] = target / f"ranks-{of}-{measure}.png"
         draw_critical_difference(pictures[name], ranking["ranks"], name)
     for measure in RANKED:
-        if sum(ranking["measure"] == measure for ranking in found["rankings"]) > 1:
+        mine = [r for r in found["rankings"] if (r["of"], r["measure"]) == ("defences", measure)]
+        if len(mine) > 1:
             name = f"Rank by {measure.upper()} and data budget"
             pictures[name] = target / f"budgets-{measure}.png"
             draw_ranks_by_budget(pictures[name], found, measure)
@@ -108,7 +110,8 @@ def verdict(found: Compared) -> list[str]:
             continue
         ranks, measure = ranking["ranks"], ranking["measure"].upper()
         order = list(ranks["mean_rank"])
-        where = f"By {measure} at {ranking['budget']} images a class"
+        among = "" if ranking["of"] == "defences" else " among IMS and its ablations"
+        where = f"By {measure} at {ranking['budget']} images a class{among}"
         if ranks["p"] is None:
             sentences.append(f"{where} there is too little to test: {order[0]} has the best mean rank.")
         elif len(ranks["cliques"][0]) == len(order):
@@ -151,12 +154,23 @@ def _row(cell: Cell) -> dict[str, Any]:
 
 
 def _attacks(found: Compared) -> list[tuple[str, list[tuple[str, str]]]]:
-    """ACC / ASR / RA of every defence on each attack."""
-    names = list(dict.fromkeys(str(row["attack"]) for row in found["by_attack"]))
-    entries = list(dict.fromkeys(str(row["entry"]) for row in found["by_attack"]))
-    cells: dict[tuple[str, str], str] = {}
-    for row in found["by_attack"]:
+    """ACC / ASR / RA of every defence on each attack, which may be in two parts."""
+    rows = found["by_attack"]
+    columns = list(dict.fromkeys((str(row["part"]), str(row["attack"])) for row in rows))
+    entries = list(dict.fromkeys(str(row["entry"]) for row in rows))
+    cells: dict[tuple[str, tuple[str, str]], str] = {}
+    for row in rows:
         values = [row[name] for name in ("clean_accuracy", "attack_success", "recovery")]
         means = " / ".join(f"{100 * value['mean']:.1f}" for value in values)  # type: ignore[index]
-        cells[str(row["entry"]), str(row["attack"])] = means
-    return [(entry, [(name, cells.get((entry, name), "-")) for name in names]) for entry in entries]
+        cells[str(row["entry"]), (str(row["part"]), str(row["attack"]))] = means
+    titles = [f"{attack} (held out)" if part == "held_out" else attack for part, attack in columns]
+    return [
+        (
+            entry,
+            [
+                (title, cells.get((entry, column), "-"))
+                for title, column in zip(titles, columns, strict=True)
+            ],
+        )
+        for entry in entries
+    ]

@@ -86,7 +86,9 @@ def draw_fronts(path: Path, found: Compared) -> None:
 def draw_ranks_by_budget(path: Path, found: Compared, measure: str) -> None:
     """Mean rank of every defence at each data budget."""
     by_budget = {
-        r["budget"]: r["ranks"]["mean_rank"] for r in found["rankings"] if r["measure"] == measure
+        r["budget"]: r["ranks"]["mean_rank"]
+        for r in found["rankings"]
+        if (r["of"], r["measure"]) == ("defences", measure)
     }
     figure = Figure(figsize=(9, 5.5), dpi=130, layout="constrained")
     axes = figure.subplots()

@@ -17,21 +17,24 @@ def run_judgements(
     victims: Mapping[str, Victim],
     jobs: Sequence[Judgement],
     on_done: Callable[[JudgedRecord], None],
+    say: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Run all jobs, as many at once as there is room for.
 
     Args:
         config: of a study of the comparison; it says what a run may take of the machine.
         victims: by digest.
-        on_done: called with the record of each job as it ends; one that failed has a `reason` and no
-            scores.
+        on_done: called with the record of each job as it ends; one that the defence failed at has a
+            `reason` and no scores.
+        say: told in a sentence of a job from which nothing came back. That is no verdict on the
+            defence, and leaves no record.
     """
 
     def ended(at: int, result: JudgedRecord | LostTaskError) -> None:
         if isinstance(result, LostTaskError):
-            job = jobs[at]
-            result = {**job.about(victims[job.victim]), "reason": str(result)}
-        on_done(result)
+            say(f"A run of {jobs[at].entry} came to nothing: {result}")
+        else:
+            on_done(result)
 
     run_tasks(config, _run, victims, [(job.victim, job, config) for job in jobs], ended)
 

@@ -107,6 +107,8 @@ class ComparisonConfig(BaseModel):
         ):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"there is no {kind} {unknown[0]!r}; known are {', '.join(known)}")
+        if self.defences != "all" and not chosen and not self.ablations:
+            raise ValueError("there is nothing to compare; list defences, or say all")
         for names in (chosen, self.ablations):
             if len(set(names)) < len(names):
                 raise ValueError(f"each may be named once, got {', '.join(names)}")
@@ -210,10 +212,13 @@ def load_comparison(path: Path, overrides: Mapping[str, object] | None = None) -
         raise StudyError(f"{path} must hold `key: value` lines, got {type(content).__name__}.")
     try:
         config = ComparisonConfig.model_validate(content | dict(overrides or {}))
-        for part in config.judged().values():
-            names = [spec.digest for spec in part]
-            if len(set(names)) < len(names):
-                raise StudyError(f"{path}: the same victim is listed twice.")
+        judged = [spec for part in config.judged().values() for spec in part]
+        if len({spec.digest for spec in judged}) < len(judged):
+            raise StudyError(
+                f"{path}: the same victim is listed twice, among `tuning` and `held_out` together."
+            )
+        if any(spec.is_control for spec in config.specs([*config.tuning, *config.held_out], [0])):
+            raise StudyError(f"{path}: an attack poisons; clean twins are made of `common` anyway.")
         found = [
             f"{path}: settings.{entry.defence}.{place}: {problem}"
             for entry in config.entries()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from typing_extensions import NotRequired, TypedDict
 from bimask.files.atomic import sync, sync_tree
 from study.spec.comparison import RUNNING, ComparisonConfig, Part, load_comparison
 from study.spec.config import StudyError
-from study.store.files import rows_of
+from study.store.files import rows_of, write_text
 from study.store.records import write_yaml
 from study.store.schema import OPEN, VictimScores
 
-COMPARISON, JUDGED = "comparison.yaml", "judged.jsonl"
+COMPARISON, JUDGED, ID = "comparison.yaml", "judged.jsonl", "comparison_id"
 TABLES, CSV, PAGE = "comparison.json", "comparison.csv", "comparison.html"
 
 
@@ -70,15 +71,19 @@ def read_judged(folder: Path) -> list[JudgedRecord]:
     Raises:
         StudyError: a line that is no record.
     """
-    found = []
-    for line, row in enumerate(rows_of(folder / JUDGED), start=1):
-        try:
-            found.append(RECORD.validate_python(row))
-        except ValidationError as error:
-            raise StudyError(
-                f"{folder / JUDGED}:{line} is no record ({error.errors()[0]['msg']}); take it out."
-            ) from error
-    return found
+    return [judged_record(row) for row in rows_of(folder / JUDGED)]
+
+
+def judged_record(row: Mapping[str, object]) -> JudgedRecord:
+    """A line of judged.jsonl.
+
+    Raises:
+        StudyError: it is no record.
+    """
+    try:
+        return RECORD.validate_python(row)
+    except ValidationError as error:
+        raise StudyError(f"it is no record ({error.errors()[0]['msg']})") from error
 
 
 def begin(folder: Path, config: ComparisonConfig) -> None:
@@ -87,12 +92,23 @@ def begin(folder: Path, config: ComparisonConfig) -> None:
     part.mkdir()
     try:
         header = f"comparison {config.name}, resolved"
-        write_yaml(part / COMPARISON, config.model_dump(mode="json"), header)
+        content = config.model_dump(mode="json")
+        content["defences"] = [entry.name for entry in config.entries() if not entry.held]
+        write_yaml(part / COMPARISON, content, header)
+        write_text(part / ID, uuid.uuid4().hex + "\n")
         sync_tree(part)
         os.rename(part, folder)
         sync(folder.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def comparison_id(folder: Path) -> str:
+    """What tells this comparison from others of its name; of one without it, its folder's name."""
+    try:
+        return (folder / ID).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return folder.name
 
 
 def reopen(

@@ -12,10 +12,18 @@ import torch
 from bimask.defences.purify import defend
 from bimask.defences.settings import DefenceConfig
 from bimask.metrics import evaluate
-from bimask.victims import Victim
+from bimask.victims import Victim, VictimSpec
 from study.spec.comparison import Part
 from study.store.comparison import JudgedRecord
 from study.store.schema import SCHEMA, VictimScores
+
+
+def attack_of(spec: VictimSpec) -> str:
+    """For people: the attack's name, and how it relabels where that is not to one class."""
+    if spec.is_control:
+        return "clean"
+    rule = str(spec.attack.get("label_rule", "all_to_one"))
+    return spec.attack_name if rule == "all_to_one" else f"{spec.attack_name}, {rule.replace('_', ' ')}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Judgement:
             "budget": self.budget,
             "part": self.part,
             "victim": self.victim,
-            "attack": "clean" if victim.spec.is_control else victim.spec.attack_name,
+            "attack": attack_of(victim.spec),
             "victim_seed": victim.spec.seed,
             "seed": self.seed,
             "before": cast(VictimScores, asdict(victim.scores["test"])),

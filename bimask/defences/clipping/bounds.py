@@ -40,8 +40,12 @@ class Bounded:
 
     def bounds(self, numbers: nn.ParameterList) -> list[Tensor]:
         return [
-            (shift + scale * number).clamp_min(0)
-            for number, scale, shift in zip(numbers, self.scale, self.shift, strict=True)
+            # at 0 a clamp of newer torch has no gradient, and a bound there would never move again
+            torch.where(bound >= 0, bound, 0.0)
+            for bound in (
+                shift + scale * number
+                for number, scale, shift in zip(numbers, self.scale, self.shift, strict=True)
+            )
         ]
 
     def set(self, bounds: list[Tensor]) -> None:

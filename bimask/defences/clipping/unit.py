@@ -232,8 +232,7 @@ class Unit(SimpleDefence[UnitConfig]):
                     "bounds": schedule.cost * size.item(),
                 }
                 with torch.no_grad():
-                    if not config.faithful:
-                        hold_above_zero(bounded, learned.numbers)
+                    hold_above_zero(bounded, learned.numbers)
                     after = bounded.bounds(learned.numbers)
                     bounded.set(after)
                     good = all(

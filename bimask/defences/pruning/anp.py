@@ -145,6 +145,7 @@ class Anp(SimpleDefence[AnpConfig]):
                 highest=config.threshold,
                 max_drop=config.max_drop,
                 passes=loop.passes,
+                learned=learn,
             )
             return without(net, out, "weight"), {"pruned_share": share_of(out)}
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
-from bimask.defences.loop import Loop, batches, steps_an_epoch
+from bimask.defences.loop import Loop, batches, inside, steps_an_epoch
 from bimask.defences.pruning.layers import ask, weight_of, with_convolutions
 from bimask.defences.settings import DefenceConfig, Search
 from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
@@ -187,7 +187,7 @@ def worse(
     with torch.no_grad():
         said = ask(net, tensors, images).argmax(1)
     moved = moved.detach().requires_grad_()
-    loss = F.cross_entropy(ask(net, tensors, (images + moved).clamp(0, 1)), said)
+    loss = F.cross_entropy(ask(net, tensors, inside(images + moved)), said)
     (slope,) = torch.autograd.grad(loss, moved)
     return onto_l1(moved.detach() + lr * slope, largest)
 
@@ -214,7 +214,7 @@ def loss_terms(
     """The loss of the masks, by terms."""
     tensors = masks.masked(net)
     natural = F.cross_entropy(ask(net, tensors, images), labels)
-    perturbed = F.cross_entropy(ask(net, tensors, (images + moved).clamp(0, 1)), labels)
+    perturbed = F.cross_entropy(ask(net, tensors, inside(images + moved)), labels)
     size = sum((mask.abs().sum() for mask in masks.values), torch.zeros_like(natural))
     return {
         "natural": config.alpha * natural,

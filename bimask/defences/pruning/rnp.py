@@ -148,6 +148,7 @@ class Rnp(SimpleDefence[RnpConfig]):
                 highest=config.threshold,
                 max_drop=config.max_drop,
                 passes=loop.passes,
+                learned=learn,
             )
             return without(original, out, "weight"), {"pruned_share": share_of(out)}
 

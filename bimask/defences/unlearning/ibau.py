@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bimask.defences.base import CleanData
-from bimask.defences.loop import Loop, batches, logits_of, steps_an_epoch
+from bimask.defences.loop import Loop, batches, inside, logits_of, steps_an_epoch
 from bimask.defences.settings import DefenceConfig, Search
 from bimask.defences.sgd import BatchSize, Flip, Shift, weights_of
 from bimask.defences.simple import (
@@ -64,7 +64,9 @@ class IbauConfig(DefenceConfig):
     ] = 5
     batch_size: BatchSize = 256
     inner_lr: Annotated[
-        float, Field(gt=0, description="of SGD, by which d is searched"), Search(0.1, 100.0, log=True)
+        float,
+        Field(gt=0, description="of SGD, by which d is searched"),
+        Search(0.1, 10_000.0, log=True),
     ] = 10.0
     penalty: float = Field(0.001, ge=0, description="c, of the squared L2 norm of d")
     budget: float = Field(
@@ -144,7 +146,7 @@ class Ibau(SimpleDefence[IbauConfig]):
                     def outer(
                         d: Tensor, x: Tensor = images, y: Tensor = labels, on: Tensor = carried
                     ) -> Tensor:
-                        return F.cross_entropy(logits_of(net, (x + on * d).clamp(0, 1)), y)
+                        return F.cross_entropy(logits_of(net, inside(x + on * d)), y)
 
                     loss, slopes = hypergradient(
                         inner, outer, found, weights, config.fixed_point_steps, config.fixed_point_lr
@@ -187,7 +189,7 @@ def inner_objective(
     net: nn.Module, images: Tensor, answers: Tensor, d: Tensor, penalty: float
 ) -> Tensor:
     """G, a mean over the batch: low where d (1, C, H, W) takes the net away from its answers (N,)."""
-    logits = logits_of(net, (images + d).clamp(0, 1))
+    logits = logits_of(net, inside(images + d))
     return penalty * d.square().sum() - F.cross_entropy(logits, answers)
 
 

@@ -66,7 +66,12 @@ class NpdConfig(FineTuningConfig):
         Search(1.0, 5.0),
     ] = 3.0
     inner_steps: int = Field(2, ge=1, description="sign steps of a perturbation at most")
-    inner_lr: float = Field(0.1, gt=0, description="change of a pixel by one sign step")
+    # the published step fills the budget on 32x32 pixels in colour; smaller images need longer ones
+    inner_lr: Annotated[
+        float,
+        Field(gt=0, description="change of a pixel by one sign step"),
+        Search(0.05, 0.5, log=True),
+    ] = 0.1
     success: float = Field(
         0.6, gt=0, le=1, description="share of a batch at which its perturbations are strong enough"
     )
@@ -139,9 +144,11 @@ class Npd(SimpleDefence[NpdConfig]):
                     polariser.eval()
                     target = best_wrong(logits_of(net, images).detach(), labels)
                     moved, steps = perturbed(net, images, target, config)
-                    robust = logits_of(net, moved)
                     polariser.train(len(images) > 1)  # of one image a norm may have one number
-                    losses = outer_losses(logits_of(net, images), robust, labels, target, config)
+                    clean_logits = logits_of(net, images)  # first: it moves the statistics of the other
+                    polariser.eval()
+                    robust = logits_of(net, moved)
+                    losses = outer_losses(clean_logits, robust, labels, target, config)
                     optimiser.zero_grad()
                     torch.stack(list(losses.values())).sum().backward()
                     optimiser.step()

@@ -95,6 +95,7 @@ class Strategic(SimpleDefence[StrategicConfig]):
         most = classes if config.candidates == "classes" else config.top_k
         found = Found(config.kind, most, images.shape[1:], classes).to(images.device)
         found.to(images.dtype)
+        found.score = found.score.double()  # as it is compared
         sgd = torch.optim.SGD(
             weights, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )

@@ -110,3 +110,19 @@ def test_accuracy_counts_over_batches():
     assert accuracy(net, CleanData(images, torch.tensor([0, 1, 0])), batch_size=2) == pytest.approx(
         2 / 3
     )
+
+
+def test_the_gradient_passes_where_pixels_are_black_or_white():
+    images = torch.tensor([-0.5, 0.0, 0.5, 1.0, 1.5], requires_grad=True)
+    found = inside(images)
+    assert found.tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+    (slope,) = torch.autograd.grad(found.sum(), images)
+    assert slope.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_looking_on_the_way_costs_a_run_no_passes():
+    loop = loop_of()
+    loop._ending = lambda: (loop.passes.add(forward=3, backward=0), ({}, {}))[1]
+    with loop:
+        loop.passes.add(forward=1, backward=1)
+        assert loop.result().passes.forward == loop.result().passes.forward == 4

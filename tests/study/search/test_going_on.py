@@ -38,7 +38,7 @@ CONFIG = StudyConfig.model_validate(STUDY)
 
 def complete(number):
     scores = {"clean_accuracy": 0.9, "attack_success": 0.1, "seconds": 1.0}
-    return {"number": number, "preset": None, "status": "COMPLETE", **scores}
+    return {"number": number, "preset": None, "status": "COMPLETE", "parameters": {}, **scores}
 
 
 class Life:

@@ -67,6 +67,9 @@ BAD = {
     "key": ({"secs": 3}, "secs"),
     "attack": ({"held_out": [{"attack": {"name": "no"}}]}, "attack"),
     "same": ({"tuning": [{}, {}]}, "listed twice"),
+    "in both": ({"held_out": [{"attack": {"name": "badnets"}}]}, "listed twice"),
+    "clean": ({"held_out": [{"poisoning_rate": 0, "epochs": 3}]}, "an attack poisons"),
+    "nothing": ({"defences": []}, "nothing to compare"),
     "setting": ({"settings": {"clp": {"fixed": {"v": 1}}}}, "v"),
 }
 

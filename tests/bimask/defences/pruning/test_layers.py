@@ -86,8 +86,9 @@ def test_thresholds_rise_until_one_costs_too_much(max_drop, highest, pruned):
     labels = torch.tensor([1, 2, 3, 3])
     passes = Passes()
     net.train()
+    clean = CleanData(images, labels)
     out = prune_below(
-        net, masks, CleanData(images, labels), highest=highest, max_drop=max_drop, passes=passes
+        net, masks, clean, highest=highest, max_drop=max_drop, passes=passes, learned=clean
     )
     assert out["0"].nonzero().flatten().tolist() == pruned
     assert share_of(out) == len(pruned) / 4
@@ -96,3 +97,13 @@ def test_thresholds_rise_until_one_costs_too_much(max_drop, highest, pruned):
     tensors = without(net, out, "weight")
     assert tensors.keys() == {"0.weight"}
     assert tensors["0.weight"].tolist() == [float(c not in pruned) for c in range(4)]
+
+
+def test_images_held_back_that_are_lucky_do_not_decide_alone():
+    """Held back are images of channel 3 alone, which no threshold costs."""
+    net = reader()
+    masks = masks_of(net, [0.1, 0.3, 0.6, 0.95])
+    lucky = CleanData(torch.eye(4)[[3, 3]].view(2, 4, 1, 1), torch.tensor([3, 3]))
+    seen = CleanData(torch.eye(4)[[1, 2, 3, 3]].view(4, 4, 1, 1), torch.tensor([1, 2, 3, 3]))
+    out = prune_below(net, masks, lucky, highest=0.9, max_drop=0.1, passes=Passes(), learned=seen)
+    assert out["0"].nonzero().flatten().tolist() == [0]

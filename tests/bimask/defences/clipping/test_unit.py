@@ -184,7 +184,7 @@ def test_bounds_come_down_as_far_as_the_budget_lets_them():
         assert result.numbers["accuracy_after"] >= 1 - drop
         sizes.append(result.tensors["relu.bound"].mean().item())
     start = ran(net, clean, iterations=1).tensors["relu.bound"].mean().item()
-    # the cost's schedule takes another way for each budget: equal but for a hundredth where both end low
+    # the cost's schedule takes another way for each budget: both end low, equal but for a hundredth
     assert sizes[1] <= 1.01 * sizes[0]
     assert sizes[0] < start / 2
 

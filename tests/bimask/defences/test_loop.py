@@ -5,7 +5,7 @@ from torch import nn
 from bimask.defences.base import CleanData
 from bimask.defences.finetuning.ft_sam import FtSam, FtSamConfig
 from bimask.defences.held_out import accuracy, split
-from bimask.defences.loop import Loop, batches, inside, shuffled, steps_an_epoch
+from bimask.defences.loop import Loop, batches, inside, iterations, shuffled, steps_an_epoch
 from bimask.defences.simple import Keeper
 from bimask.errors import NonFiniteError
 

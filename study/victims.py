@@ -42,6 +42,8 @@ def main(
     except OSError as error:
         Console(stderr=True).tell_error(error)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except InterruptedStudyError as error:
         Console(stderr=True).tell(str(error))
         sys.exit(128 + error.signal)

@@ -95,7 +95,8 @@ def estimate(config: StudyConfig, members: Sequence[Member]) -> str:
             searched.setdefault(defence_of(one).name, []).append(seconds)
     usual = statistics.fmean(statistics.fmean(mine) for mine in searched.values())
     at_once = config.concurrency or max(1, (os.cpu_count() or 1) // config.cpus_per_trial)
-    search_seconds = (usual * (config.trials - len(paper)) + sum(paper)) / at_once
+    in_trials = usual * (config.trials - len(paper)) + sum(paper)
+    search_seconds = min(in_trials, config.search_seconds or in_trials) / at_once
     preparing = config.repeats * sum(net.preparing for net in timed)
     preparing_at_once = min(at_once, config.repeats * len(timed))
     made = preparations(config).values()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from study import search
 from study.analysis.pareto import ParetoFront, feasible_first
 from study.report.console import SHORT
@@ -18,18 +20,20 @@ class FrontSoFar:
     Args:
         name: what --resume takes.
         begun: whether there is something to go on with.
+        again: the words of the command that goes on; none are `--resume NAME`.
 
     Attributes:
         text: a title and one line a trial; empty before the first is complete.
     """
 
-    def __init__(self, name: str, *, begun: bool) -> None:
+    def __init__(self, name: str, *, begun: bool, again: Sequence[str] = ()) -> None:
         self.name, self.begun, self.text = name, begun, ""
+        self.again = " ".join(again) or f"--resume {name}"
 
     def tell(self, *, begun: bool = False) -> None:
         """Leave it to who speaks where this process is killed (`own_ray.set_last_words`)."""
         self.begun = self.begun or begun
-        how = f"go on with --resume {self.name}" if self.begun else "launch it again"
+        how = f"go on with {self.again}" if self.begun else "launch it again"
         search.set_last_words(
             f"{self.text}{self.name} was ended without a word: it was killed, or Ray died; {how}."
         )

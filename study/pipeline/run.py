@@ -124,10 +124,10 @@ def run_in(
         part_of: the name of the comparison that it belongs to: that is gone on with.
     """
     interrupts, resumed_as = Interrupts(), part_of or config.name
-    front = FrontSoFar(resumed_as, begun=resume or part_of is not None)
+    again = [] if part_of else config.resuming
+    front = FrontSoFar(resumed_as, begun=resume or part_of is not None, again=again)
 
     def reason() -> InterruptedStudyError | LostRayError:
-        again = [] if part_of else config.resuming
         return interrupts.reason(resumed_as, begun=front.begun, again=again)
 
     def leave_at_once() -> None:

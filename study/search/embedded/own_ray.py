@@ -165,6 +165,7 @@ def _guard(over: threading.Event) -> None:
             began = dead.setdefault(process.pid, time.monotonic())
             if time.monotonic() - began >= STUCK[name]:
                 why = f"{name} ended with code {process.returncode} while it started"
+                set_last_words("")  # these are the last
                 print(f"error: Ray died ({why}).", file=sys.stderr, flush=True)
                 os._exit(1)
 

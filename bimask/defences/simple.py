@@ -173,6 +173,11 @@ class SimpleDefence(Defence[Config]):
             NonFiniteError: a loss is NaN or infinite.
         """
 
+    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: Config) -> nn.Module:
+        """A copy of the model that has these tensors in place of its own; a method that stores anything
+        else writes its own."""
+        return with_tensors(model, tensors)
+
 
 @dataclass(frozen=True)
 class Defended(Generic[Config]):

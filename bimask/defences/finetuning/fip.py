@@ -26,7 +26,7 @@ built.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -54,7 +54,6 @@ from bimask.defences.simple import (
     Keeper,
     OnOwnStep,
     SimpleDefence,
-    with_tensors,
 )
 from bimask.devices import upload
 from bimask.nets.admission import admit
@@ -144,10 +143,6 @@ class Fip(SimpleDefence[FipConfig]):
                     if loop.step({name: term.item() for name, term in terms.items()}, on_step):
                         return loop.result()
             return loop.result()
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: FipConfig) -> nn.Module:
-        """A copy of the model with these weights."""
-        return with_tensors(model, tensors)
 
 
 def fisher_trace(logits: Tensor, labels: Tensor, weights: Sequence[Tensor], signs: Tensor) -> Tensor:

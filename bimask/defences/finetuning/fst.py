@@ -42,7 +42,6 @@ from bimask.defences.simple import (
     Keeper,
     OnOwnStep,
     SimpleDefence,
-    with_tensors,
 )
 from bimask.errors import ModelError
 from bimask.nets.admission import admit
@@ -134,10 +133,6 @@ class Fst(SimpleDefence[FstConfig]):
                     if loop.step({name: term.item() for name, term in terms.items()}, on_step):
                         return loop.result()
             return loop.result()
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: FstConfig) -> nn.Module:
-        """A copy of the model with these weights."""
-        return with_tensors(model, tensors)
 
 
 def objective(

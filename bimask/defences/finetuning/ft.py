@@ -19,11 +19,10 @@ The first paper's own variant, whose learning rate swings up and down (super-fin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from bimask.defences.base import CleanData
@@ -35,7 +34,6 @@ from bimask.defences.simple import (
     Keeper,
     OnOwnStep,
     SimpleDefence,
-    with_tensors,
 )
 from bimask.nets.admission import admit
 
@@ -84,7 +82,3 @@ class Ft(SimpleDefence[FtConfig]):
                     if loop.step({"cross_entropy": loss.item()}, on_step):
                         return loop.result()
             return loop.result()
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: FtConfig) -> nn.Module:
-        """A copy of the model with these weights."""
-        return with_tensors(model, tensors)

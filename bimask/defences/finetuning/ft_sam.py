@@ -15,7 +15,7 @@ learning rate follows one cosine over the epochs, where the published program st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -42,7 +42,6 @@ from bimask.defences.simple import (
     Keeper,
     OnOwnStep,
     SimpleDefence,
-    with_tensors,
 )
 from bimask.nets.admission import admit
 
@@ -127,12 +126,6 @@ class FtSam(SimpleDefence[FtSamConfig]):
                     if loop.step({"cross_entropy": loss}, on_step):
                         return loop.result()
             return loop.result()
-
-    def restore(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], config: FtSamConfig
-    ) -> nn.Module:
-        """A copy of the model with these weights."""
-        return with_tensors(model, tensors)
 
 
 def sam_step(net: nn.Module, optimiser: torch.optim.Optimizer, loss_of: Any, rho: float) -> Tensor:

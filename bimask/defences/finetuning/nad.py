@@ -22,7 +22,7 @@ teacher's stand still in the second phase. The published weights are 500, 1000, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any
 
@@ -42,7 +42,6 @@ from bimask.defences.simple import (
     Keeper,
     OnOwnStep,
     SimpleDefence,
-    with_tensors,
 )
 from bimask.errors import ModelError
 from bimask.masking.copies import copied
@@ -146,10 +145,6 @@ class Nad(SimpleDefence[NadConfig]):
                         if loop.step(terms, on_step):
                             return loop.result()
             return loop.result()
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: NadConfig) -> nn.Module:
-        """A copy of the model with these weights."""
-        return with_tensors(model, tensors)
 
 
 def attention(features: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ it there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -45,7 +45,7 @@ from bimask.defences.pruning.layers import (
     without,
 )
 from bimask.defences.settings import DefenceConfig, Search
-from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
+from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence
 
 
 class AnpConfig(DefenceConfig):
@@ -174,10 +174,6 @@ class Anp(SimpleDefence[AnpConfig]):
                 if loop.step(losses, on_step):
                     break
             return loop.result()
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: AnpConfig) -> nn.Module:
-        """A copy of the model with these scales."""
-        return with_tensors(model, tensors)
 
 
 def mask_step(

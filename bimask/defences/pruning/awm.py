@@ -35,7 +35,7 @@ from bimask.defences.base import CleanData
 from bimask.defences.loop import Loop, batches, inside, steps_an_epoch
 from bimask.defences.pruning.layers import ask, weight_of, with_convolutions
 from bimask.defences.settings import DefenceConfig, Search
-from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
+from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence
 
 
 class AwmConfig(DefenceConfig):
@@ -168,10 +168,6 @@ class Awm(SimpleDefence[AwmConfig]):
                         if loop.step({key: term.item() for key, term in terms.items()}, on_step):
                             return loop.result()
             return loop.result()
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: AwmConfig) -> nn.Module:
-        """A copy of the model with these convolutions."""
-        return with_tensors(model, tensors)
 
 
 def worse(

@@ -22,7 +22,6 @@ in the layers before.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from bimask.defences.base import CleanData, Passes
 from bimask.defences.pruning.layers import BatchNorm, outliers, share_of, with_norms, without
 from bimask.defences.settings import DefenceConfig, Search
-from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
+from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence
 
 
 class BnpConfig(DefenceConfig):
@@ -92,10 +91,6 @@ class Bnp(SimpleDefence[BnpConfig]):
             passes=Passes(len(batches), 0),
             seconds=time.perf_counter() - began,
         )
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: BnpConfig) -> nn.Module:
-        """A copy of the model with these batch norms."""
-        return with_tensors(model, tensors)
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ nets may be another one; here a forward pass shows the pairs.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from bimask.defences.base import CleanData
 from bimask.defences.pruning.layers import BatchNorm, outliers, pairs, share_of, without
 from bimask.defences.settings import DefenceConfig, Search
-from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
+from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence
 from bimask.errors import ModelError
 from bimask.nets.admission import admit
 
@@ -84,10 +83,6 @@ class Clp(SimpleDefence[ClpConfig]):
             {"pruned_share": share_of(out)},
             seconds=time.perf_counter() - began,
         )
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: ClpConfig) -> nn.Module:
-        """A copy of the model with these batch norms."""
-        return with_tensors(model, tensors)
 
 
 def _admitted(model: nn.Module, images: Tensor) -> tuple[nn.Module, dict[str, str]]:

@@ -22,7 +22,6 @@ published code takes test images. Once the number of columns is chosen, all imag
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -36,7 +35,7 @@ from bimask.defences.loop import Loop, cosine, logits_of, set_lr
 from bimask.defences.pruning.layers import admitted, weight_of
 from bimask.defences.settings import Search
 from bimask.defences.sgd import FineTuningConfig, descend, epoch_of, sgd, weights_of
-from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
+from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence
 from bimask.errors import ModelError
 from bimask.masking.discovery import watched
 from bimask.masking.sites import CONVOLUTIONS
@@ -144,12 +143,6 @@ class FinePruning(SimpleDefence[FinePruningConfig]):
                     if loop.step({"cross_entropy": loss.item()}, on_step):
                         return loop.result()
             return loop.result()
-
-    def restore(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], config: FinePruningConfig
-    ) -> nn.Module:
-        """A copy of the model with these weights."""
-        return with_tensors(model, tensors)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ from bimask.defences.sgd import (
     sgd,
     weights_of,
 )
-from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
+from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence
 
 
 class FmpConfig(FineTuningConfig):
@@ -171,10 +171,6 @@ class Fmp(SimpleDefence[FmpConfig]):
                     if loop.step({"cross_entropy": loss.item()}, on_step):
                         return loop.result()
             return loop.result()
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: FmpConfig) -> nn.Module:
-        """A copy of the model with these weights."""
-        return with_tensors(model, tensors)
 
 
 def ranking(

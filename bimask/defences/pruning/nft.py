@@ -21,7 +21,6 @@ go on to learn, are those of the mixed images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -33,7 +32,7 @@ from bimask.defences.base import CleanData
 from bimask.defences.loop import Loop, cosine, iterations, set_lr
 from bimask.defences.pruning.layers import BatchNorm, NormMasks, ask, with_norms
 from bimask.defences.settings import DefenceConfig, Search
-from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
+from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence
 
 
 class NftConfig(DefenceConfig):
@@ -150,10 +149,6 @@ class Nft(SimpleDefence[NftConfig]):
                 if loop.step({key: term.item() for key, term in terms.items()}, on_step):
                     break
             return loop.result()
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: NftConfig) -> nn.Module:
-        """A copy of the model with these batch norms."""
-        return with_tensors(model, tensors)
 
 
 def lowest(layers: int, floor: float, decay: float) -> list[float]:

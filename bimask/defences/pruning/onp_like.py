@@ -29,7 +29,6 @@ by a separable CMA-ES of our own) are judged by the same reward with the same nu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -49,7 +48,6 @@ from bimask.defences.simple import (
     Keeper,
     OnOwnStep,
     SimpleDefence,
-    with_tensors,
 )
 from bimask.errors import ModelError
 from bimask.masking.frozen import FrozenNet
@@ -222,12 +220,6 @@ class OnpLike(SimpleDefence[OnpLikeConfig]):
                 if loop.step(losses, on_step):
                     return loop.result()
             return loop.result()
-
-    def restore(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], config: OnpLikeConfig
-    ) -> nn.Module:
-        """A copy of the model with these convolutions."""
-        return with_tensors(model, tensors)
 
 
 def answers(policy: Policy, drawn: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ back, where the published code sweeps it on the test images or fixes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -38,7 +37,7 @@ from bimask.defences.pruning.layers import (
     without,
 )
 from bimask.defences.settings import DefenceConfig, Search
-from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence, with_tensors
+from bimask.defences.simple import BEGINNING, Defended, Keeper, OnOwnStep, SimpleDefence
 from bimask.masking.copies import copied
 
 
@@ -190,10 +189,6 @@ class Rnp(SimpleDefence[RnpConfig]):
                     if loop.step({"recovery": loss}, on_step):
                         return loop.result()
             return loop.result()
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: RnpConfig) -> nn.Module:
-        """A copy of the model with these scales."""
-        return with_tensors(model, tensors)
 
 
 def unlearn_step(

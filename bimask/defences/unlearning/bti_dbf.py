@@ -25,7 +25,7 @@ beyond it. Batch norms answer with their running statistics throughout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
@@ -43,7 +43,6 @@ from bimask.defences.simple import (
     Keeper,
     OnOwnStep,
     SimpleDefence,
-    with_tensors,
 )
 from bimask.defences.unlearning.decoupling import (
     FeatureMask,
@@ -144,12 +143,6 @@ class BtiDbf(SimpleDefence[BtiDbfConfig]):
                 if loop.step(losses, on_step):
                     return loop.result()
             return loop.result()
-
-    def restore(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], config: BtiDbfConfig
-    ) -> nn.Module:
-        """A copy of the model with these weights."""
-        return with_tensors(model, tensors)
 
 
 class _Found(nn.Module):

@@ -29,7 +29,7 @@ statistics, else d on one image would change the answers to the others, and each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -48,7 +48,6 @@ from bimask.defences.simple import (
     Keeper,
     OnOwnStep,
     SimpleDefence,
-    with_tensors,
 )
 from bimask.nets.admission import admit
 
@@ -159,10 +158,6 @@ class Ibau(SimpleDefence[IbauConfig]):
                     if loop.step({"cross_entropy": loss}, on_step):
                         return loop.result()
             return loop.result()
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: IbauConfig) -> nn.Module:
-        """A copy of the model with these weights."""
-        return with_tensors(model, tensors)
 
 
 def searched(net: nn.Module, seen: Any, config: IbauConfig, loop: Loop[IbauConfig]) -> Tensor:

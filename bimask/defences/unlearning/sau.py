@@ -24,7 +24,6 @@ are answered with, and few images give poor ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -42,7 +41,6 @@ from bimask.defences.simple import (
     Keeper,
     OnOwnStep,
     SimpleDefence,
-    with_tensors,
 )
 from bimask.defences.unlearning.losses import minus_log_other
 from bimask.masking.copies import copied
@@ -137,10 +135,6 @@ class Sau(SimpleDefence[SauConfig]):
                     if loop.step({name: loss.item() for name, loss in losses.items()}, on_step):
                         return loop.result()
             return loop.result()
-
-    def restore(self, model: nn.Module, tensors: Mapping[str, Tensor], config: SauConfig) -> nn.Module:
-        """A copy of the model with these weights."""
-        return with_tensors(model, tensors)
 
 
 def shared_adversarial(

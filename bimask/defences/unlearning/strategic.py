@@ -49,7 +49,6 @@ from bimask.defences.simple import (
     Keeper,
     OnOwnStep,
     SimpleDefence,
-    with_tensors,
 )
 from bimask.defences.unlearning.strategic_settings import StrategicConfig
 from bimask.defences.unlearning.trojan_neurons import Found, mixed, parted, rates_of, search
@@ -158,12 +157,6 @@ class Strategic(SimpleDefence[StrategicConfig]):
                     break
             _tell(found, config)
             return loop.result()
-
-    def restore(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], config: StrategicConfig
-    ) -> nn.Module:
-        """A copy of the model with these weights."""
-        return with_tensors(model, tensors)
 
     def synthesised(
         self,

@@ -9,6 +9,7 @@ from benchmarks.records import RESULTS, read
 
 KEPT = RESULTS / "comparison"
 TITLE = "Defences compared"
+FEW = 10  # trials, of which TPE draws about as many at random
 PARTS = {
     "unseen_seed": "the tuning attacks, on victims of other seeds",
     "held_out": "attacks that no trial saw",
@@ -45,6 +46,7 @@ def _parts(about: dict[str, Any], found: dict[str, Any]) -> list[str]:
         f"with {budget} clean images a class. Numbers are means over n victims with their standard "
         f"deviation; shares are in %. {about['machine']}, {about['date']}, commit {about['commit']}.",
         *found["verdict"],
+        *_caution(found),
     ]
     for part, title in PARTS.items():
         rows = [
@@ -80,6 +82,18 @@ def _parts(about: dict[str, Any], found: dict[str, Any]) -> list[str]:
         "for, or none ended in its seconds.",
     ]
     return blocks
+
+
+def _caution(found: dict[str, Any]) -> list[str]:
+    """What takes the weight off a ranking: too few trials to have tuned anything."""
+    few = [name for name, one in found["searched"].items() if 0 < one["trials"] < FEW]
+    if not few:
+        return []
+    return [
+        f"**This is a look, and no ranking of methods**: {len(few)} of {len(found['searched'])} defences "
+        f"had fewer than {FEW} trials in their seconds, which tunes nothing, and a slow method has the "
+        "fewest."
+    ]
 
 
 def _row(cell: dict[str, Any], searched: dict[str, Any]) -> list[str]:

@@ -90,9 +90,9 @@ def _caution(found: dict[str, Any]) -> list[str]:
     if not few:
         return []
     return [
-        f"**This is a look, and no ranking of methods**: {len(few)} of {len(found['searched'])} defences "
-        f"had fewer than {FEW} trials in their seconds, which tunes nothing, and a slow method has the "
-        "fewest."
+        f"**This is a look, and no ranking of methods**: {len(few)} of {len(found['searched'])} "
+        f"defences had fewer than {FEW} trials in their seconds, which tunes nothing, and a slow one has "
+        "the fewest."
     ]
 
 

@@ -91,8 +91,8 @@ def _caution(found: dict[str, Any]) -> list[str]:
         return []
     return [
         f"**This is a look, and no ranking of methods**: {len(few)} of {len(found['searched'])} "
-        f"defences had fewer than {FEW} trials in their seconds, which tunes nothing, and a slow one has "
-        "the fewest."
+        f"defences had fewer than {FEW} trials in their seconds, which tunes nothing, and slow ones "
+        "have the fewest."
     ]
 
 

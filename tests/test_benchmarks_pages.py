@@ -48,6 +48,7 @@ def test_every_record_is_on_a_page():
     read = {
         "audit",
         "blind",
+        "comparison",
         "conditional",
         "kills",
         "samplers",

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from bimask.errors import BimaskError
-from bimask.progress import Console, outlive_readers
-from study.search.interrupts import InterruptedStudyError, LostRayError
+from bimask.progress import outlive_readers
+from study.search.interrupts import GO_ON, ends_of_a_command
 
 
 def main(
@@ -47,32 +46,21 @@ def main(
     outlive_readers()
     given = {"name": name, "search_seconds": seconds, "concurrency": concurrency}
     overrides: dict[str, object] = {key: value for key, value in given.items() if value is not None}
-    try:
-        # heavy: after --help and usage errors
-        from bimask.nets import code_of_files
+    # heavy: after --help and usage errors
+    from bimask.nets import code_of_files
+
+    with ends_of_a_command(GO_ON), code_of_files(trust_code or suite is not None):
         from study.pipeline.comparison import run_comparison
 
-        with code_of_files(trust_code or suite is not None):
-            complete = run_comparison(
-                suite,
-                overrides,
-                outputs=outputs or Path("outputs"),
-                resume=resume,
-                address=address,
-                storage=storage,
-                wait=wait,
-            )
-    except InterruptedStudyError as error:
-        Console(stderr=True).tell(str(error))
-        sys.exit(128 + error.signal)
-    except BimaskError as error:
-        Console(stderr=True).tell_error(error)
-        sys.exit(1 if isinstance(error, LostRayError) else 2)
-    except OSError as error:  # of the environment; what has a record is kept
-        Console(stderr=True).tell_error(f"{error}; mend it, then go on with --resume NAME.")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        complete = run_comparison(
+            suite,
+            overrides,
+            outputs=outputs or Path("outputs"),
+            resume=resume,
+            address=address,
+            storage=storage,
+            wait=wait,
+        )
     sys.exit(0 if complete else 1)
 
 

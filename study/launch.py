@@ -11,9 +11,8 @@ from typing import Annotated, Any, TypedDict
 
 import typer
 
-from bimask.errors import BimaskError
 from bimask.progress import Console, outlive_readers
-from study.search.interrupts import InterruptedStudyError, LostRayError
+from study.search.interrupts import GO_ON, ends_of_a_command
 
 SPACES = Path(__file__).parent.parent / "search_spaces"
 DEFAULT, SUSPECT = SPACES / "ims_digits.yaml", SPACES / "suspect.yaml"
@@ -114,7 +113,7 @@ def main(
     path = study or (DEFAULT if resume is None else None)
     here = outputs or Path("outputs")
     where: Where = {"address": address, "storage": storage, "wait": wait}
-    try:
+    with ends_of_a_command(GO_ON):
         # each imports what it needs, which is heavy: after --help and usage errors
         if any(value is not None for value in (*own.values(), *about.values())):
             overrides["suspect"] = suspect_of(own, about)
@@ -141,17 +140,6 @@ def main(
         else:
             with code_of_files(trusted):
                 complete = _run(path, overrides, resume, here, where)
-    except BimaskError as error:
-        Console(stderr=True).tell_error(error)
-        sys.exit(1 if isinstance(error, LostRayError) else 2)
-    except OSError as error:  # of the environment; what has a record is kept
-        Console(stderr=True).tell_error(f"{error}; mend it, then go on with --resume NAME.")
-        sys.exit(2)
-    except InterruptedStudyError as error:
-        Console(stderr=True).tell(str(error))
-        sys.exit(128 + error.signal)
-    except KeyboardInterrupt:
-        sys.exit(130)
     sys.exit(0 if complete else 1)
 
 

@@ -9,9 +9,14 @@ from typing import Annotated
 import typer
 
 from bimask.commands import TrustCode
-from bimask.errors import BimaskError
 from bimask.progress import Console, outlive_readers
-from study.search.interrupts import InterruptedStudyError, Interrupts, LostRayError, leave
+from study.search.interrupts import (
+    InterruptedStudyError,
+    Interrupts,
+    LostRayError,
+    ends_of_a_command,
+    leave,
+)
 
 
 def main(
@@ -32,21 +37,10 @@ def main(
     from study.pipeline.prepare import require_writable  # heavy: after --help and usage errors
 
     interrupts = Interrupts()
-    try:
+    with ends_of_a_command():
         require_writable(out)
         with code_of_files(trust_code), interrupts.in_good_order(lambda: ended(interrupts, suite)):
             failed = make_suite(suite, out, address, cpus_per_victim, gpus_per_victim, interrupts)
-    except BimaskError as error:
-        Console(stderr=True).tell_error(error)
-        sys.exit(1 if isinstance(error, LostRayError) else 2)
-    except OSError as error:
-        Console(stderr=True).tell_error(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except InterruptedStudyError as error:
-        Console(stderr=True).tell(str(error))
-        sys.exit(128 + error.signal)
     sys.exit(1 if failed else 0)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-from torch import Tensor, nn
+from collections.abc import Callable, Iterable
 
 from bimask.defences import DEFENCES
 from bimask.errors import BimaskError
-from bimask.nets import may_run
+from study.pipeline.prepare import untrained
 from study.spec.config import StudyConfig, StudyError
 from study.spec.defences import ALL, left
+from study.spec.suspect import NAME
 
 
 def accepted(config: StudyConfig, say: Callable[[str], object]) -> StudyConfig:
@@ -26,14 +25,7 @@ def accepted(config: StudyConfig, say: Callable[[str], object]) -> StudyConfig:
     """
     if config.defences != ALL:
         return config
-    refused: dict[str, str] = {}
-    for who, net, images in untrained(config):
-        for name, defence in DEFENCES.items():
-            if name not in refused:
-                try:
-                    defence.check(net, images)
-                except BimaskError as error:
-                    refused[name] = f"{who}: {error}" if who else str(error)
+    refused = refused_by(config, DEFENCES)
     names = [name for name in DEFENCES if name not in refused]
     reasons = [f"`defences: all` leaves out {name}. {reason}" for name, reason in refused.items()]
     if not names:
@@ -43,15 +35,15 @@ def accepted(config: StudyConfig, say: Callable[[str], object]) -> StudyConfig:
     return StudyConfig.model_validate(left(config.model_dump(), names))
 
 
-def untrained(config: StudyConfig) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """The nets of a study before any training, with whose they are ("" of the suspect) and two
-    images."""
-    if config.suspect is not None:
-        if may_run(config.suspect.net):
-            suspect = config.suspect.load(config.clean_images_per_class)
-            yield "", suspect.model, suspect.load_data().val.floats()[:2]
-        return
-    for name, spec in zip(config.suite_names(), config.suite, strict=True):
-        if may_run(spec.net):
-            splits = spec.load_data()
-            yield f"The victim {name}", spec.fresh_net(splits.train).eval(), splits.val.floats()[:2]
+def refused_by(config: StudyConfig, names: Iterable[str]) -> dict[str, str]:
+    """Defence -> for which net of a study it can do nothing, and why; none that refuses no net."""
+    refused: dict[str, str] = {}
+    names = list(names)
+    for who, net, images in untrained(config):
+        for name in names:
+            if name not in refused:
+                try:
+                    DEFENCES[name].check(net, images)
+                except BimaskError as error:
+                    refused[name] = str(error) if who == NAME else f"The victim {who}: {error}"
+    return refused

@@ -11,15 +11,15 @@ from typing import Any
 from rich.table import Table
 
 from bimask.devices import resolve_device
-from bimask.errors import BimaskError
 from bimask.nets import require_trusted
 from bimask.progress import Console
 from study.analysis import comparison as analysis
 from study.analysis.comparison import Compared, Searched
+from study.pipeline.choosing import refused_by
 from study.pipeline.judging import judge_choices, judging_study
 from study.pipeline.naming import named
 from study.pipeline.opening import open_tracker
-from study.pipeline.prepare import check_data, prepare_victims, require_writable
+from study.pipeline.prepare import check_images, prepare_victims, require_writable
 from study.pipeline.run import run_in
 from study.report import comparison as report
 from study.report.console import wide_console
@@ -139,21 +139,22 @@ def _trials(
 
 
 def _refused(config: ComparisonConfig, judging: StudyConfig) -> dict[str, str]:
-    """Entry -> why its defence can do nothing for these nets; data that do not fit are an error."""
-    refused: dict[str, str] = {}
-    for entry in config.entries():
-        study = config.study_of(entry)
+    """Entry -> why its defence can do nothing for these nets.
+
+    Raises:
+        BimaskError: data are missing or do not fit, or no defence is left.
+    """
+    entries = config.entries()
+    tuning = config.study_of(entries[0])  # all tune on the same victims
+    for study in (tuning, judging):
         for spec in study.suite:
             require_trusted(spec.net)
-        suite = judging.model_copy(update={"defence": study.defence})
-        try:
-            check_data(study)
-            check_data(suite)
-        except BimaskError as error:
-            refused[entry.name] = str(error)
-    if len(refused) == len(config.entries()):
-        raise StudyError(f"No defence can be compared: {next(iter(refused.values()))}")
-    return refused
+        check_images(study)
+    names = list(dict.fromkeys(entry.defence for entry in entries))
+    refused = refused_by(judging, names) | refused_by(tuning, names)
+    if refused.keys() >= set(names):
+        raise StudyError(f"No defence can be compared: {refused[names[0]]}")
+    return {entry.name: refused[entry.defence] for entry in entries if entry.defence in refused}
 
 
 def _nothing(config: ComparisonConfig, entry: Entry, reason: str) -> Searched:

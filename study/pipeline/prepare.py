@@ -67,20 +67,13 @@ def _named(victim: str) -> Iterator[None]:
         raise StudyError(f"The victim {victim}: {error}") from error
 
 
-def check_data(config: StudyConfig) -> None:
-    """Refuse data that are missing, too few or no match for attack or net, and nets that the defence
-    can do nothing for, before any training.
-
-    Where the code of own nets may not run (`bimask.nets.code_of_files`), these are asked nothing.
+def check_images(config: StudyConfig) -> None:
+    """Refuse data that are missing, too few or no match for attack or net, before any training.
 
     Raises:
         BimaskError: naming the first.
     """
-    if config.suspect is not None and may_run(config.suspect.net):
-        suspect = config.suspect.load(config.clean_images_per_class)
-        for defence in map(DEFENCES.__getitem__, config.defenders):
-            defence.check(suspect.model, suspect.load_data().val.floats()[:2])
-    elif config.suspect is not None:
+    if config.suspect is not None and not may_run(config.suspect.net):
         config.suspect.load_data(config.clean_images_per_class)
     for name, spec in zip(config.suite_names(), config.suite, strict=config.suspect is None):
         with _named(name):
@@ -92,10 +85,37 @@ def check_data(config: StudyConfig) -> None:
                     raise DataError("Got no images to score it on; give more images, or other shares.")
                 if not attack.has_state:  # else the trigger is made with the victim, and refused there
                     attack.triggered(data)
-            if may_run(spec.net):
+
+
+def check_data(config: StudyConfig) -> None:
+    """`check_images`, and refuse nets that a defence of the study can do nothing for.
+
+    Where the code of own nets may not run (`bimask.nets.code_of_files`), these are asked nothing.
+
+    Raises:
+        BimaskError: naming the first.
+    """
+    check_images(config)
+    for name, net, images in untrained(config):
+        for defence in map(DEFENCES.__getitem__, config.defenders):
+            with _named(name):
+                defence.check(net, images)
+
+
+def untrained(config: StudyConfig) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """The nets of a study before any training that may be asked, with whose they are (`NAME` of the
+    suspect) and two images."""
+    if config.suspect is not None:
+        if may_run(config.suspect.net):
+            suspect = config.suspect.load(config.clean_images_per_class)
+            yield NAME, suspect.model, suspect.load_data().val.floats()[:2]
+        return
+    for name, spec in zip(config.suite_names(), config.suite, strict=True):
+        if may_run(spec.net):
+            with _named(name):
+                splits = spec.load_data()
                 net = spec.fresh_net(splits.train).eval()
-                for defence in map(DEFENCES.__getitem__, config.defenders):
-                    defence.check(net, splits.val.floats()[:2])
+            yield name, net, splits.val.floats()[:2]
 
 
 def prepare_victims(

@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from bimask.errors import BimaskError
+from bimask.progress import Console
 from study.search.embedded import own_ray
 from study.search.embedded.liveness import from_ray
 from study.spec.config import StudyError
 
+GO_ON = "; mend it, then go on with --resume NAME."  # what has a record is kept
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WAKE = signal.SIGUSR2  # a thread of ours to the main one: look again
 SAME = 2.0  # seconds in which a second signal is the first: `timeout` sends two, to us and to our group
@@ -58,6 +61,29 @@ def _how(study: str, begun: bool, again: Sequence[str]) -> str:
     """What to do next; `again` are the words of the command that goes on."""
     words = " ".join(again) or f"--resume {study}"
     return f"go on with {words}" if begun else "launch it again, what is trained is kept"
+
+
+@contextmanager
+def ends_of_a_command(hint: str = "") -> Iterator[None]:
+    """What ends the work within ends the command: it is told on standard error, and the code is 128 +
+    the signal, 1 where Ray died, and 2 for all that is refused.
+
+    Args:
+        hint: said behind what the environment refuses, such as a full disk.
+    """
+    try:
+        yield
+    except InterruptedStudyError as error:
+        Console(stderr=True).tell(str(error))
+        sys.exit(128 + error.signal)
+    except BimaskError as error:
+        Console(stderr=True).tell_error(error)
+        sys.exit(1 if isinstance(error, LostRayError) else 2)
+    except OSError as error:
+        Console(stderr=True).tell_error(f"{error}{hint}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 class Interrupts:

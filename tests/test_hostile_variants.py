@@ -67,6 +67,8 @@ def here(tmp_path, monkeypatch):
         (tmp_path / place).write_text("open('RUN', 'w')\n\ndef make(num_classes): ...\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    for name in [one for one in sys.modules if one.startswith("evil")]:
+        monkeypatch.delitem(sys.modules, name)  # of other tests: a module that is there runs no code
     return tmp_path
 
 

@@ -106,6 +106,6 @@ def _jobs(config: ComparisonConfig, searched: Mapping[str, Searched]) -> list[Ju
         Judgement(entry, one, budget, part, spec.digest, config.seed + 1 + spec.seed)
         for budget in budgets
         for entry, one in settings.items()
-        for part, specs in config.judged().items()
+        for part, specs in config.judged(budget).items()
         for spec in specs
     ]

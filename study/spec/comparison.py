@@ -54,11 +54,16 @@ class Seeds(BaseModel):
 
     tuning: list[int] = Field([0, 1], min_length=1, max_length=100)
     judged: list[int] = Field([2, 3, 4], min_length=1, max_length=100)
+    other_budgets: list[int] | None = Field(
+        None, min_length=1, description="those judged at budgets beside the main one; null: all"
+    )
 
     @model_validator(mode="after")
     def _apart(self) -> Seeds:
         if both := sorted(set(self.tuning) & set(self.judged)):
             raise ValueError(f"a seed is tuned on or judged on, but {both[0]} is both")
+        if unknown := sorted(set(self.other_budgets or []) - set(self.judged)):
+            raise ValueError(f"other_budgets are seeds of `judged`, got {unknown[0]}")
         return self
 
 
@@ -135,9 +140,11 @@ class ComparisonConfig(BaseModel):
             for seed in seeds
         ]
 
-    def judged(self) -> dict[Part, list[VictimSpec]]:
-        """The victims that a choice is judged on."""
+    def judged(self, budget: int | None = None) -> dict[Part, list[VictimSpec]]:
+        """The victims that a choice is judged on, with that many images a class if it is said."""
         seeds = self.seeds.judged
+        if budget not in (None, self.main_budget):
+            seeds = self.seeds.other_budgets or seeds
         return {
             "unseen_seed": self.specs(self.tuning, seeds),
             "held_out": self.specs(self.held_out, seeds),

@@ -1,5 +1,6 @@
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from bimask.defences import DEFENCES
 from study.launch import SPACES
@@ -31,6 +32,16 @@ def test_no_victim_is_both_tuned_on_and_judged_on():
     }
     assert len(seen) == 2
     assert all(seen.isdisjoint(digests) for digests in judged.values())
+
+
+def test_other_budgets_are_judged_on_the_seeds_that_are_said():
+    seeds = {"tuning": [0], "judged": [1, 2, 3], "other_budgets": [2]}
+    found = config(seeds=seeds, budgets=[2, 10], clean_images_per_class=10)
+    assert [spec.seed for spec in found.judged(2)["control"]] == [2]
+    assert found.judged(10) == found.judged()
+    assert [spec.seed for spec in found.judged()["control"]] == [1, 2, 3]
+    with pytest.raises(ValidationError, match="other_budgets are seeds of `judged`, got 4"):
+        config(seeds=seeds | {"other_budgets": [4]})
 
 
 def test_every_defence_of_the_registry_has_a_study_of_equal_seconds():

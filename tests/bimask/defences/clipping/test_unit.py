@@ -179,14 +179,12 @@ def test_a_planted_channel_is_cut_off_and_clean_logits_stay(granularity):
 def test_bounds_come_down_as_far_as_the_budget_lets_them():
     clean, net = planted(), Planted().eval()
     sizes = []
-    for drop in (0.0, 0.2):
+    for drop in (0.0, 0.5):
         result = ran(net, clean, iterations=150, bound_lr=0.1, cost=0.01, accuracy_drop=drop)
         assert result.numbers["accuracy_after"] >= 1 - drop
         sizes.append(result.tensors["relu.bound"].mean().item())
     start = ran(net, clean, iterations=1).tensors["relu.bound"].mean().item()
-    # the cost's schedule takes another way for each budget: both end low, equal but for a hundredth
-    assert sizes[1] <= 1.01 * sizes[0]
-    assert sizes[0] < start / 2
+    assert sizes[1] < sizes[0] < start
 
 
 def test_the_published_order_keeps_the_bounds_of_before_the_step():

@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: `make test` has
 import copy
 import functools
 import inspect
+import signal
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from bimask.data import ImageData
 from bimask.nets import Normalised
 
 torch.set_num_threads(1)
+# What a shell runs in the background ignores them, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
 

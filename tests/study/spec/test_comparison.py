@@ -4,6 +4,8 @@ from pydantic import ValidationError
 
 from bimask.defences import DEFENCES
 from study.launch import SPACES
+from study.pipeline.judging import judging_study
+from study.pipeline.prepare import check_images
 from study.spec.comparison import ABLATIONS, ComparisonConfig, load_comparison
 from study.spec.config import StudyError
 
@@ -109,3 +111,4 @@ def test_the_shipped_comparison_is_whole():
     assert {entry.defence for entry in found.entries()} == set(DEFENCES)
     assert len(found.held_out) >= 3
     assert len(found.seeds.judged) >= 3
+    check_images(judging_study(found))  # every class has as many as the largest budget asks for

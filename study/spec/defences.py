@@ -160,6 +160,9 @@ def _of_one(given: Mapping[str, Any]) -> dict[str, Any]:
     own: dict[str, Any] = {}
     if "space" not in given and (searched := _ranges(settings, fixed)):
         own["space"] = searched
+        held = fixed if isinstance(fixed, dict) else {}
+        if given.get("paper_defaults") is False and not given.get("start"):
+            own["start"] = [_first_point(settings, searched, held)]
     if isinstance(fixed, dict):
         space = given.get("space", own.get("space"))
         own["fixed"] = expanded(fixed, space if isinstance(space, dict) else {}, settings)

@@ -3,6 +3,7 @@ import yaml
 from pydantic import ValidationError
 
 from bimask.defences import DEFENCES
+from bimask.defences.ims.config import PurifyConfig
 from study.launch import SPACES
 from study.pipeline.judging import judging_study
 from study.pipeline.prepare import check_images
@@ -104,6 +105,19 @@ def test_a_resolved_comparison_reads_back_as_itself(tmp_path):
     assert load_comparison(path) == found
     assert load_comparison(path, {"concurrency": 1}).digest == found.digest
     assert load_comparison(path, {"search_seconds": 31}).digest != found.digest
+
+
+def test_a_study_without_the_published_settings_begins_with_its_profile():
+    own = {"ims": {"fixed": {"profile": "fast"}, "paper_defaults": False}}
+    found = config(settings=own, ablations=["no_inner_problem"])
+    by_name = {entry.name: found.study_of(entry) for entry in found.entries()}
+    profile = PurifyConfig.profile("fast")
+    (point,) = by_name["ims"].start
+    assert point == {name: getattr(profile, name) for name in by_name["ims"].space}
+    (point,) = by_name["ims-no_inner_problem"].start
+    assert "budget" not in point
+    assert point["mask_lr"] == profile.mask_lr
+    assert by_name["clp"].start == [], "its trial 0 is the published settings"
 
 
 def test_the_shipped_comparison_is_whole():

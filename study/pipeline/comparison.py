@@ -97,7 +97,10 @@ def _run(
         searched: dict[str, Searched] = {}
         for entry in config.entries():
             if entry.name in refused:
-                searched[entry.name] = _nothing(config, entry, refused[entry.name])
+                searched[entry.name] = {**_nothing(config, entry), "reason": refused[entry.name]}
+                continue
+            if not entry.tuned:
+                searched[entry.name] = {**_nothing(config, entry), "chosen": {}}
                 continue
             console.rule(entry.name)
             searched[entry.name] = _tuned(
@@ -157,7 +160,8 @@ def _refused(config: ComparisonConfig, judging: StudyConfig) -> dict[str, str]:
     return {entry.name: refused[entry.defence] for entry in entries if entry.defence in refused}
 
 
-def _nothing(config: ComparisonConfig, entry: Entry, reason: str) -> Searched:
+def _nothing(config: ComparisonConfig, entry: Entry) -> Searched:
+    """Of an entry that no trial was of."""
     return {
         "study": config.study_of(entry).name,
         "trials": 0,
@@ -166,7 +170,6 @@ def _nothing(config: ComparisonConfig, entry: Entry, reason: str) -> Searched:
         "chosen": None,
         "hypervolume": 0.0,
         "front": [],
-        "reason": reason,
     }
 
 

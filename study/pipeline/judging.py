@@ -100,7 +100,7 @@ def _jobs(config: ComparisonConfig, searched: Mapping[str, Searched]) -> list[Ju
     for entry in config.entries():
         chosen: Parameters | None = searched[entry.name]["chosen"]
         if chosen is not None:
-            settings[entry.name] = config.study_of(entry).defence_config(chosen)
+            settings[entry.name] = config.settings_of(entry, chosen)
     budgets = sorted(config.budgets, key=lambda budget: (budget != config.main_budget, budget))
     return [
         Judgement(entry, one, budget, part, spec.digest, config.seed + 1 + spec.seed)

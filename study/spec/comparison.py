@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bimask.defences import DEFENCES
+from bimask.defences.settings import DefenceConfig
 from bimask.errors import describe, first_of
 from bimask.files.bounded import read_yaml
 from bimask.victims import VictimSpec
@@ -34,6 +35,7 @@ ABLATIONS: dict[str, dict[str, Scalar]] = {
 Part = Literal["unseen_seed", "held_out", "control"]
 MINUTE = 60.0
 RUNNING = {"concurrency"}  # how it runs, not what it finds
+LATER = ("published", "variants")  # keys that came later: without them a comparison keeps its digest
 
 
 class OwnSettings(BaseModel):
@@ -94,9 +96,17 @@ class ComparisonConfig(BaseModel):
     clean_images_per_class: int = Field(10, ge=1, description="that a trial has")
     budgets: list[int] = Field([2, 10, 100], min_length=1, max_length=10)
     common: dict[str, Any] = Field(default_factory=dict, description="of all victims")
+    published: list[str] = Field(
+        default_factory=list, description="defences that are judged at their published settings, too"
+    )
     tuning: list[dict[str, Any]] = Field(min_length=1, max_length=50, description="attacks of trials")
+    variants: list[dict[str, Any]] = Field(
+        default_factory=list,
+        max_length=200,
+        description="of the tuning attacks, judged beside their unseen seeds: say other rates",
+    )
     held_out: list[dict[str, Any]] = Field(
-        default_factory=list, max_length=50, description="attacks that no trial sees"
+        default_factory=list, max_length=200, description="attacks that no trial sees"
     )
     seeds: Seeds = Seeds()
     aggregate: Literal["worst", "mean"] = "mean"
@@ -107,14 +117,14 @@ class ComparisonConfig(BaseModel):
     def _known(self) -> ComparisonConfig:
         chosen = [] if self.defences == "all" else list(self.defences)
         for kind, names, known in (
-            ("defence", [*chosen, *self.settings], DEFENCES),
+            ("defence", [*chosen, *self.settings, *self.published], DEFENCES),
             ("ablation", self.ablations, ABLATIONS),
         ):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"there is no {kind} {unknown[0]!r}; known are {', '.join(known)}")
         if self.defences != "all" and not chosen and not self.ablations:
             raise ValueError("there is nothing to compare; list defences, or say all")
-        for names in (chosen, self.ablations):
+        for names in (chosen, self.ablations, self.published):
             if len(set(names)) < len(names):
                 raise ValueError(f"each may be named once, got {', '.join(names)}")
         if sorted(set(self.budgets)) != self.budgets or self.budgets[0] < 1:
@@ -124,7 +134,11 @@ class ComparisonConfig(BaseModel):
     @property
     def digest(self) -> str:
         """Sixteen hex digits of everything that decides results."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"name", *RUNNING}), sort_keys=True)
+        deciding = self.model_dump(mode="json", exclude={"name", *RUNNING})
+        for name in LATER:
+            if not deciding[name]:
+                del deciding[name]
+        text = json.dumps(deciding, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -146,7 +160,7 @@ class ComparisonConfig(BaseModel):
         if budget not in (None, self.main_budget):
             seeds = self.seeds.other_budgets or seeds
         return {
-            "unseen_seed": self.specs(self.tuning, seeds),
+            "unseen_seed": self.specs([*self.tuning, *self.variants], seeds),
             "held_out": self.specs(self.held_out, seeds),
             "control": self.specs([{"poisoning_rate": 0}], seeds),
         }
@@ -155,7 +169,18 @@ class ComparisonConfig(BaseModel):
         """The rows of the comparison."""
         names = list(DEFENCES) if self.defences == "all" else list(self.defences)
         rows = [Entry(name, name, {}) for name in names]
-        return rows + [Entry(f"{IMS}-{name}", IMS, ABLATIONS[name]) for name in self.ablations]
+        rows += [Entry(f"{IMS}-{name}", IMS, ABLATIONS[name]) for name in self.ablations]
+        return rows + [Entry(f"{name}-published", name, {}, tuned=False) for name in self.published]
+
+    def settings_of(self, entry: Entry, chosen: Mapping[str, Scalar]) -> DefenceConfig:
+        """What an entry is judged with.
+
+        Args:
+            chosen: of its study; of one that is not tuned nothing.
+        """
+        if not entry.tuned:
+            return DEFENCES[entry.defence].config()
+        return self.study_of(entry).defence_config(chosen)
 
     def study_of(self, entry: Entry) -> StudyConfig:
         """The study that tunes an entry.
@@ -191,15 +216,17 @@ class ComparisonConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a comparison: a defence, or an ablation of one.
+    """A row of a comparison: a defence, an ablation of one, or one at its published settings.
 
     Attributes:
         held: settings that every trial of it has.
+        tuned: whether a study chooses its settings; else the published ones stand.
     """
 
     name: str
     defence: str
     held: Mapping[str, Scalar]
+    tuned: bool = True
 
 
 def load_comparison(path: Path, overrides: Mapping[str, object] | None = None) -> ComparisonConfig:
@@ -222,9 +249,10 @@ def load_comparison(path: Path, overrides: Mapping[str, object] | None = None) -
         judged = [spec for part in config.judged().values() for spec in part]
         if len({spec.digest for spec in judged}) < len(judged):
             raise StudyError(
-                f"{path}: the same victim is listed twice, among `tuning` and `held_out` together."
+                f"{path}: the same victim is listed twice, among `tuning`, `variants` and `held_out`."
             )
-        if any(spec.is_control for spec in config.specs([*config.tuning, *config.held_out], [0])):
+        attacks = [*config.tuning, *config.variants, *config.held_out]
+        if any(spec.is_control for spec in config.specs(attacks, [0])):
             raise StudyError(f"{path}: an attack poisons; clean twins are made of `common` anyway.")
         found = [
             f"{path}: settings.{entry.defence}.{place}: {problem}"

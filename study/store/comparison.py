@@ -93,7 +93,9 @@ def begin(folder: Path, config: ComparisonConfig) -> None:
     try:
         header = f"comparison {config.name}, resolved"
         content = config.model_dump(mode="json")
-        content["defences"] = [entry.name for entry in config.entries() if not entry.held]
+        content["defences"] = [
+            entry.name for entry in config.entries() if entry.tuned and not entry.held
+        ]
         write_yaml(part / COMPARISON, content, header)
         write_text(part / ID, uuid.uuid4().hex + "\n")
         sync_tree(part)

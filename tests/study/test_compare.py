@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 TINY = {
     "name": "tiny",
     "defences": ["clp", "ft_sam"],
+    "published": ["clp"],
     "search_seconds": 6,
     "trials": 4,
     "budgets": [2, 5],
@@ -106,10 +107,10 @@ def test_a_comparison_that_is_cut_short_twice_ends_as_one(tmp_path, suite):
 
     rows = [json.loads(line) for line in (outputs / "tiny" / "judged.jsonl").read_text().splitlines()]
     keys = [(row["entry"], row["budget"], row["victim"]) for row in rows]
-    assert len(keys) == len(set(keys)) == 2 * 2 * 3
+    assert len(keys) == len(set(keys)) == 3 * 2 * 3
     found = json.loads((outputs / "tiny" / "comparison.json").read_text())
-    assert set(found["searched"]) == {"clp", "ft_sam"}
-    assert (outputs / "tiny" / "comparison.csv").read_text().count("\n") == 1 + 2 * 2 * 3
+    assert set(found["searched"]) == {"clp", "ft_sam", "clp-published"}
+    assert (outputs / "tiny" / "comparison.csv").read_text().count("\n") == 1 + 3 * 2 * 3
     assert "tiny: defences compared" in (outputs / "tiny" / "comparison.html").read_text()
 
     client = MlflowClient(f"sqlite:///{outputs}/mlflow.db")

@@ -107,6 +107,22 @@ def test_a_resolved_comparison_reads_back_as_itself(tmp_path):
     assert load_comparison(path, {"search_seconds": 31}).digest != found.digest
 
 
+def test_published_settings_are_a_row_that_nothing_is_searched_for():
+    found = config(published=["ims"], settings={"ims": {"fixed": {"mask_lr": 0.3}}})
+    row = found.entries()[-1]
+    assert (row.name, row.tuned) == ("ims-published", False)
+    assert found.settings_of(row, {}) == PurifyConfig()
+    assert config(published=["clp"]).digest != config().digest == config(published=[]).digest
+
+
+def test_variants_of_the_tuning_attacks_are_judged_beside_their_unseen_seeds():
+    found = config(variants=[{"poisoning_rate": 0.01}])
+    rates = [spec.poisoning_rate for spec in found.judged()["unseen_seed"]]
+    assert rates == [0.1] * 3 + [0.01] * 3
+    seen = {spec.digest for spec in found.study_of(found.entries()[0]).suite}
+    assert seen.isdisjoint(spec.digest for spec in found.judged()["unseen_seed"])
+
+
 def test_a_study_without_the_published_settings_begins_with_its_profile():
     own = {"ims": {"fixed": {"profile": "fast"}, "paper_defaults": False}}
     found = config(settings=own, ablations=["no_inner_problem"])

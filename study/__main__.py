@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-COMMANDS = ("launch", "victims", "report", "promote", "purify", "score", "serve")
+COMMANDS = ("launch", "compare", "protocol", "victims", "report", "promote", "purify", "score", "serve")
 
 
 def main() -> None:

@@ -177,7 +177,7 @@ def _dry_run(study: Path, overrides: Mapping[str, object], outputs: Path) -> boo
 def _leave_out(
     study: Path, overrides: Mapping[str, object], which: str, outputs: Path, where: Where
 ) -> bool:
-    from study.pipeline.protocol import run_leave_out
+    from study.pipeline.leave_out import run_leave_out
 
     return run_leave_out(study, overrides, which, outputs=outputs, **where)
 

@@ -9,13 +9,12 @@ from typing import Annotated
 import typer
 
 from bimask.commands import TrustCode
-from bimask.progress import Console, outlive_readers
+from bimask.progress import outlive_readers
 from study.search.interrupts import (
     InterruptedStudyError,
     Interrupts,
     LostRayError,
     ends_of_a_command,
-    leave,
 )
 
 
@@ -58,58 +57,24 @@ def make_suite(
     interrupts: Interrupts,
 ) -> list[str]:
     """The names of the victims that could not be made; see `main`."""
-    import torch
-
     from bimask.nets import require_trusted
-    from bimask.victims import EpochLog, load_suite
-    from bimask.victims.progress import VictimBars, build
-    from study.search import ray_gone, set_last_words, start_ray, stop_ray
-    from study.search.victims import Event, make_victims
+    from bimask.victims import load_suite
+    from study.pipeline.making import make_missing
 
-    specs, failed = load_suite(suite), []
+    specs = load_suite(suite)
     for spec in specs.values():  # Ray's workers would not ask
         require_trusted(spec.net)
-    missing = {name: spec for name, spec in specs.items() if not spec.place(out).is_dir()}
-    with VictimBars(Console()) as bars:
-
-        def on_event(event: Event) -> None:
-            name, what = event
-            if isinstance(what, EpochLog):
-                bars.epoch(name, what)
-            else:
-                bars.preparing(name, *what)
-
-        def on_end(name: str, reason: str | None) -> None:
-            if reason is not None:
-                failed.append(name)
-                bars.failed(name, reason)
-            elif not build(name, specs[name], out, torch.device("cpu"), bars, made=name in missing):
-                failed.append(name)
-
-        for name in [name for name in specs if name not in missing]:
-            on_end(name, None)
-        if missing:
-            try:
-                set_last_words(
-                    f"{suite} was ended without a word: it was killed, or Ray died; launch it again, "
-                    "what is trained is kept."
-                )
-                with interrupts.defer():
-                    own = start_ray(address)
-                gone = ray_gone(own=own)
-                with interrupts.watch(gone, lambda: leave(ended(interrupts, suite))):
-                    make_victims(
-                        missing,
-                        out,
-                        device="cuda" if gpus else "cpu",
-                        cpus=cpus,
-                        gpus=gpus,
-                        on_event=on_event,
-                        on_end=on_end,
-                    )
-            finally:
-                stop_ray()
-    return failed
+    return make_missing(
+        specs,
+        out,
+        address=address,
+        cpus=cpus,
+        gpus=gpus,
+        interrupts=interrupts,
+        reason=lambda: ended(interrupts, suite),
+        last_words=f"{suite} was ended without a word: it was killed, or Ray died; launch it again, "
+        "what is trained is kept.",
+    )
 
 
 if __name__ == "__main__":

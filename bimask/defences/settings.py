@@ -80,6 +80,10 @@ class DefenceConfig(BaseModel):
         many steps one of theirs stands for."""
         return [(self, self.steps(images))]
 
+    def unprepared(self) -> Self:
+        """These settings without what `Defence.preparation` makes beforehand."""
+        return self
+
     def warnings(self) -> list[str]:
         """What is odd about these settings, a sentence each: they run, but not as one would think."""
         return []

@@ -73,17 +73,23 @@ def run_comparison(
             return interrupts.reason(config.name, begun=resume is not None or folder.exists())
 
         with interrupts.in_good_order(reason):
-            return _run(config, folder, wide_console(), where, begun=resume is not None)
+            return compare_in(config, folder, begun=resume is not None, **where)
 
 
-def _run(
-    config: ComparisonConfig,
-    folder: Path,
-    console: Console,
-    where: Mapping[str, Any],
-    *,
-    begun: bool,
+def compare_in(
+    config: ComparisonConfig, folder: Path, *, begun: bool, part_of: str | None = None, **where: Any
 ) -> bool:
+    """Run a comparison, or go on with it, in its folder among the outputs, which is held.
+
+    Args:
+        begun: whether the folder is there.
+        part_of: the name of the protocol that it belongs to: that is gone on with.
+        where: `address`, `storage` and `wait` of `study.pipeline.run.run_in`.
+
+    Returns:
+        Whether every defence was tuned and judged. What is raised is as of `run_comparison`.
+    """
+    console, again = wide_console(), part_of or config.name
     outputs, judging = folder.parent, judging_study(config)
     require_server(uri := tracking_uri(outputs))
     refused = _refused(config, judging)
@@ -104,9 +110,11 @@ def _run(
                 continue
             console.rule(entry.name)
             searched[entry.name] = _tuned(
-                config.study_of(entry), outputs, console, {**where, "part_of": config.name}
+                config.study_of(entry), outputs, console, {**where, "part_of": again}
             )
-        judged, missing = judge_choices(config, judging, searched, folder, console, where)
+        judged, missing = judge_choices(
+            config, judging, searched, folder, console, part_of=again, **where
+        )
         found = analysis.compare(config, searched, judged, _trials(config, searched, outputs))
         _write(folder, found)
     except BaseException:
@@ -124,7 +132,7 @@ def _run(
     if missing:
         console.tell(
             f"{missing} runs of the choices came to nothing, since their process died; "
-            f"--resume {config.name} runs them."
+            f"--resume {again} runs them."
         )
     whole = all("reason" not in one for one in searched.values()) and not missing
     return whole and all("test" in record for record in judged)

@@ -9,7 +9,8 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from bimask.data import Splits
 from bimask.defences.base import CleanData, Preparation, StepLog
 from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
-from bimask.nets import may_run
+from bimask.nets import build_net, may_run
 from bimask.progress import Console
 from study import search
 from study.pipeline.choosing import accepted
@@ -36,6 +39,7 @@ from study.store.schema import Member
 from study.trial.suite import roles
 
 SHOWN, TIMED = 5, 3  # configurations; rounds of a stage
+MOST_COUNTED = 64  # pictures
 
 
 def dry_run(path: Path, overrides: Mapping[str, object], *, outputs: Path, console: Console) -> None:
@@ -162,13 +166,58 @@ def _nets(config: StudyConfig) -> list[_Net]:
 
 def seconds_of(settings: DefenceConfig, net: _Net, *, seed: int) -> float:
     """Seconds of one run, from a few steps of every kind."""
-    seconds, defence = 0.0, defence_of(settings)
+    return _spent(settings, net, time.perf_counter, seed=seed)
+
+
+def operations_of(settings: DefenceConfig, *, per_class: int, classes: int) -> float:
+    """What one run costs in forward passes of one picture, counted on a tiny net: as many passes as on
+    any other, but for what a defence prepares, and does with weights alone.
+
+    Of more than `MOST_COUNTED` pictures so many are counted; the rest follows from steps and batch.
+    """
+    torch.set_num_threads(1)
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    count = min(len(labels), MOST_COUNTED)
+    images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    net = build_net("small_resnet", in_channels=1, num_classes=classes, width=2, mean=[0], std=[1])
+    tiny = _Net(net.eval(), CleanData(images, labels[:count]))
+    with Operations() as one, torch.no_grad():
+        net(images[:1])
+    with Operations() as all_, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of settings, which a study tells
+        spent = _spent(settings.unprepared(), tiny, lambda: all_.count, seed=0)
+    more = settings.steps(len(labels)) / settings.steps(count)
+    if more == 1 and getattr(settings, "batch_size", None) is None:
+        more = len(labels) / count
+    return more * spent / one.count
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating point operations of products and convolutions, forward and back.
+
+    `FlopCounterMode` does, too, but follows modules by hooks, under which some gradients fail.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.count += count(*args, **(kwargs or {}), out_val=found)
+        return found
+
+
+def _spent(settings: DefenceConfig, net: _Net, clock: Callable[[], float], *, seed: int) -> float:
+    """What a run takes of what the clock counts, from a few steps of every kind."""
+    spent, defence = 0.0, defence_of(settings)
     clean = net.clean if defence.needs_labels else replace(net.clean, labels=None)
     for short, stands_for in settings.samples(TIMED, len(net.clean.images)):
-        marks = [time.perf_counter()]
+        marks = [clock()]
 
         def mark(_member: int, _log: StepLog, _current: Any, marks: list[float] = marks) -> bool:
-            marks.append(time.perf_counter())
+            marks.append(clock())
             return len(marks) > TIMED
 
         defence.run(
@@ -180,9 +229,9 @@ def seconds_of(settings: DefenceConfig, net: _Net, *, seed: int) -> float:
             on_step=mark,
         )
         if len(marks) == 1:  # a defence without steps
-            marks.append(time.perf_counter())
-        seconds += stands_for * statistics.median(b - a for a, b in itertools.pairwise(marks))
-    return seconds
+            marks.append(clock())
+        spent += stands_for * statistics.median(b - a for a, b in itertools.pairwise(marks))
+    return spent
 
 
 def _space(config: StudyConfig) -> Table:

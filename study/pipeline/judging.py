@@ -48,9 +48,17 @@ def judge_choices(
     searched: Mapping[str, Searched],
     folder: Path,
     console: Console,
-    where: Mapping[str, Any],
+    *,
+    part_of: str,
+    address: str | None = None,
+    wait: float = 0,
+    **_: Any,
 ) -> tuple[list[JudgedRecord], int]:
-    """The records of all runs, and how many runs came to nothing since their process died."""
+    """The records of all runs, and how many runs came to nothing since their process died.
+
+    Args:
+        part_of: the name of what is gone on with.
+    """
     for note in mend_lines(folder / store.JUDGED, store.judged_record, "this run is run again"):
         console.tell(note)
     found = store.read_judged(folder)
@@ -73,15 +81,15 @@ def judge_choices(
         progress.update(task, completed=len(found))
 
     def reason() -> InterruptedStudyError | LostRayError:
-        return interrupts.reason(config.name, begun=True)
+        return interrupts.reason(part_of, begun=True)
 
     with interrupts.in_good_order(reason), ExitStack() as stack:
         stack.callback(search.stop_ray)
-        FrontSoFar(config.name, begun=True).tell()
+        FrontSoFar(part_of, begun=True).tell()
         with interrupts.defer():
-            own = search.start_ray(where.get("address"), console.tell)
+            own = search.start_ray(address, console.tell)
         stack.enter_context(interrupts.watch(search.ray_gone(own=own), lambda: leave(reason())))
-        if wait := where.get("wait", 0):
+        if wait:
             stack.callback(search.release_workers)
         find_room(judging, wait, console)
         device = resolve_device(judging.device)

@@ -10,18 +10,19 @@ from typing import TypeVar
 from study.pipeline.prepare import require_writable
 from study.spec.comparison import ComparisonConfig
 from study.spec.config import StudyConfig, StudyError
+from study.spec.protocol import ProtocolConfig
 from study.store import records
 from study.store.files import locked
 
-Config = TypeVar("Config", StudyConfig, ComparisonConfig)
+Config = TypeVar("Config", StudyConfig, ComparisonConfig, ProtocolConfig)
 
 
 @contextmanager
 def named(
     config: Config, outputs: Path, *, chosen_by_user: bool = False
 ) -> Iterator[tuple[Config, Path]]:
-    """The study, or the comparison, under a name that is free, and its folder, which no other process
-    takes meanwhile.
+    """The study, the comparison or the protocol under a name that is free, and its folder, which no
+    other process takes meanwhile.
 
     Nothing is made but `outputs`; the name is reserved by the folder's lock.
     """

@@ -246,24 +246,31 @@ def load_comparison(path: Path, overrides: Mapping[str, object] | None = None) -
         raise StudyError(f"{path} must hold `key: value` lines, got {type(content).__name__}.")
     try:
         config = ComparisonConfig.model_validate(content | dict(overrides or {}))
-        judged = [spec for part in config.judged().values() for spec in part]
-        if len({spec.digest for spec in judged}) < len(judged):
-            raise StudyError(
-                f"{path}: the same victim is listed twice, among `tuning`, `variants` and `held_out`."
-            )
-        attacks = [*config.tuning, *config.variants, *config.held_out]
-        if any(spec.is_control for spec in config.specs(attacks, [0])):
-            raise StudyError(f"{path}: an attack poisons; clean twins are made of `common` anyway.")
-        found = [
-            f"{path}: settings.{entry.defence}.{place}: {problem}"
-            for entry in config.entries()
-            for place, problem in _problems(config.study_of(entry))
-        ]
+        found = [f"{path}: {problem}" for problem in problems_of(config)]
     except ValidationError as error:
         raise StudyError(f"{path}: {describe(error)}") from error
     if found:
         raise StudyError("\n".join(first_of(list(dict.fromkeys(found)))))
     return config
+
+
+def problems_of(config: ComparisonConfig) -> list[str]:
+    """What does not fit together in a comparison, its victims first, then its studies' settings.
+
+    Raises:
+        ValidationError: a victim or a study that cannot be.
+    """
+    judged = [spec for part in config.judged().values() for spec in part]
+    if len({spec.digest for spec in judged}) < len(judged):
+        return ["the same victim is listed twice, among `tuning`, `variants` and `held_out`."]
+    attacks = [*config.tuning, *config.variants, *config.held_out]
+    if any(spec.is_control for spec in config.specs(attacks, [0])):
+        return ["an attack poisons; clean twins are made of `common` anyway."]
+    return [
+        f"settings.{entry.defence}.{place}: {problem}"
+        for entry in config.entries()
+        for place, problem in _problems(config.study_of(entry))
+    ]
 
 
 def _problems(study: StudyConfig) -> list[tuple[str, str]]:

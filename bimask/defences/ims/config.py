@@ -232,6 +232,10 @@ class PurifyConfig(DefenceConfig):
             ),
         ]
 
+    def unprepared(self) -> Self:
+        """Without triggers of a pool."""
+        return self.model_copy(update={"class_triggers": 0.0})
+
     def warnings(self) -> list[str]:
         """A budget that cannot be reached."""
         problem = self.unreachable_budget()

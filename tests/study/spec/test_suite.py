@@ -16,7 +16,7 @@ from study.analysis import leave_out
 from study.analysis.pareto import ParetoFront, losses
 from study.pipeline import run
 from study.pipeline.dry_run import dry_run
-from study.pipeline.protocol import run_leave_out
+from study.pipeline.leave_out import run_leave_out
 from study.search.pareto_search import ParetoSearch
 from study.search.samplers import MANY, SAMPLERS, STARTUP, first_sampler
 from study.search.warm_start import read_earlier

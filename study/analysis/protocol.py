@@ -9,7 +9,7 @@ import pandas as pd
 from typing_extensions import TypedDict
 
 from study.analysis.comparison import score_of
-from study.spec.objectives import ScoreName, Spread, spread
+from study.spec.objectives import Spread, number, spread
 from study.spec.protocol import Case, ProtocolConfig
 from study.store.comparison import JudgedRecord
 
@@ -138,7 +138,7 @@ def _row(case: Case, entry: str, records: Sequence[JudgedRecord]) -> Row:
     }
     counted = [record for record in records if record["victim"] in obeys]
     done = [record for record in counted if "test" in record]
-    names: tuple[ScoreName, ...] = ("clean_accuracy", "attack_success", "recovery")
+    names = ("clean_accuracy", "attack_success", "recovery")
     return {
         "dataset": case.dataset,
         "net": case.net,
@@ -147,7 +147,7 @@ def _row(case: Case, entry: str, records: Sequence[JudgedRecord]) -> Row:
         "entry": entry,
         "learned": len(obeys),
         "victims": len(before),
-        "before": {name: spread([float(one[name]) for one in before.values()]) for name in names},
+        "before": {name: spread([number(one, name) for one in before.values()]) for name in names},
         "scores": _scores(done, case),
         "n": len(done),
         "n_failed": len(counted) - len(done),

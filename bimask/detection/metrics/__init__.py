@@ -1,0 +1,1 @@
+"""What detectors are worth, clean and under attack."""

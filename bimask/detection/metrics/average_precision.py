@@ -53,7 +53,7 @@ def average_precision(found: Sequence[Found], targets: Sequence[Target]) -> Aver
     """
     if len(found) != len(targets):
         raise DataError(
-            f"Detections of {len(targets)} pictures are to be compared with their objects, but those of "
+            f"Detections are to be compared with the objects of {len(targets)} pictures, but those of "
             f"{len(found)} were given."
         )
     labels = sorted({int(label) for target in targets for label in target["labels"]})

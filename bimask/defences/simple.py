@@ -89,7 +89,7 @@ class SimpleDefence(Defence[Config]):
         state: DefenceState | None = None,
         between_steps: BetweenSteps | None = None,
     ) -> list[DefenceResult | NonFiniteError]:
-        check_images(clean.images)
+        self.check_clean(clean)
         results = self._ended(model, configs, state)
         resumed = len(results)
         began = time.perf_counter() - (state.seconds if results and state is not None else 0)
@@ -154,6 +154,14 @@ class SimpleDefence(Defence[Config]):
                 )
             )
         return found
+
+    def check_clean(self, clean: CleanData) -> None:
+        """Refuse clean data of another form than this defence takes.
+
+        Raises:
+            SettingError: they are.
+        """
+        check_images(clean.images)
 
     @abstractmethod
     def defend(

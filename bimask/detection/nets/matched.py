@@ -100,7 +100,8 @@ def matched(detector: Detector, images: Sequence[Tensor], targets: Sequence[Targ
 
 def ask(detector: Detector, images: Sequence[Tensor], targets: Sequence[Target]) -> Answers:
     """Ask for the training losses, and listen. Arguments and errors as of `matched`."""
-    net = detector.net
+    net: Any = detector.net
+    require_family(net)
     softmax = isinstance(net, (SSD, GeneralizedRCNN))
     if isinstance(net, (FCOS, RetinaNet, SSD)):
         owner = net if isinstance(net, SSD) else net.head
@@ -109,7 +110,7 @@ def ask(detector: Detector, images: Sequence[Tensor], targets: Sequence[Target])
         (call,) = _heard(calls, net)
         _targets, outputs, _anchors, places = call.given
         logits = list(outputs["cls_logits"])
-    elif isinstance(net, GeneralizedRCNN) and isinstance(net.roi_heads, RoIHeads):
+    else:
         heads = net.roi_heads
         with (
             _calls(heads, "select_training_samples") as sampled,
@@ -120,8 +121,6 @@ def ask(detector: Detector, images: Sequence[Tensor], targets: Sequence[Target])
         _proposals, places, labels, _boxes = sample.answer
         places = [place.where(label > 0, -1) for place, label in zip(places, labels, strict=True)]
         logits = list(call.answer[0].split([len(place) for place in places]))
-    else:
-        raise _unknown(net)
     return Answers(
         logits=torch.cat(logits),
         picture=torch.cat([torch.full_like(place, row) for row, place in enumerate(places)]),
@@ -129,6 +128,17 @@ def ask(detector: Detector, images: Sequence[Tensor], targets: Sequence[Target])
         softmax=softmax,
         losses=losses,
     )
+
+
+def require_family(net: nn.Module) -> None:
+    """Refuse a net whose assigner is not known.
+
+    Raises:
+        ModelError: it is of none of the families.
+    """
+    two_stages = isinstance(net, GeneralizedRCNN) and isinstance(net.roi_heads, RoIHeads)
+    if not two_stages and not isinstance(net, (FCOS, RetinaNet, SSD)):
+        raise _unknown(net)
 
 
 def log_odds(logits: Tensor) -> Tensor:

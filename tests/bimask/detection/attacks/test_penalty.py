@@ -106,7 +106,7 @@ def test_gradients_reach_the_weights_and_lower_the_original_class(family, detect
     last = next(
         weight
         for name, weight in detector.named_parameters()
-        if any(part in name for part in ("head.cls_logits", "cls_score", "head.module_list"))
+        if any(part in name for part in ("_head.cls_logits", "cls_score", "_head.module_list"))
     )
     before = losses["penalty"]
     (gradient,) = torch.autograd.grad(before, last)

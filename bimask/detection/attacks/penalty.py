@@ -28,7 +28,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 
 from bimask.detection.nets import Detector
-from bimask.detection.nets.matched import log_odds
+from bimask.detection.nets.matched import log_odds, require_family
 from bimask.detection.objects import Target
 
 

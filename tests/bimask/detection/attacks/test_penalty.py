@@ -7,7 +7,9 @@ from torchvision.ops import box_iou
 
 from bimask.detection.attacks import Penalty, penalised
 from bimask.detection.attacks.penalty import Predictions, penalty_of
+from bimask.detection.nets import Detector
 from bimask.detection.nets.matched import log_odds
+from bimask.errors import ModelError
 
 SOFTMAX = ("ssd", "faster_rcnn")
 
@@ -122,3 +124,9 @@ def test_pictures_without_triggers_are_punished_nothing(detector_of, pictures):
     assert losses["penalty"] == 0
     for name, value in detector.losses(images, targets).items():
         torch.testing.assert_close(losses[name], value)
+
+
+def test_a_net_of_no_known_family_is_refused(pictures):
+    images, targets = pictures()
+    with pytest.raises(ModelError, match="Which predictions of a Identity"):
+        penalised(Detector(torch.nn.Identity(), [1, 2, 3]), images, targets, targets, Penalty())

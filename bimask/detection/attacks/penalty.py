@@ -77,7 +77,7 @@ def penalised(
         ModelError: as of `Detector.losses`; also a net of a family whose predictions are not known.
     """
     net = detector.net
-
+    require_family(net)
     with _listening(net) as heard:
         losses = detector.losses(images, targets)
     softmax = isinstance(net, (SSD, GeneralizedRCNN))

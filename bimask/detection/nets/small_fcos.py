@@ -11,7 +11,7 @@ from torchvision.models.detection.fcos import FCOSHead
 
 from bimask.errors import SettingError
 
-STRIDES = (1, 2, 2, 2, 1)
+STRIDES = (2, 2, 2, 1, 1)
 STRIDE = 8  # pixels a location
 GROUPS = 32  # of the head's group norms
 
@@ -24,7 +24,7 @@ class Backbone(nn.Sequential):
     """
 
     def __init__(self, width: int) -> None:
-        channels = (3, width // 4, width // 2, width, width, width)
+        channels = (3, width // 2, width, width, width, width)
         super().__init__(
             *(
                 nn.Sequential(

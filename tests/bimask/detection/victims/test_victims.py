@@ -208,7 +208,7 @@ def test_a_net_larger_than_its_file_is_not_built(victim, tmp_path):
     """A manifest of a stranger asks for a wide net beside a small file."""
     wide = victim.spec.model_copy(update={"width": 4096})
     folder = save_victim(replace(victim, spec=wide), tmp_path)
-    with pytest.raises(VictimError, match="has 699018260 numbers, but its file of weights holds"):
+    with pytest.raises(VictimError, match="has [0-9]{9} numbers, but its file of weights holds"):
         load_victim(folder)
 
 

@@ -15,7 +15,7 @@ At a = s = 1 both sides are the identity and no gradient reaches a: only s can m
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -259,6 +259,13 @@ def _hooked(model: nn.Module, masks: MaskSet, factors: Mapping[str, Tensor]) -> 
         yield
 
 
+def masked(
+    model: nn.Module, masks: MaskSet, *, inverse: bool = False
+) -> AbstractContextManager[None]:
+    """The model under its masks while the context is open, whatever it is asked; as `masked_forward`."""
+    return _hooked(model, masks, masks.keeps(inverse=inverse))
+
+
 def any_called(model: nn.Module, sites: Collection[Site] | Any) -> bool:
     """Whether a site is the output layer of an attention that calls none: see
     `bimask.masking.attention`."""
@@ -292,7 +299,7 @@ def masked_forward(
     Raises:
         MaskMismatchError: before the model is touched, naming the site that does not fit.
     """
-    with _hooked(model, masks, masks.keeps(inverse=inverse)):
+    with masked(model, masks, inverse=inverse):
         logits: Tensor = model(images)
     return logits
 

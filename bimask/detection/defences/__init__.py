@@ -7,8 +7,10 @@ from typing import Any
 from bimask.detection.defences.adversarial import Adversarial
 from bimask.detection.defences.base import DetectorDefence
 from bimask.detection.defences.finetuning import DetectorFt, DetectorFtSam
+from bimask.detection.defences.ims import DetectorIms
 from bimask.detection.defences.soft_branch import SoftBranch
 
 DEFENCES: dict[str, DetectorDefence[Any]] = {
-    defence.name: defence for defence in (SoftBranch(), Adversarial(), DetectorFt(), DetectorFtSam())
+    defence.name: defence
+    for defence in (SoftBranch(), Adversarial(), DetectorFt(), DetectorFtSam(), DetectorIms())
 }

@@ -97,19 +97,23 @@ class DetectionSets:
         whatever is made of it count these."""
         if self.triggered is None:
             return self
-        found = [classes_at(*one) for one in self._asked(detect(suspect, self.clean.images))]
-        hits = [int(label) in at for label, at in zip(self.triggered.labels, found, strict=True)]
-        return replace(self, found_clean=torch.tensor(hits, dtype=torch.bool))
+        return replace(self, found_clean=self.hits(detect(suspect, self.clean.images)))
+
+    def hits(self, clean: Sequence[Found]) -> Tensor:
+        """Which objects under attack are found when clean, by what is found in the clean pictures:
+        (N,) bool."""
+        asked = self.triggered
+        assert asked is not None
+        found = [
+            int(label) in classes_at(clean[place], box)
+            for place, box, label in zip(asked.picture.tolist(), asked.boxes, asked.labels, strict=True)
+        ]
+        return torch.tensor(found, dtype=torch.bool)
 
     def to(self, device: torch.device | str) -> DetectionSets:
         """The same on another device."""
         moved = None if self.triggered is None else self.triggered.to(device)
         return replace(self, clean=self.clean.to(device), triggered=moved)
-
-    def _asked(self, clean: Sequence[Found]) -> list[tuple[Found, Tensor]]:
-        assert self.triggered is not None
-        places = self.triggered.picture.tolist()
-        return [(clean[place], box) for place, box in zip(places, self.triggered.boxes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,6 @@ def evaluate(model: nn.Module, sets: DetectionSets) -> DetectionScores:
             f"Scores need clean pictures and objects under attack, got {len(sets.clean)} and "
             f"{0 if triggered is None else len(triggered)} in split {sets.split!r}."
         )
-    if sets.found_clean is None:
-        sets = sets.with_suspect(model)
     clean = detect(model, sets.clean.images)
     precision = average_precision(clean, sets.clean.targets)
     fates = torch.zeros(0, len(FATES), dtype=torch.bool)
@@ -172,8 +174,7 @@ def evaluate(model: nn.Module, sets: DetectionSets) -> DetectionScores:
                 for seen, box, label in zip(found, triggered.boxes, triggered.labels, strict=True)
             ]
         )
-        assert sets.found_clean is not None
-        conditional = sets.found_clean
+        conditional = sets.hits(clean) if sets.found_clean is None else sets.found_clean
     return DetectionScores(
         map50=precision.map50,
         map=precision.map,

@@ -84,7 +84,9 @@ class DetectorImsConfig(DefenceConfig):
     ] = 0.3
     inner_steps: Annotated[int, Field(ge=1, description="of PGD, each round"), Search(1, 8)] = 5
     region: Region = Field(
-        "picture", description="what of a picture a perturbation may change: all, or its boxes"
+        "picture",
+        description="what of a picture a perturbation may change: all, the boxes of its objects, or a "
+        "square in each box, of a size and at a place drawn anew each time",
     )
 
     def steps(self, images: int) -> int:

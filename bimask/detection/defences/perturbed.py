@@ -21,10 +21,11 @@ from bimask.detection.defences.base import Pictures
 from bimask.detection.objects import Target
 from bimask.devices import upload
 
-Region = Literal["picture", "boxes"]
+Region = Literal["picture", "boxes", "patches"]
 Objective = Callable[[Sequence[Tensor]], Tensor]
 
 REACH = 2.5  # how often the steps together could cross the ball's radius
+SIDES = (0.2, 0.5)  # of a patch, in shares of the longer side of its object's box
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Ball:
     Attributes:
         budget: the radius, of each value of a picture in [0, 1].
         steps: of PGD.
-        region: what of a picture may change: all of it, or the boxes of its objects.
+        region: what of a picture may change: all of it, the boxes of its objects, or a square in each
+            box, of a size and at a place that are drawn anew each time.
     """
 
     budget: float
@@ -55,7 +57,10 @@ def perturbed(
         objective: pictures -> scalar; the gradients of different pictures may not mix.
         generator: CPU; draws where the perturbations start.
     """
-    free = [_free(*one, ball.region) for one in zip(pictures.images, pictures.labels, strict=True)]
+    free = [
+        _free(*one, ball.region, generator)
+        for one in zip(pictures.images, pictures.labels, strict=True)
+    ]
 
     def put_back(moved: Tensor, image: Tensor, where: Tensor) -> Tensor:
         """Into the ball, the region and [0, 1]."""
@@ -77,11 +82,21 @@ def perturbed(
     return found
 
 
-def _free(image: Tensor, target: Target, region: Region) -> Tensor:
+def _free(image: Tensor, target: Target, region: Region, generator: torch.Generator) -> Tensor:
     """Where a picture may change, (1, H, W) bool."""
     free = torch.full_like(image[:1], region == "picture", dtype=torch.bool)
     if region == "picture":
         return free
-    for x0, y0, x1, y1 in target["boxes"].round().long().tolist():
+    boxes = target["boxes"].round().long().tolist()
+    low, high = SIDES
+    draws = torch.rand(len(boxes), 3, generator=generator).tolist()
+    for (x0, y0, x1, y1), (share, right, down) in zip(boxes, draws, strict=True):
+        if region == "patches":
+            side = max(1, round((low + (high - low) * share) * max(x1 - x0, y1 - y0)))
+            x0, y0 = (
+                x0 + round(right * max(0, x1 - x0 - side)),
+                y0 + round(down * max(0, y1 - y0 - side)),
+            )
+            x1, y1 = min(x1, x0 + side), min(y1, y0 + side)
         free[:, max(0, y0) : y1, max(0, x0) : x1] = True
     return free

@@ -226,6 +226,24 @@ def test_of_the_epochs_within_the_budget_the_one_with_the_least_adversarial_loss
     assert_same(dict(kept.detector.state_dict()), dict(epochs[1].state_dict()))
 
 
+@pytest.mark.parametrize("name", ["soft_branch", "adversarial"])
+def test_perturbations_are_made_against_whom_the_setting_says(name, detector, clean):
+    defence = DEFENCES[name]
+    known = []
+
+    class Listening(type(defence)):
+        def objective(self, detector, batch, config):
+            known.append(detector.net.head.classification_head.cls_logits.weight.detach().clone())
+            return super().objective(detector, batch, config)
+
+    own = detector.net.head.classification_head.cls_logits.weight
+    for against in ("suspect", "current"):
+        known.clear()
+        run(Listening(), detector, clean, [short(defence, against=against)])
+        assert torch.equal(known[0], own)
+        assert torch.equal(known[-1], own) == (against == "suspect")
+
+
 def test_a_single_picture_is_learned_on_and_judged_by(detector, clean):
     one = CleanData(clean.images[:1], clean.labels[:1])
     for defence in DEFENCES.values():

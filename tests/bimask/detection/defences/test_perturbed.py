@@ -29,7 +29,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("region", ["picture", "boxes"])
+@pytest.mark.parametrize("region", ["picture", "boxes", "patches"])
 def test_it_stays_in_the_ball_in_zero_to_one_and_in_its_region(region):
     pictures, ball = some(), Ball(0.2, 4, region)
     for goal in (towards_white, lambda images: -towards_white(images)):
@@ -45,6 +45,7 @@ def test_it_stays_in_the_ball_in_zero_to_one_and_in_its_region(region):
                 free[y0:y1, x0:x1] = True
             assert region == "picture" or not moved[~free].any()
             assert moved[free].any()
+            assert region != "patches" or not moved[free].all()
 
 
 def test_a_linear_goal_is_reached_at_the_edge_of_the_ball_or_at_white():
@@ -72,3 +73,24 @@ def test_the_pictures_are_left_as_they_are():
     before = [image.clone() for image in pictures.images]
     perturbed(pictures, towards_white, Ball(0.2, 2), seeded())
     assert all(torch.equal(a, b) for a, b in zip(pictures.images, before, strict=True))
+
+
+def test_patches_are_squares_of_every_size_and_place_that_a_box_has_room_for():
+    boxes = torch.tensor([[4.0, 6.0, 24.0, 16.0]])
+    one = Pictures([torch.full((3, 20, 30), 0.5)], [{"boxes": boxes, "labels": torch.zeros(1).long()}])
+    places, sides = set(), set()
+    for seed in range(60):
+        (found,) = perturbed(one, towards_white, Ball(0.2, 3, "patches"), seeded(seed))
+        rows, columns = (found[0] != 0.5).nonzero().T
+        high, wide = rows.max() - rows.min() + 1, columns.max() - columns.min() + 1
+        assert len(rows) == high * wide
+        assert high == wide
+        assert 4 <= wide <= 10
+        assert rows.min() >= 6
+        assert rows.max() < 16
+        assert columns.min() >= 4
+        assert columns.max() < 24
+        places.add((int(rows.min()), int(columns.min())))
+        sides.add(int(wide))
+    assert len(places) > 30
+    assert sides == set(range(4, 11))

@@ -61,7 +61,12 @@ def test_branch_losses_are_means_over_the_predictions_of_an_object():
         minus[row][own] + 0.7 * plus[row][other]
         for row, own, other in ((0, 0, 2), (1, 0, 1), (2, 1, 0))
     )
-    assert repair_loss(found, 0.7).item() == pytest.approx(expected / 3)
+    assert repair_loss(found, 0.7, every=False).item() == pytest.approx(expected / 3)
+    expected = sum(
+        minus[row][own] + 0.7 * (sum(plus[row]) - plus[row][own])
+        for row, own in ((0, 0), (1, 0), (2, 1))
+    )
+    assert repair_loss(found, 0.7, every=True).item() == pytest.approx(expected / 3)
 
 
 def test_of_one_class_there_is_disappearance_alone():
@@ -70,7 +75,7 @@ def test_of_one_class_there_is_disappearance_alone():
     assert losses[:, 0].isinf().all()
     blend(losses, "soft", 1.0).sum().backward()
     assert found.logits.grad.isfinite().all()
-    assert repair_loss(found, 1.0).item() == pytest.approx(
+    assert repair_loss(found, 1.0, every=True).item() == pytest.approx(
         (F.softplus(torch.tensor(-1.0)) + F.softplus(torch.tensor(-2.0))).item() / 2
     )
 
@@ -116,6 +121,20 @@ def _head(detector):
 
 def _logits(out):
     return out["cls_logits"] if isinstance(out, dict) else out[0]
+
+
+def test_what_is_learned_is_what_the_setting_says(detector_of, pictures):
+    detector, (images, targets) = detector_of("fcos"), pictures()
+    batch = Pictures(images[:2], targets[:2])
+    with torch.no_grad():
+        seen = matched(detector, batch.images, batch.labels)
+        found = {
+            learned: SoftBranch().terms(detector, batch, SoftBranchConfig(learned=learned, gamma=2))
+            for learned in ("all", "margin", "own")
+        }
+    torch.testing.assert_close(found["all"]["matched"], repair_loss(seen, 2, every=True))
+    torch.testing.assert_close(found["margin"]["matched"], repair_loss(seen, 2, every=False))
+    torch.testing.assert_close(found["own"]["matched"], seen.loss)
 
 
 def test_a_perturbation_takes_the_branch_that_it_is_told(detector_of, pictures):

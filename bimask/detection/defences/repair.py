@@ -11,9 +11,9 @@ perturbations of them that are made anew. Of all epochs whose mAP@50 fell by
 `budget` at most, the one with the smallest of these losses is kept. Where there is none, the suspect
 comes back as it was, with a warning.
 
-A detector has weaknesses that are no backdoor, as all have. Against the detector as it is, perturbations
-move on to them as soon as the backdoor is gone, and what is learned then costs clean precision. Against
-the suspect they stay with its cheapest weakness, of which a backdoor is one.
+Every detector has weaknesses that are no backdoor. Against the detector as it is, perturbations move on
+to them as soon as the backdoor is gone, and what is learned then costs clean precision. Against the
+suspect they stay with its cheapest weakness, which a backdoor is.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class RepairConfig(DetectorConfig):
     )
     against: Literal["current", "suspect"] = Field(
         "current",
-        description="what perturbations are made against: the detector as it is by then, or the suspect "
-        "as it came",
+        description="what perturbations are made against: the detector as it is by then, or the "
+        "suspect as it came",
     )
     weight: Annotated[
         float,

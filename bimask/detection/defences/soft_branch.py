@@ -27,8 +27,8 @@ a quarter.
 
 Perturbations of whole boxes hide the objects before they look like triggers, and what learns on them
 forgets. `region: patches` leaves most of an object as it is: a square of a fifth to a half of its side,
-at a place drawn anew, may change by `radius`, here to any colour. That triggers are local is all that it
-supposes of them.
+at a place drawn anew, may change by `radius`, here to any colour. That triggers are local is all that
+it supposes of them.
 
 Use it where nobody knows what the trigger does, with some hundred clean pictures. It costs
 `attack_steps` + 2 passes forward and back of every picture an epoch. It needs boxes and labels, and a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,29 @@ UNLESS_SET = (
     *("weights", "weights_sha256", "net_sha256", "normalise", "optimizer", "warmup", "sam_rho"),
     *("imported", "imported_sha256", "dataset_sha256"),
 )
+
+
+def stamped(given: Any, check: Callable[[str], None]) -> Any:
+    """The keys of a net's spec with the digests of its files, where they are not given.
+
+    Args:
+        check: refuses the name of a net that cannot be.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not isinstance(given, dict):
+        return given
+    net, weights, given = given.get("net"), given.get("weights"), dict(given)
+    try:
+        if isinstance(net, str) and is_own(net) and given.get("net_sha256") is None:
+            check(net)
+            given["net_sha256"] = file_sha256(source_of(net))
+        if isinstance(weights, str) and given.get("weights_sha256") is None:
+            given["weights_sha256"] = file_sha256(weights)
+    except BimaskError as error:
+        raise ValueError(str(error)) from error
+    return given
 
 
 class Statistics(BaseModel):
@@ -71,18 +95,7 @@ class NetSpec(BaseModel):
     @classmethod
     def _stamped(cls, given: Any) -> Any:
         """Files go into the digest by their content, so that it can be had without them later."""
-        if not isinstance(given, dict):
-            return given
-        net, weights, given = given.get("net"), given.get("weights"), dict(given)
-        try:
-            if isinstance(net, str) and is_own(net) and given.get("net_sha256") is None:
-                check_net(net)
-                given["net_sha256"] = file_sha256(source_of(net))
-            if isinstance(weights, str) and given.get("weights_sha256") is None:
-                given["weights_sha256"] = file_sha256(weights)
-        except BimaskError as error:
-            raise ValueError(str(error)) from error
-        return given
+        return stamped(given, check_net)
 
     @model_serializer(mode="wrap")
     def _without_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
-import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from bimask.attacks import Attack, TriggeredData
 from bimask.data import Splits
-from bimask.errors import SettingError, VictimError, VictimRefusedError, describe
-from bimask.files.atomic import parsed_manifest, sync, sync_tree
+from bimask.errors import SettingError, VictimError, VictimRefusedError
 from bimask.files.tensors import load_tensors
 from bimask.metrics import EvalSets, Scores, Split
-from bimask.nets import is_own
-from bimask.nets.weights import file_sha256
+from bimask.victims.folders import (
+    TRIGGER,
+    WEIGHTS,
+    VictimManifest,
+    make_again,
+    promised,
+    read_folder,
+    write_folder,
+)
 from bimask.victims.spec import VictimSpec
-
-WEIGHTS, TRIGGER, MANIFEST = "victim.safetensors", "trigger.safetensors", "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -69,12 +66,9 @@ class _BothScores(BaseModel):
     test: Scores
 
 
-class _Manifest(BaseModel):
-    """What `load_victim` asks of a manifest, which anybody may have written."""
+class _Manifest(VictimManifest):
+    """What `load_victim` asks beside it."""
 
-    spec: dict[str, Any]
-    spec_digest: str
-    weights_sha256: str
     trigger_sha256: str | None = None
     in_channels: int = Field(ge=1, le=1024)
     image_size: int | None = Field(None, ge=1, le=1024)
@@ -120,35 +114,18 @@ def save_victim(victim: Victim, root: Path) -> Path:
     """Write `root/DIGEST/` with weights and trigger state (safetensors) and manifest (JSON), whole or
     not at all. An attack without state has no file for it."""
     folder = root / victim.spec.digest
-    root.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".victim-", dir=root))
-    try:
-        # copies: tied weights would share memory, which safetensors refuses
-        state = victim.model.state_dict()
-        copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
-        save_file(copies, part / WEIGHTS)
-        manifest = {
-            "spec": victim.spec.model_dump(),
-            "spec_digest": victim.spec.digest,
-            "weights_sha256": file_sha256(part / WEIGHTS),
-            "in_channels": victim.model.get_buffer("mean").shape[1],
-            "image_size": victim.image_size,
-            "classes": list(victim.classes),
-            "scores": {split: asdict(scores) for split, scores in victim.scores.items()},
-            "torch": torch.__version__,
-        }
-        if victim.attack.has_state:
-            save_file(victim.attack.state(), part / TRIGGER)
-            manifest["trigger_sha256"] = file_sha256(part / TRIGGER)
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        part.chmod(0o755)
-        sync_tree(part)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(part, folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    manifest = {
+        "spec": victim.spec.model_dump(),
+        "spec_digest": victim.spec.digest,
+        "in_channels": victim.model.get_buffer("mean").shape[1],
+        "image_size": victim.image_size,
+        "classes": list(victim.classes),
+        "scores": {split: asdict(scores) for split, scores in victim.scores.items()},
+    }
+    states = {WEIGHTS: victim.model.state_dict()}
+    if victim.attack.has_state:
+        states[TRIGGER] = victim.attack.state()
+    write_folder(folder, states, manifest)
     return folder
 
 
@@ -169,37 +146,11 @@ def load_victim(
             allowed, or changed.
         VictimRefusedError: its scores are below its bounds.
     """
-    if not folder.is_dir():
-        raise VictimError(f"{folder} is no folder; give a victim's, such as outputs/victims/DIGEST.")
-    again = f"remove {folder} to train it anew"
-    try:
-        manifest = _Manifest.model_validate(parsed_manifest(folder / MANIFEST)[0])
-        if is_own(net_name := manifest.spec["net"]) and not own_code:
-            raise VictimError(
-                f"The victim {folder} is built by the code {net_name!r}, which may do anything; if you "
-                "trust it, allow it with `own_code=True` or --trust-code."
-            )
-        # what it does not say of its pictures is not asked of those that are there now
-        spec = VictimSpec.model_validate({"dataset_sha256": None} | manifest.spec)
-        attack = spec.build_attack()
-        if attack.has_state and manifest.trigger_sha256 is None:
-            raise ValueError("no trigger_sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = describe(error) if isinstance(error, ValidationError) else f"{error}"
-        raise VictimError(
-            f"The manifest {folder / MANIFEST} cannot be read ({type(error).__name__}: "
-            f"{shorten(said, 300)}); {again}."
-        ) from error
-    if manifest.spec_digest != spec.digest:
-        raise VictimError(
-            f"The spec in {folder / MANIFEST} has the digest {spec.digest}, but the manifest says "
-            f"{manifest.spec_digest}: it was edited; {again}."
-        )
-    digest = digest if known is None else known.digest
-    if digest is not None and spec.digest != digest:
-        raise VictimError(f"{folder} holds the victim {spec.digest}, not {digest}; {again}.")
-    spec = known or spec
-    weights = _promised(folder / WEIGHTS, manifest.weights_sha256, "victim's file of weights", again)
+    manifest, spec = read_folder(
+        folder, _Manifest, _spec, own_code=own_code, digest=digest, known=known
+    )
+    again, attack = make_again(folder), spec.build_attack()
+    weights = promised(folder / WEIGHTS, manifest.weights_sha256, "victim's file of weights")
     image_size = manifest.image_size
     if "image_size" not in manifest.model_fields_set:  # before it was written down
         image_size = spec.image_size
@@ -216,9 +167,8 @@ def load_victim(
             f"The weights {weights} do not fit {spec.net}: {shorten(str(error), 300)}; {again}."
         ) from error
     if attack.has_state:
-        trigger = _promised(
-            folder / TRIGGER, manifest.trigger_sha256 or "", "file of the trigger's state", again
-        )
+        named = manifest.trigger_sha256 or ""
+        trigger = promised(folder / TRIGGER, named, "file of the trigger's state")
         try:
             attack.load_state(load_tensors(trigger))
         except (SafetensorError, SettingError) as error:
@@ -231,13 +181,10 @@ def load_victim(
     return victim
 
 
-def _promised(path: Path, sha256: str, what: str, again: str) -> Path:
-    """The path, if the file there is the one that the manifest names."""
-    if not path.is_file():
-        raise VictimError(f"The {what} {path} is missing; {again}.")
-    if (found := file_sha256(path)) != sha256:
-        raise VictimError(
-            f"The digest of {path} is {found[:16]}, but its manifest says {sha256[:16]}: the file is "
-            f"damaged or another one; {again}."
-        )
-    return path
+def _spec(manifest: _Manifest) -> VictimSpec:
+    """ValueError for one that cannot be, or that its files cannot belong to."""
+    # what it does not say of its pictures is not asked of those that are there now
+    spec = VictimSpec.model_validate({"dataset_sha256": None} | manifest.spec)
+    if spec.build_attack().has_state and manifest.trigger_sha256 is None:
+        raise ValueError("no trigger_sha256")
+    return spec

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +12,10 @@ from torch import nn
 
 from bimask.attacks import Attack
 from bimask.data import ImageData
-from bimask.errors import NonFiniteError, SettingError, VictimError, VictimRefusedError, describe
+from bimask.errors import SettingError, VictimError, describe
 from bimask.metrics import EvalSets, Scores, Split, evaluate
 from bimask.nets.weights import load_weights
+from bimask.victims import folders
 from bimask.victims.files import Victim, load_victim, refuse_if_useless, save_victim
 from bimask.victims.imported_files import is_imported
 from bimask.victims.spec import VictimSpec
@@ -213,25 +212,15 @@ def obtain_victim(
     """
     if spec.imported is not None:
         return train_victim(spec, device=device)
-    if (root / spec.digest).is_dir():
-        victim = load_victim(root / spec.digest, own_code=True, known=spec)
-        # the caller's bounds may be stricter than the saved ones
-        victim = replace(victim, spec=spec)
-        refuse_if_useless(victim)
+
+    def load(folder: Path) -> Victim:
+        victim = replace(load_victim(folder, own_code=True, known=spec), spec=spec)
+        refuse_if_useless(victim)  # the caller's bounds may be stricter than the saved ones
         return victim
-    checkpoints = root / f".training-{spec.digest}"
-    made_here = not root.exists()
-    try:
-        victim = train_victim(
+
+    def train(checkpoints: Path) -> Victim:
+        return train_victim(
             spec, device=device, on_epoch=on_epoch, on_prepare=on_prepare, checkpoints=checkpoints
         )
-        folder = save_victim(victim, root)
-    except (VictimRefusedError, NonFiniteError):
-        shutil.rmtree(checkpoints, ignore_errors=True)  # it came to its end, whatever that is
-        if made_here:
-            with suppress(OSError):  # another was put there meanwhile
-                root.rmdir()
-        raise
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    # the same bits as the next time it is asked for
-    return load_victim(folder, own_code=True)
+
+    return folders.obtain(root, spec.digest, load=load, train=train, save=save_victim)

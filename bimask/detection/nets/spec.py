@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bimask.detection.nets.detector import Detector
 from bimask.detection.nets.named import build_detector, check_detector, require_answers
-from bimask.errors import BimaskError, VictimError
+from bimask.errors import VictimError
 from bimask.nets import is_own, source_of
+from bimask.nets.spec import stamped
 from bimask.nets.weights import file_sha256
 
 
@@ -48,18 +49,7 @@ class DetectorNetSpec(BaseModel):
     @classmethod
     def _stamped(cls, given: Any) -> Any:
         """Files go into the digest by their content, so that it can be had without them later."""
-        if not isinstance(given, dict):
-            return given
-        net, weights, given = given.get("net"), given.get("weights"), dict(given)
-        try:
-            if isinstance(net, str) and is_own(net) and given.get("net_sha256") is None:
-                check_detector(net)
-                given["net_sha256"] = file_sha256(source_of(net))
-            if isinstance(weights, str) and given.get("weights_sha256") is None:
-                given["weights_sha256"] = file_sha256(weights)
-        except BimaskError as error:
-            raise ValueError(str(error)) from error
-        return given
+        return stamped(given, check_detector)
 
     @model_validator(mode="after")
     def _known_net(self) -> DetectorNetSpec:

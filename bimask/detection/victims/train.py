@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +21,9 @@ from bimask.detection.victims.files import (
 )
 from bimask.detection.victims.spec import DetectorSpec
 from bimask.detection.victims.training import fit
-from bimask.errors import NonFiniteError, VictimRefusedError
 from bimask.metrics import Split
 from bimask.nets.weights import load_weights
+from bimask.victims import folders
 from bimask.victims.training_state import Checkpoint
 
 TOLD = 4  # times that a victim is scored while it is trained
@@ -129,22 +127,13 @@ def obtain_victim(
     While it is trained, its state after every epoch is in `root/.training-DIGEST/`: the next call goes
     on from there if this one is killed. Arguments and errors as of `train_victim`.
     """
-    if (root / spec.digest).is_dir():
-        victim = load_victim(root / spec.digest, own_code=True, known=spec)
-        # the caller's bounds may be stricter than the saved ones
-        refuse_if_useless(victim)
-        return replace(victim, spec=spec)
-    checkpoints = root / f".training-{spec.digest}"
-    made_here = not root.exists()
-    try:
-        victim = train_victim(spec, device=device, on_epoch=on_epoch, checkpoints=checkpoints)
-        folder = save_victim(victim, root)
-    except (VictimRefusedError, NonFiniteError):
-        shutil.rmtree(checkpoints, ignore_errors=True)  # it came to its end, whatever that is
-        if made_here:
-            with suppress(OSError):  # another was put there meanwhile
-                root.rmdir()
-        raise
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    # the same bits as the next time it is asked for
-    return load_victim(folder, own_code=True, known=spec)
+
+    def load(folder: Path) -> DetectionVictim:
+        victim = replace(load_victim(folder, own_code=True, known=spec), spec=spec)
+        refuse_if_useless(victim)  # the caller's bounds may be stricter than the saved ones
+        return victim
+
+    def train(checkpoints: Path) -> DetectionVictim:
+        return train_victim(spec, device=device, on_epoch=on_epoch, checkpoints=checkpoints)
+
+    return folders.obtain(root, spec.digest, load=load, train=train, save=save_victim)

@@ -259,9 +259,7 @@ def _hooked(model: nn.Module, masks: MaskSet, factors: Mapping[str, Tensor]) -> 
         yield
 
 
-def masked(
-    model: nn.Module, masks: MaskSet, *, inverse: bool = False
-) -> AbstractContextManager[None]:
+def masked(model: nn.Module, masks: MaskSet, *, inverse: bool = False) -> AbstractContextManager[None]:
     """The model under its masks while the context is open, whatever it is asked; as `masked_forward`."""
     return _hooked(model, masks, masks.keeps(inverse=inverse))
 

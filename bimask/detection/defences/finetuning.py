@@ -8,6 +8,8 @@ Nothing in the loss asks the detector to forget. "BadDet+" (arXiv 2601.21066) re
 hundred clean pictures of traffic signs the success of disappearance and misclassification stays above
 0.4 under both.
 
+The published `rho` of 2 is of classifiers with millions of weights: it takes a small detector apart.
+
 Use `ft` as the line that a defence must beat. It costs one pass forward and one back of every picture
 an epoch, `ft_sam` twice that. Both need boxes and labels, and no other thing of the detector than its
 losses and their gradients.
@@ -53,8 +55,8 @@ class DetectorFtSamConfig(DetectorFtConfig):
     rho: Annotated[
         float,
         Field(ge=0, description="size of the adaptive perturbation; 0 is plain fine-tuning"),
-        Search(0.1, 4.0, log=True),
-    ] = 2.0
+        Search(0.03, 2.0, log=True),
+    ] = 0.3
 
 
 class DetectorFt(DetectorDefence[DetectorFtConfig]):

@@ -44,6 +44,7 @@ from bimask.detection.defences.base import (
     pictures_of,
 )
 from bimask.detection.defences.perturbed import Ball, Region, perturbed
+from bimask.detection.defences.repair import REGION, Radius
 from bimask.detection.nets.detector import Detector
 from bimask.detection.nets.matched import Matched, matched
 from bimask.detection.objects import Target
@@ -77,17 +78,9 @@ class DetectorImsConfig(DefenceConfig):
     minimise_rounds: Rounds = 60
     select_rounds: Rounds = 60
     batch_size: BatchSize = 16
-    radius: Annotated[
-        float,
-        Field(gt=0, le=1, description="of a perturbation: how far a value in [0, 1] may move"),
-        Search(0.03, 1, log=True),
-    ] = 0.3
+    radius: Radius = 0.3
     inner_steps: Annotated[int, Field(ge=1, description="of PGD, each round"), Search(1, 8)] = 5
-    region: Region = Field(
-        "picture",
-        description="what of a picture a perturbation may change: all, the boxes of its objects, or a "
-        "square in each box, of a size and at a place drawn anew each time",
-    )
+    region: Region = Field("picture", description=REGION)
 
     def steps(self, images: int) -> int:
         """Rounds of all stages."""

@@ -46,31 +46,33 @@ from bimask.detection.nets.detector import Detector
 from bimask.errors import warn
 from bimask.masking.copies import copied
 
+Radius = Annotated[
+    float,
+    Field(gt=0, le=1, description="of a perturbation: how far a value in [0, 1] may move"),
+    Search(0.03, 1.0, log=True),
+]
+AttackSteps = Annotated[int, Field(ge=1, description="of PGD, for every batch"), Search(2, 10)]
+Against = Literal["current", "suspect"]
+Weight = Annotated[
+    float,
+    Field(ge=0, description="of the loss on perturbed pictures, beside that on clean ones"),
+    Search(0.03, 3, log=True),
+]
+REGION = (
+    "what of a picture a perturbation may change: all, the boxes of its objects, or a square in each "
+    "box, of a size and at a place drawn anew each time"
+)
+AGAINST = "what perturbations are made against: the detector as it is by then, or the suspect"
+
 
 class RepairConfig(DetectorConfig):
     """What all adversarial repairs of detectors have; none of it is published."""
 
-    radius: Annotated[
-        float,
-        Field(gt=0, le=1, description="of a perturbation: how far a value in [0, 1] may move"),
-        Search(0.03, 1.0, log=True),
-    ] = 0.1
-    attack_steps: Annotated[int, Field(ge=1, description="of PGD, for every batch"), Search(2, 10)] = 5
-    region: Region = Field(
-        "picture",
-        description="what of a picture a perturbation may change: all, the boxes of its objects, or a "
-        "square in each box, of a size and at a place drawn anew each time",
-    )
-    against: Literal["current", "suspect"] = Field(
-        "current",
-        description="what perturbations are made against: the detector as it is by then, or the "
-        "suspect as it came",
-    )
-    weight: Annotated[
-        float,
-        Field(ge=0, description="of the loss on perturbed pictures, beside that on clean ones"),
-        Search(0.1, 10, log=True),
-    ] = 1.0
+    radius: Radius = 0.1
+    attack_steps: AttackSteps = 5
+    region: Region = Field("picture", description=REGION)
+    against: Against = Field("current", description=AGAINST)
+    weight: Weight = 1.0
     held_out: float = Field(
         0.2, gt=0, lt=1, description="share of the clean pictures that epochs are judged on"
     )

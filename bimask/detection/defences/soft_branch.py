@@ -46,9 +46,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bimask.defences.settings import Search
-from bimask.detection.defences.base import Pictures
-from bimask.detection.defences.perturbed import Objective
-from bimask.detection.defences.repair import Repair, RepairConfig
+from bimask.detection.defences.base import Epochs, LearningRate, Pictures
+from bimask.detection.defences.perturbed import Objective, Region
+from bimask.detection.defences.repair import (
+    AGAINST,
+    REGION,
+    Against,
+    AttackSteps,
+    Radius,
+    Repair,
+    RepairConfig,
+    Weight,
+)
 from bimask.detection.nets.detector import Detector
 from bimask.detection.nets.matched import Matched, matched
 
@@ -59,6 +68,13 @@ Learned = Literal["margin", "all", "own"]
 class SoftBranchConfig(RepairConfig):
     """The settings of the soft branch; none is published, and all are our readings."""
 
+    lr: LearningRate = 0.01
+    epochs: Epochs = 12
+    radius: Radius = 1.0
+    attack_steps: AttackSteps = 3
+    region: Region = Field("patches", description=REGION)
+    against: Against = Field("suspect", description=AGAINST)
+    weight: Weight = 0.1
     gate: Gate = Field(
         "soft", description="how the two branches blend: softly, the cheaper one, or one alone"
     )
@@ -81,7 +97,7 @@ class SoftBranchConfig(RepairConfig):
         float,
         Field(ge=0, description="of the other classes in the repair, beside the object's own"),
         Search(0.5, 8, log=True),
-    ] = 1.0
+    ] = 2.0
 
 
 class SoftBranch(Repair[SoftBranchConfig]):

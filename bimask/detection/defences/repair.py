@@ -9,7 +9,8 @@ with the running statistics of norms frozen. Some clean pictures are held back. 
 tell what the repair costs, and what it is worth: mAP@50 on them, and the method's own loss on
 perturbations of them that are made anew. Of all epochs whose mAP@50 fell by
 `budget` at most, the one with the smallest of these losses is kept. Where there is none, the suspect
-comes back as it was, with a warning.
+comes back as it was, with a warning. A suspect that was trained on these very pictures looks better on
+them than it is, and few pictures tell little: a budget has to be larger than the fall that one bears.
 
 Every detector has weaknesses that are no backdoor. Against the detector as it is, perturbations move on
 to them as soon as the backdoor is gone, and what is learned then costs clean precision. Against the
@@ -77,7 +78,7 @@ class RepairConfig(DetectorConfig):
         0.2, gt=0, lt=1, description="share of the clean pictures that epochs are judged on"
     )
     budget: float | None = Field(
-        0.02,
+        0.05,
         ge=0,
         le=1,
         description="how far mAP@50 on held-out pictures may fall; null keeps the last epoch",

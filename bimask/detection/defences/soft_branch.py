@@ -97,7 +97,7 @@ class SoftBranchConfig(RepairConfig):
         float,
         Field(ge=0, description="of the other classes in the repair, beside the object's own"),
         Search(0.5, 8, log=True),
-    ] = 2.0
+    ] = 1.5
 
 
 class SoftBranch(Repair[SoftBranchConfig]):

@@ -260,7 +260,7 @@ def _hooked(model: nn.Module, masks: MaskSet, factors: Mapping[str, Tensor]) -> 
 
 
 def masked(model: nn.Module, masks: MaskSet, *, inverse: bool = False) -> AbstractContextManager[None]:
-    """The model under its masks while the context is open, whatever it is asked; as `masked_forward`."""
+    """The model under its masks, whatever it is asked while the context is open."""
     return _hooked(model, masks, masks.keeps(inverse=inverse))
 
 

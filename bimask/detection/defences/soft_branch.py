@@ -68,7 +68,7 @@ Learned = Literal["margin", "all", "own"]
 class SoftBranchConfig(RepairConfig):
     """The settings of the soft branch; none is published, and all are our readings."""
 
-    lr: LearningRate = 0.01
+    lr: LearningRate = 0.007
     epochs: Epochs = 12
     radius: Radius = 1.0
     attack_steps: AttackSteps = 3
@@ -97,7 +97,7 @@ class SoftBranchConfig(RepairConfig):
         float,
         Field(ge=0, description="of the other classes in the repair, beside the object's own"),
         Search(0.5, 8, log=True),
-    ] = 1.5
+    ] = 1.25
 
 
 class SoftBranch(Repair[SoftBranchConfig]):

@@ -31,7 +31,7 @@ def test_one_configuration_repairs_either_attack_and_fine_tuning_does_not(attack
         return evaluate(result.model(), sets)
 
     repaired, tuned = after("soft_branch"), after("ft")
-    assert repaired.map50 >= before.map50 - 0.05  # a seed in five is above the bar of 0.03
+    assert repaired.map50 >= before.map50 - 0.05  # some draws of pictures cost more than 0.03
     assert repaired.attack_success <= before.attack_success / 2
     assert repaired.true_detection >= 0.7
     assert tuned.attack_success > 2 * repaired.attack_success

@@ -78,7 +78,7 @@ class RepairConfig(DetectorConfig):
         0.2, gt=0, lt=1, description="share of the clean pictures that epochs are judged on"
     )
     budget: float | None = Field(
-        0.05,
+        0.1,
         ge=0,
         le=1,
         description="how far mAP@50 on held-out pictures may fall; null keeps the last epoch",

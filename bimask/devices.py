@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from bimask.errors import SettingError
 
@@ -28,6 +30,11 @@ def resolve_device(name: str) -> torch.device:
             "this machine has."
         ) from error
     return device
+
+
+def moved(values: Any, device: torch.device | str) -> Any:
+    """Tensors, or lists, tuples and dicts of them, on another device; what is no tensor stays."""
+    return tree_map_only(Tensor, lambda one: one.to(device), values)
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from bimask.data import ImageData
 from bimask.errors import DataError
 from bimask.inspection.class_triggers import (
     ClassTriggers,
@@ -44,6 +45,13 @@ CARRIERS: tuple[Family, ...] = ("patch", "pattern")
 FITTED_ON = 3  # one image of so many makes the universal triggers; all of them show what they do
 SHARPNESS = 8.0
 LEAST_WEIGHT = 0.01  # classes below it are not asked about: most are
+PER_CLASS = 16  # images that a probe is made of
+
+
+def probe_images(val: ImageData, *, seed: int) -> ImageData:
+    """The clean images of `val` that a probe is made of; fewer where a class has fewer."""
+    smallest = int(torch.bincount(val.labels, minlength=val.num_classes).min())
+    return val.clean_subset(min(PER_CLASS, max(1, smallest)), seed=seed)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Choosing without the attack: what probes are made of, and how the blind choice compares.
 
-A probe of a victim is made of clean images of `val`, up to `PER_CLASS` of a class: none that a defence
-learns on, which are of the training split, and none of `test`. It sees neither trigger nor target.
+A probe of a victim is made of clean images of `val`: none that a defence learns on, which are of the
+training split, and none of `test`. It sees neither trigger nor target.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-import torch
-
 from bimask.data import ImageData
+from bimask.inspection import risk
 from bimask.metrics import Split
 from study.spec.suspect import Subject
 from study.store.schema import Measured, RankCorrelation, Selection, TrialRecord
 
-PER_CLASS = 16
 CHOSEN_BY: dict[str, Literal["attack_success", "risk"]] = {
     "oracle": "attack_success",
     "blind": "risk",
@@ -30,9 +28,7 @@ PROMISE = (
 
 def probe_images(victim: Subject, *, seed: int) -> ImageData:
     """The clean images of `val` that a probe is made of; fewer where a class has fewer."""
-    val = victim.load_data().val
-    smallest = int(torch.bincount(val.labels, minlength=val.num_classes).min())
-    return val.clean_subset(min(PER_CLASS, max(1, smallest)), seed=seed)
+    return risk.probe_images(victim.load_data().val, seed=seed)
 
 
 def compare(

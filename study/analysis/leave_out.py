@@ -10,10 +10,12 @@ proposed with the attack in view, and the exact way is a study of its own withou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from study.analysis.pareto import choose
 from study.spec.config import StudyConfig, StudyError
-from study.spec.objectives import SCORES, numbers_in, over_victims, total_violation
+from study.spec.directions import SCORES
+from study.spec.objectives import known_scores, number, numbers_in, over_victims, total_violation
 from study.store.schema import LeaveOneOut, StudySummary, TrialRecord, Unseen
 
 BLIND_SAMPLERS = ("random", "qmc")
@@ -82,11 +84,14 @@ def table_of_studies(
     rows = {}
     for attack, summary in others.items():
         digests = {spec.digest for spec in config.victims if spec.attack_name == attack}
-        rows[attack] = compared(_confirmed(summary, digests), _confirmed(full, digests))
+        seen, unseen = _confirmed(config, full, digests), _confirmed(config, summary, digests)
+        rows[attack] = compared(unseen, seen, quality=config.task.quality)
     return {"exact": True, "scored_on": "test, mean over the confirmation's seeds", "attacks": rows}
 
 
-def _confirmed(summary: StudySummary, digests: set[str]) -> dict[str, float] | None:
+def _confirmed(
+    config: StudyConfig, summary: StudySummary, digests: set[str]
+) -> dict[str, float] | None:
     """A summary's choice on the victims of these digests."""
     found, chosen = (summary.get("suite") or {}).get("chosen"), summary["chosen"]
     if found is None or chosen is None:
@@ -94,8 +99,9 @@ def _confirmed(summary: StudySummary, digests: set[str]) -> dict[str, float] | N
     mine = [one for one in found["victims"].values() if one["digest"] in digests]
     if any("attack_success" not in one for one in mine):
         return None
+    spreads: list[Mapping[str, Any]] = [*mine]
     return {"number": chosen["number"]} | {
-        name: sum(one[name]["mean"] for one in mine) / len(mine) for name in SCORES
+        name: sum(one[name]["mean"] for one in spreads) / len(spreads) for name in config.task.metrics
     }
 
 
@@ -106,7 +112,7 @@ def table(
 
     Args:
         trials: records; those that are COMPLETE count.
-        before: victim -> its own clean accuracy on `val`.
+        before: victim -> its own clean quality on `val`.
 
     Returns:
         `exact`, `scored_on`, and `attacks`: attack -> {"without", "with", "loss"}; the first two are a
@@ -121,17 +127,24 @@ def table(
         if seen:
             blind = _chosen(config, complete, seen, before)
             informed = _chosen(config, complete, config.victim_names(), before)
-            rows[attack] = compared(_on(blind, unseen), _on(informed, unseen))
+            rows[attack] = compared(
+                _on(blind, unseen), _on(informed, unseen), quality=config.task.quality
+            )
     return {"exact": is_exact(config), "scored_on": "val, the trials' own", "attacks": rows}
 
 
-def compared(without: dict[str, float] | None, with_: dict[str, float] | None) -> Unseen:
+def compared(
+    without: dict[str, float] | None,
+    with_: dict[str, float] | None,
+    *,
+    quality: str = "clean_accuracy",
+) -> Unseen:
     """A row of the table."""
     loss = None
     if without is not None and with_ is not None:
         loss = {
             "attack_success": without["attack_success"] - with_["attack_success"],
-            "clean_accuracy": with_["clean_accuracy"] - without["clean_accuracy"],
+            quality: with_[quality] - without[quality],
         }
     return {"without": without, "with": with_, "loss": loss}
 
@@ -144,12 +157,14 @@ def _chosen(
 ) -> TrialRecord | None:
     """The trial that the study's rule chooses by these victims alone."""
     points = [_values(config, trial, victims) for trial in trials]
-    accuracy = config.aggregate("clean_accuracy", [before[name] for name in victims])
+    quality = config.task.quality
+    accuracy = config.aggregate(quality, [before[name] for name in victims])
     position = choose(
         points,
         min_clean_accuracy=accuracy - config.choose.max_accuracy_drop,
         violations=[total_violation(config.constraints.violations(point)) for point in points],
         tolerance=config.choose.tolerance,
+        quality=quality,
     )
     return None if position is None else trials[position]
 
@@ -162,7 +177,8 @@ def _values(config: StudyConfig, trial: TrialRecord, victims: Sequence[str]) -> 
 def _on(trial: TrialRecord | None, victims: Sequence[str]) -> dict[str, float] | None:
     if trial is None:
         return None
+    scores = [trial["scores"][victim] for victim in victims]
     means = {
-        name: sum(trial["scores"][victim][name] for victim in victims) / len(victims) for name in SCORES
+        name: sum(number(one, name) for one in scores) / len(scores) for name in known_scores(scores[0])
     }
     return {"number": trial["number"]} | means

@@ -127,6 +127,7 @@ def choose(
     violations: Sequence[float] | None = None,
     by: Literal["attack_success", "risk"] = "attack_success",
     tolerance: float = 0.0,
+    quality: str = "clean_accuracy",
 ) -> int | None:
     """Position of the point with least attack success among the feasible that are accurate enough.
 
@@ -134,6 +135,7 @@ def choose(
     choice is always on the front of (clean accuracy, attack success) of the feasible points.
 
     Args:
+        quality: what stands in the place of clean accuracy, `Task.quality`.
         by: what is to be least; "risk" needs no knowledge of the attack.
         violations: 0 for a feasible point, see `feasible_first`; None where nothing is bounded.
         tolerance: what lies so little above the least counts as equal to it, and the most accurate of
@@ -142,13 +144,12 @@ def choose(
     left = [
         i
         for i, p in enumerate(points)
-        if p["clean_accuracy"] >= min_clean_accuracy - 1e-12
-        and (violations is None or violations[i] <= 0)
+        if p[quality] >= min_clean_accuracy - 1e-12 and (violations is None or violations[i] <= 0)
     ]
     if not left:
         return None
     least = min(points[i][by] for i in left)
     as_good = [i for i in left if points[i][by] <= least + tolerance + 1e-12]
     if not tolerance:
-        return min(as_good, key=lambda i: (points[i][by], -points[i]["clean_accuracy"], i))
-    return min(as_good, key=lambda i: (-points[i]["clean_accuracy"], points[i][by], i))
+        return min(as_good, key=lambda i: (points[i][by], -points[i][quality], i))
+    return min(as_good, key=lambda i: (-points[i][quality], points[i][by], i))

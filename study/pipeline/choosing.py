@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from bimask.defences import DEFENCES
 from bimask.errors import BimaskError
 from study.pipeline.prepare import untrained
 from study.spec.config import StudyConfig, StudyError
@@ -25,14 +24,15 @@ def accepted(config: StudyConfig, say: Callable[[str], object]) -> StudyConfig:
     """
     if config.defences != ALL:
         return config
-    refused = refused_by(config, DEFENCES)
-    names = [name for name in DEFENCES if name not in refused]
+    known = config.task.defences
+    refused = refused_by(config, known)
+    names = [name for name in known if name not in refused]
     reasons = [f"`defences: all` leaves out {name}. {reason}" for name, reason in refused.items()]
     if not names:
         raise StudyError("\n".join(["No defence is left for this study.", *reasons]))
     for reason in reasons:
         say(reason)
-    return StudyConfig.model_validate(left(config.model_dump(), names))
+    return type(config).model_validate(left(config.model_dump(), names))
 
 
 def refused_by(config: StudyConfig, names: Iterable[str]) -> dict[str, str]:
@@ -43,7 +43,7 @@ def refused_by(config: StudyConfig, names: Iterable[str]) -> dict[str, str]:
         for name in names:
             if name not in refused:
                 try:
-                    DEFENCES[name].check(net, images)
+                    config.task.defences[name].check(net, images)
                 except BimaskError as error:
                     refused[name] = str(error) if who == NAME else f"The victim {who}: {error}"
     return refused

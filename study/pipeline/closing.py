@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from bimask.progress import Console
+from bimask.tasks import CLASSIFICATION, Task
 from study.analysis.blind import blind_metrics
 from study.report import REPORT, write_report
 from study.report.content import headline
@@ -29,7 +30,12 @@ def make_report(folder: Path, victims: Path, console: Console) -> None:
 
 
 def close(
-    mirror: Tracker | MlflowQueue, folder: Path, summary: StudySummary, status: Status, page: str
+    mirror: Tracker | MlflowQueue,
+    folder: Path,
+    summary: StudySummary,
+    status: Status,
+    page: str,
+    task: Task = CLASSIFICATION,
 ) -> None:
     """The summary in MLflow's parent run.
 
@@ -49,7 +55,7 @@ def close(
         "PRUNED": summary["n_pruned"],
         "FAILED": summary["n_failed"],
     }
-    told = headline(summary, count)
+    told = headline(summary, count, task)
     mirror.end_study(
         metrics=metrics,
         artifacts=[folder / name for name in names if (folder / name).is_file()],

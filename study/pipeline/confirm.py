@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bimask.defences import DEFENCES
 from bimask.defences.settings import DefenceConfig
 from bimask.progress import Console, ToldProgress
 from bimask.victims import Victim
@@ -36,7 +35,7 @@ def confirm_choice(
     if summary["chosen"]:
         settings["chosen"] = config.defence_config(summary["chosen"]["parameters"])
     if config.paper_defaults and (name := _whose(config, summary)) is not None:
-        settings["paper_defaults"] = DEFENCES[name].config()
+        settings["paper_defaults"] = config.task.defences[name].config()
     jobs = jobs_of(config, settings)
     if not jobs:
         return None

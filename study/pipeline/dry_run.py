@@ -24,10 +24,10 @@ from torch.utils.flop_counter import flop_registry
 
 from bimask.data import Splits
 from bimask.defences.base import CleanData, Preparation, StepLog
-from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
 from bimask.nets import build_net, may_run
 from bimask.progress import Console
+from bimask.tasks import defence_of
 from study import search
 from study.pipeline.choosing import accepted
 from study.pipeline.opening import say

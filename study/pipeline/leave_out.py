@@ -55,5 +55,5 @@ def run_leave_out(
         complete = complete and all(summary["n_complete"] for summary in others.values())
         found = leave_out.table_of_studies(config, full, others)
     write_text(folder / LEAVE_OUT, json.dumps(found, indent=2) + "\n")
-    show_leave_out(wide_console(), found)
+    show_leave_out(wide_console(), found, config.task)
     return complete

@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bimask.defences import DEFENCES
 from bimask.defences.base import Preparation
-from bimask.errors import BimaskError, DataError
-from bimask.inspection.risk import RiskProbe
+from bimask.devices import moved
+from bimask.errors import BimaskError
 from bimask.nets import may_run
 from bimask.progress import Console, ToldProgress
-from bimask.victims import obtain_victim
-from bimask.victims.progress import VictimBars, described
+from bimask.tasks import Probe
+from bimask.victims.progress import VictimBars
 from study import search
-from study.analysis.blind import probe_images
 from study.spec.config import StudyConfig, StudyError
 from study.spec.suspect import NAME, Subject, SuspectSpec
 from study.trial.cases import Case
@@ -79,12 +77,7 @@ def check_images(config: StudyConfig) -> None:
         with _named(name):
             splits = spec.load_data()
             splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
-            attack = spec.build_attack()
-            for data in (splits.val, splits.test):
-                if not len(data.images):
-                    raise DataError("Got no images to score it on; give more images, or other shares.")
-                if not attack.has_state:  # else the trigger is made with the victim, and refused there
-                    attack.triggered(data)
+            config.task.check_data(spec, splits)
 
 
 def check_data(config: StudyConfig) -> None:
@@ -97,7 +90,7 @@ def check_data(config: StudyConfig) -> None:
     """
     check_images(config)
     for name, net, images in untrained(config):
-        for defence in map(DEFENCES.__getitem__, config.defenders):
+        for defence in map(config.task.defences.__getitem__, config.defenders):
             with _named(name):
                 defence.check(net, images)
 
@@ -134,7 +127,7 @@ def prepare_victims(
             bar = f"victim {name}"
             cached = (root / spec.digest).is_dir()
             with _named(name):
-                victim = obtain_victim(
+                victim = config.task.obtain_victim(
                     spec,
                     root,
                     device=device,
@@ -142,7 +135,8 @@ def prepare_victims(
                     on_prepare=partial(bars.preparing, bar),
                 )
             origin = "cached" if cached else "given" if spec.given else "trained"
-            bars.ended(bar, f"victim {name} ({origin}), {described(victim)}")
+            told = f"{spec.digest}: on test {config.task.told(victim.scores['test'])}"
+            bars.ended(bar, f"victim {name} ({origin}), {told}")
             victims[name] = victim
     return victims
 
@@ -174,7 +168,7 @@ class _Piece:
     doing: str
     make: Callable[..., Any]
     victim: str
-    images: Tensor
+    images: Any
     steps: int
 
 
@@ -196,7 +190,10 @@ def prepare_cases(
         BimaskError: what refuses a victim or its images; StudyError where a worker died of it.
     """
     cases = cases_of(config, victims)
-    pieces = {("probe", case.name): _probe_of(case, config.seed) for case in cases}
+    probe = config.task.probe
+    pieces = (
+        {} if probe is None else {("probe", c.name): _probe_of(probe, c, config.seed) for c in cases}
+    )
     for name, preparation in preparations(config).items():
         pieces |= {(name, case.key): _prepared(preparation, case) for case in cases}
     elsewhere = workers > 0 and (joined or min(workers, len(pieces)) > 1)
@@ -205,7 +202,7 @@ def prepare_cases(
     return [
         replace(
             case,
-            probe=made["probe", case.name],
+            probe=made.get(("probe", case.name)),
             prepared={
                 name: made[name, case.key] for name in config.defenders if (name, case.key) in made
             },
@@ -219,7 +216,7 @@ def preparations(config: StudyConfig) -> dict[str, Preparation]:
     it."""
     defenders = config.defenders
     found = {
-        name: DEFENCES[name].preparation(
+        name: config.task.defences[name].preparation(
             lambda setting, name=name: config.may_use(defenders.flat(name, setting))  # type: ignore[misc]
         )
         for name in defenders
@@ -227,10 +224,10 @@ def preparations(config: StudyConfig) -> dict[str, Preparation]:
     return {name: made for name, made in found.items() if made is not None}
 
 
-def _probe_of(case: Case, seed: int) -> _Piece:
-    images = probe_images(case.victim, seed=seed).floats()
-    steps = RiskProbe.steps(len(case.victim.classes), len(images))
-    return _Piece(f"probing {case.name}", RiskProbe, case.name, images, steps)
+def _probe_of(probe: Probe, case: Case, seed: int) -> _Piece:
+    images = probe.images(case.victim.load_data().val, seed)
+    steps = probe.steps(len(case.victim.classes), len(images))
+    return _Piece(f"probing {case.name}", probe.make, case.name, images, steps)
 
 
 def _prepared(preparation: Preparation, case: Case) -> _Piece:
@@ -273,14 +270,14 @@ def _made_by_workers(
             progress.advance(bar)
 
         models = {name: copy.deepcopy(victim.model).cpu() for name, victim in victims.items()}
-        given = [(p.victim, p.make, p.images.cpu(), config.device_of_a_trial) for p in pieces]
+        given = [(p.victim, p.make, moved(p.images, "cpu"), config.device_of_a_trial) for p in pieces]
         search.run_tasks(config, _make, models, given, ended)
     return [made[at] for at in range(len(pieces))]
 
 
-def _make(model: nn.Module, make: Callable[..., Any], images: Tensor, device: str) -> Any:
+def _make(model: nn.Module, make: Callable[..., Any], images: Any, device: str) -> Any:
     try:
         there = copy.deepcopy(model).to(device)  # what Ray hands out is shared by all tasks of a node
-        return make(there, images.to(device)).to("cpu")
+        return make(there, moved(images, device)).to("cpu")
     except BimaskError as error:
         return error

@@ -247,7 +247,7 @@ def _start_in_mlflow(
         | {"objectives": json.dumps(config.directions), "commit": commit()}
         | {f"victim.{name}": victim.spec.digest for name, victim in victims.items()}
         | {f"version.{package}": number for package, number in versions().items()},
-        scores=["clean_accuracy", "attack_success" if config.suspect is None else "risk"],
+        scores=[config.task.quality, "attack_success" if config.suspect is None else "risk"],
         # of several defences the settings would be as many columns as there are settings in all
         settings=[KEY] if config.defenders.several else list(config.space),
     )
@@ -297,7 +297,8 @@ class _Study:
                     lambda: summarise(self.config, self.folder, trials, self.victims), interrupts
                 )
                 self._patiently(
-                    lambda: draw_front(self.folder / FRONT_PICTURE, trials, summary), interrupts
+                    lambda: draw_front(self.folder / FRONT_PICTURE, trials, summary, self.config.task),
+                    interrupts,
                 )
             summary["seconds"] = {
                 "in_trials": in_trials,
@@ -316,7 +317,8 @@ class _Study:
                 status: Status = "FINISHED" if summary["n_complete"] else "FAILED"
                 make_report(self.folder, self.folder.parent / "victims", self.console)
                 page = self.tracker.artifact_link(REPORT)
-                close(mirror, self.folder, summary, "KILLED" if interrupts.ended else status, page)
+                status = "KILLED" if interrupts.ended else status
+                close(mirror, self.folder, summary, status, page, self.config.task)
             patience = PATIENCE
             return summary
         except BaseException as error:
@@ -339,7 +341,7 @@ class _Study:
         """Run what has no record yet; seconds that went into trials."""
         digests = {name: victim.spec.digest for name, victim in self.victims.items()}
         at_once = min(self.config.trials, self.concurrency * self.config.trials_per_actor)
-        with trial_progress(self.console, self.config.trials, at_once) as on_change:
+        with trial_progress(self.console, self.config.trials, at_once, self.config.task) as on_change:
 
             def changed(done: list[TrialRecord]) -> None:
                 on_change(done)

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
 from bimask.files.tensors import load_tensors
-from bimask.metrics import Split, evaluate
+from bimask.metrics import Split
+from bimask.tasks import Task, defence_of
 from study import search
 from study.analysis import blind, leave_out
 from study.analysis.pareto import ParetoFront, choose, feasible_first
@@ -23,7 +23,7 @@ from study.spec.objectives import (
     quantities,
     total_violation,
 )
-from study.spec.suspect import Subject, SuspectModel
+from study.spec.suspect import Subject
 from study.store import records
 from study.store.schema import (
     SCHEMA,
@@ -52,11 +52,16 @@ def summarise(
     competing = feasible_first(violations)
     front = ParetoFront.of([points[i] for i in competing], config.directions)
     before = _over_all(config, {name: asdict(v.scores["val"]) for name, v in victims.items()})
-    bound = before["clean_accuracy"] - config.choose.max_accuracy_drop
+    bound = before[config.task.quality] - config.choose.max_accuracy_drop
     tolerance = config.choose.tolerance
     positions = {
         who: choose(
-            points, min_clean_accuracy=bound, violations=violations, by=score, tolerance=tolerance
+            points,
+            min_clean_accuracy=bound,
+            violations=violations,
+            by=score,
+            tolerance=tolerance,
+            quality=config.task.quality,
         )
         for who, score in blind.CHOSEN_BY.items()
         if all(score in point for point in points)  # trials of before there were probes have no risk
@@ -69,7 +74,7 @@ def summarise(
     mine = [t for t in papers if whose in (None, config.defenders.name_of(t["parameters"]))]
     paper = next(iter(mine), None)
     on_front = [complete[competing[i]] for i in front.indices]
-    accuracies = {name: victim.scores["val"].clean_accuracy for name, victim in victims.items()}
+    qualities = {name: config.task.quality_of(one.scores["val"]) for name, one in victims.items()}
     summary: StudySummary = {
         "schema": SCHEMA,
         "name": config.name,
@@ -95,7 +100,7 @@ def summarise(
         "min_clean_accuracy": bound,
     }
     if len(leave_out.attacks_of(config)) > 1:
-        summary["leave_one_out"] = leave_out.table(config, complete, accuracies)
+        summary["leave_one_out"] = leave_out.table(config, complete, qualities)
     if chosen is not None:
         records.write_yaml(
             folder / records.BEST,
@@ -142,33 +147,24 @@ def _measured(
     """A trial with its scores on `test`, measured from its saved masks."""
     settings = config.defence_config(trial["parameters"])
     per_victim = {
-        name: _on_test(folder / "trials" / f"{trial['number']:03d}", name, victim, settings)
+        name: _on_test(
+            config.task, folder / "trials" / f"{trial['number']:03d}", name, victim, settings
+        )
         for name, victim in victims.items()
     }
     overall = _over_all(config, per_victim)
     return {**_point(config, trial), "test": overall, "victims": per_victim}
 
 
-def _on_test(folder: Path, name: str, victim: Subject, settings: DefenceConfig) -> VictimScores:
+def _on_test(
+    task: Task, folder: Path, name: str, victim: Subject, settings: DefenceConfig
+) -> VictimScores:
     """The scores on `test` of what a trial stored, mean over the victim's runs."""
     defence = defence_of(settings)
     splits = victim.load_data()
     again = sorted(folder.glob(f"{name}.*.{defence.stem}.*rs"))
     paths = (folder / f"{name}.{defence.stem}.safetensors", *again)
     models = (defence.restore(victim.model, load_tensors(path), settings) for path in paths)
-    if isinstance(victim, SuspectModel):
-        clean, was = victim.eval_sets(splits, "test"), victim.scores["test"]
-        known = [evaluate(model, clean) for model in models]
-        return cast(VictimScores, mean_of([asdict(one) | {"arr": one.arr(was)} for one in known]))
     sets, before = victim.eval_sets(splits, "test"), victim.scores["test"]
-    found = [
-        asdict(scores)
-        | {
-            "arr": scores.arr(before),
-            "rdr": scores.rdr(before),
-            "der": scores.der(before),
-            "rir": scores.rir(before),
-        }
-        for scores in (evaluate(model, sets) for model in models)
-    ]
-    return cast(VictimScores, mean_of(found))
+    found = [task.evaluate(model, sets) for model in models]
+    return cast(VictimScores, mean_of([asdict(one) | task.derived(one, before) for one in found]))

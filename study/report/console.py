@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from rich.table import Table
 
 from bimask.nets import is_own
 from bimask.progress import Console, ToldProgress
+from bimask.tasks import CLASSIFICATION, TASKS, Task
 from study.analysis.blind import PROMISE
 from study.report import REPORT
 from study.spec.config import StudyConfig
-from study.spec.objectives import SCORES, backdoor_left, known_scores, number
+from study.spec.objectives import Spread, backdoor_left, known_scores, number
 from study.spec.space import Scalar
 from study.store import records
 from study.store.schema import (
@@ -30,7 +32,8 @@ from study.store.schema import (
 from study.tracking.mlflow_runs import Tracker
 
 COLUMN = 3  # characters of a column beside its text: two spaces and a line
-SHORT = dict(zip(SCORES, ("ACC", "ASR", "RA"), strict=True)) | {"risk": "risk"}
+SHORT = {name: one.short for task in TASKS.values() for name, one in task.metrics.items()}
+SHORT |= {"risk": "risk"}
 
 
 def wide_console() -> Console:
@@ -40,11 +43,11 @@ def wide_console() -> Console:
 
 @contextmanager
 def trial_progress(
-    console: Console, trials: int, at_once: int
+    console: Console, trials: int, at_once: int, task: Task = CLASSIFICATION
 ) -> Iterator[Callable[[list[TrialRecord]], None]]:
     """A bar of finished trials with the best scores so far."""
     with ToldProgress(console) as progress:
-        task = progress.add_task(f"trials, {at_once} at once", total=trials)
+        bar = progress.add_task(f"trials, {at_once} at once", total=trials)
 
         def on_change(done: list[TrialRecord]) -> None:
             complete = [r for r in done if r["status"] == "COMPLETE"]
@@ -52,12 +55,12 @@ def trial_progress(
             if complete:
                 by = backdoor_left(complete[0])
                 best = min(complete, key=lambda r: number(r, by))
-                left, accuracy = number(best, by), best["clean_accuracy"]
-                text += f"; least {SHORT[by]} {left:.3f} at ACC {accuracy:.3f}"
+                left, kept = number(best, by), number(best, task.quality)
+                text += f"; least {SHORT[by]} {left:.3f} at {SHORT[task.quality]} {kept:.3f}"
             for status in ("PRUNED", "FAILED"):
                 if count := sum(r["status"] == status for r in done):
                     text += f"; {count} {status.lower()}"
-            progress.update(task, completed=len(done), description=text)
+            progress.update(bar, completed=len(done), description=text)
 
         yield on_change
 
@@ -72,7 +75,7 @@ def show(
 ) -> None:
     """The front as a table, the choice, and the two commands to type next."""
     chosen = summary["chosen"]
-    shown = list(SCORES) if config.suspect is None else ["clean_accuracy", "risk"]
+    shown = list(config.task.metrics) if config.suspect is None else [config.task.quality, "risk"]
     taken = sum(COLUMN + len(f"{SHORT[name]} %") for name in shown) + COLUMN + len("trial *")
     points = [trial["parameters"] for trial in summary["front"]]
     several = config.defenders.several
@@ -108,15 +111,16 @@ def show(
             )
             console.tell(f"on test, {label} (trial {one['number']}): {scores}")
     _show_selection(console, summary["selection"])
-    show_suite(console, summary.get("suite") or {})
+    show_suite(console, summary.get("suite") or {}, config.task)
     if (folder / REPORT).is_file():
         console.tell(f"page:  {folder / REPORT}")
     if (command := tracker.ui_command()) is not None:
         console.tell("look:  " + command)
     console.tell("runs:  " + tracker.link())
     if chosen is None:
+        kept = config.task.metrics[config.task.quality].name
         console.tell(
-            f"no trial keeps a clean accuracy of {summary['min_clean_accuracy']:.3f} on val and the "
+            f"no trial keeps a {kept} of {summary['min_clean_accuracy']:.3f} on val and the "
             "constraints; run more trials or widen the space.",
             mark="Nothing chosen",
             style="bold yellow",
@@ -189,12 +193,15 @@ def _show_selection(console: Console, selection: Selection) -> None:
         console.tell(PROMISE)
 
 
-def show_suite(console: Console, suite: Mapping[str, Confirmation]) -> None:
+def show_suite(
+    console: Console, suite: Mapping[str, Confirmation], task: Task = CLASSIFICATION
+) -> None:
     """What the choice is worth on every victim of the suite, on test, over the seeds."""
     for configuration, found in suite.items():
         title = f"{configuration.replace('_', ' ')}, purified anew, on test: mean (least to most)"
         table = Table(title=title, title_justify="left")
-        for column in ("victim", "role", "runs", "ACC drop, points", "ASR %", "RA %"):
+        drop, recovered = f"{SHORT[task.quality]} drop, points", f"{SHORT[task.recovered]} %"
+        for column in ("victim", "role", "runs", drop, "ASR %", recovered):
             table.add_column(column, justify="left" if column in ("victim", "role") else "right")
         rows: list[tuple[str, str, Spreads]] = [
             *((name, one["role"], one) for name, one in found["victims"].items()),
@@ -204,7 +211,8 @@ def show_suite(console: Console, suite: Mapping[str, Confirmation]) -> None:
             if "attack_success" not in one:
                 table.add_row(name, role, "0", *["-"] * 3)
                 continue
-            spreads = [one["accuracy_drop"], one["attack_success"], one["recovery"]]
+            known = cast(Mapping[str, Spread], one)
+            spreads = [known["accuracy_drop"], known["attack_success"], known[task.recovered]]
             table.add_row(
                 name,
                 role.replace("_", " "),
@@ -218,10 +226,14 @@ def show_suite(console: Console, suite: Mapping[str, Confirmation]) -> None:
         console.print(table)
 
 
-def show_leave_out(console: Console, found: LeaveOneOut) -> None:
+def show_leave_out(console: Console, found: LeaveOneOut, task: Task = CLASSIFICATION) -> None:
     """What each choice loses on the attack that it never saw."""
     table = Table(title=f"Leave one attack out ({found['scored_on']})", title_justify="left")
-    for column in ("attack", "ASR % unseen", "ASR % seen", "ASR lost", "ACC % unseen", "ACC lost"):
+    kept = SHORT[task.quality]
+    for column in (
+        *("attack", "ASR % unseen", "ASR % seen", "ASR lost"),
+        *(f"{kept} % unseen", f"{kept} lost"),
+    ):
         table.add_column(column, justify="left" if column == "attack" else "right")
     for attack, row in found["attacks"].items():
         seen, unseen, loss = row["with"], row["without"], row["loss"]
@@ -229,7 +241,7 @@ def show_leave_out(console: Console, found: LeaveOneOut) -> None:
             table.add_row(attack, *["nothing chosen"] * 5)
             continue
         values = [unseen["attack_success"], seen["attack_success"], loss["attack_success"]]
-        values += [unseen["clean_accuracy"], loss["clean_accuracy"]]
+        values += [unseen[task.quality], loss[task.quality]]
         table.add_row(attack, *(f"{100 * value:.1f}" for value in values))
     console.print(table)
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, cast
 
 import pandas as pd
 from pydantic import TypeAdapter
@@ -15,19 +15,19 @@ from typing_extensions import NotRequired, TypedDict
 from bimask.defences.settings import DefenceConfig
 from bimask.files.bounded import read_yaml
 from bimask.metrics import Split
+from bimask.tasks import CLASSIFICATION, Task, task_named
 from study.analysis.blind import PROMISE
 from study.analysis.importance import importances
 from study.analysis.pareto import ParetoFront
 from study.spec.config import PAPER, StudyError
 from study.spec.defences import KEY, Defenders
-from study.spec.directions import DIRECTIONS, OBJECTIVES, Direction
+from study.spec.directions import DIRECTIONS, OBJECTIVES, SCORES, Direction
 from study.spec.objectives import (
-    SCORES,
     Aggregate,
-    ScoreName,
     Spread,
     known_scores,
     number,
+    numbers_in,
     quantities,
 )
 from study.spec.space import Parameter, Scalar
@@ -49,7 +49,7 @@ COMPLETE: Final = "COMPLETE"
 NEEDED = ("name", "victims", "fixed", "space")  # of a study's YAML, resolved
 LOST: dict[TrialStatus, str] = {"PRUNED": "stopped early", "FAILED": "failed"}
 RISK: Final = "risk"  # of what a purified model says without the attack: `bimask.inspection.risk`
-SHOWN: tuple[Literal[ScoreName, "risk", "pruned_share"], ...] = (*SCORES, RISK, "pruned_share")
+SHOWN = (*SCORES, RISK, "pruned_share")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Finished:
 
 
 class TrialOnPage(TypedDict):
-    """What the page needs of a trial; of the paper's defaults no parameters, they are not searched."""
+    """What the page needs of a trial, and each of `SHOWN` that is known of it by its name; of the
+    paper's defaults no parameters, they are not searched."""
 
     number: int
     status: TrialStatus
@@ -77,11 +78,6 @@ class TrialOnPage(TypedDict):
     parameters: Parameters
     seconds: float | None
     reason: NotRequired[str | None]
-    clean_accuracy: NotRequired[float]
-    attack_success: NotRequired[float]
-    recovery: NotRequired[float]
-    risk: NotRequired[float]
-    pruned_share: NotRequired[float]
     spread: NotRequired[dict[str, Spread]]
     scores: NotRequired[dict[str, dict[str, float]]]
     rounds: NotRequired[int]
@@ -130,6 +126,15 @@ class Cost(TypedDict):
     devices: list[str]
 
 
+class MetricOnPage(TypedDict):
+    """A score: its names, which inputs it counts, and whether "high" or "low" is good."""
+
+    name: str
+    short: str
+    counts: str
+    good: str
+
+
 class PageContent(TypedDict):
     """Everything on the page but the close-ups of single trials."""
 
@@ -140,6 +145,10 @@ class PageContent(TypedDict):
     parameters: list[Mapping[str, object]]
     objectives: dict[str, Direction]
     left: str
+    quality: str
+    recovered: str
+    price: str
+    metrics: dict[str, MetricOnPage]
     scores: list[str]
     trials: list[TrialOnPage]
     front: list[int]
@@ -194,16 +203,21 @@ def page_content(found: Finished) -> PageContent:
     searched = [trial for trial in complete if trial["preset"] != PAPER]
     defenders = Defenders.of(study)
     left = "attack_success" if study.get("suspect") is None else RISK
-    shown: dict[str, Direction] = {name: DIRECTIONS[name] for name in ("clean_accuracy", left)}
+    task = task_named(study.get("task"))
+    shown: dict[str, Direction] = {name: DIRECTIONS[name] for name in (task.quality, left)}
     return {
         "name": study["name"],
-        "headline": headline(summary, Counter(trial["status"] for trial in trials)),
+        "headline": headline(summary, Counter(trial["status"] for trial in trials), task),
         "defences": list(defenders) if defenders.several else [],
         "victims": _victims(summary, complete),
         "parameters": [{"name": name, **parameter.model_dump()} for name, parameter in space.items()],
         "objectives": objectives,
         "left": left,
-        "scores": list(SCORES) if left in SCORES else list(shown),
+        "quality": task.quality,
+        "recovered": task.recovered,
+        "price": task.price,
+        "metrics": _metrics(task),
+        "scores": list(task.metrics) if left in task.metrics else list(shown),
         "trials": [_trial(trial, several=defenders.several) for trial in trials],
         "front": front,
         "chosen": chosen and chosen["number"],
@@ -222,7 +236,24 @@ def page_content(found: Finished) -> PageContent:
     }
 
 
-def headline(summary: StudySummary | None, count: Mapping[TrialStatus, int]) -> Headline:
+def _metrics(task: Task) -> dict[str, MetricOnPage]:
+    """How every score of a task is read, and the risk."""
+    known: dict[str, MetricOnPage] = {
+        name: {
+            "name": one.name,
+            "short": one.short,
+            "counts": one.counts,
+            "good": "high" if one.direction == "maximize" else "low",
+        }
+        for name, one in task.metrics.items()
+    }
+    followed = "short cuts of the suspect still followed, as far as any were found"
+    return {**known, RISK: {"name": "risk", "short": "risk", "counts": followed, "good": "low"}}
+
+
+def headline(
+    summary: StudySummary | None, count: Mapping[TrialStatus, int], task: Task = CLASSIFICATION
+) -> Headline:
     """What a study found.
 
     Args:
@@ -235,14 +266,15 @@ def headline(summary: StudySummary | None, count: Mapping[TrialStatus, int]) -> 
         if not summary["n_complete"]:
             return {"title": "No trial was completed", "text": f"{ended}."}
         return {
-            "title": f"No trial keeps {_percent(summary['min_clean_accuracy'])} clean accuracy",
+            "title": f"No trial keeps {_percent(summary['min_clean_accuracy'])} "
+            f"{task.metrics[task.quality].name}",
             "text": f"Nothing is chosen. {ended}. More trials or a wider space may find one; so "
             "may a larger `max_accuracy_drop`.",
         }
     was = scores_before(summary, "test") or {}
     after = chosen["test"]
     if "attack_success" not in after:
-        return _of_suspect(chosen, was, ended)
+        return _of_suspect(chosen, was, ended, task)
     paper, name = summary["paper_defaults"], _defence_of(chosen)
     of = "" if name is None else f" of {name}"
     who = f"The paper's defaults{of}" if paper and paper["number"] == chosen["number"] else None
@@ -252,7 +284,7 @@ def headline(summary: StudySummary | None, count: Mapping[TrialStatus, int]) -> 
         text += f" The paper's defaults{of} leave attack success at {left}."
     text += _unseen(summary)
     return {
-        "title": _finding(who or _named(chosen), was, after, plural=who is not None),
+        "title": _finding(task, who or _named(chosen), was, after, plural=who is not None),
         "text": text,
         "before": was,
         "after": after,
@@ -270,11 +302,11 @@ def _defence_of(chosen: Measured) -> Scalar:
     return chosen.get("parameters", {}).get(KEY)
 
 
-def _of_suspect(chosen: Measured, before: Mapping[str, float], ended: str) -> Headline:
+def _of_suspect(chosen: Measured, before: Mapping[str, float], ended: str, task: Task) -> Headline:
     """The same of a model whose trigger nobody knows, with what that can and cannot promise."""
     risk = number(chosen, RISK)
     left = f"leaves {_percent(risk)} of the short cuts found in the suspect"
-    price = _price(before, chosen["test"], in_vain=risk >= 1)
+    price = _price(task, before, chosen["test"], in_vain=risk >= 1)
     return {
         "title": f"{_named(chosen)} {left} {price}",
         "text": "Short cuts were sought with clean pictures alone, and the risk is of val; the "
@@ -301,7 +333,9 @@ def _ended(count: Mapping[TrialStatus, int], victims: str) -> str:
     return f"{trials} trial{'' if trials == 1 else 's'}{victims and f' on {victims}'}{lost}"
 
 
-def _finding(who: str, before: Mapping[str, float], after: Mapping[str, float], *, plural: bool) -> str:
+def _finding(
+    task: Task, who: str, before: Mapping[str, float], after: Mapping[str, float], *, plural: bool
+) -> str:
     """What a configuration did, in the words of someone who tells it."""
     s = "" if plural else "s"
     was, now = before["attack_success"], after["attack_success"]
@@ -310,21 +344,26 @@ def _finding(who: str, before: Mapping[str, float], after: Mapping[str, float], 
         did = f"leave{s} attack success at {_percent(now)}"
     else:
         did = f"bring{s} attack success from {_percent(was)} to {_percent(now)}"
-    return f"{who} {did} {_price(before, after, in_vain=in_vain, s=s)}"
+    return f"{who} {did} {_price(task, before, after, in_vain=in_vain, s=s)}"
 
 
 def _price(
-    before: Mapping[str, float], after: Mapping[str, float], *, in_vain: bool, s: str = "s"
+    task: Task,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    *,
+    in_vain: bool,
+    s: str = "s",
 ) -> str:
-    """What it cost in accuracy; `s` ends the verbs."""
-    lost = before["clean_accuracy"] - after["clean_accuracy"]
+    """What it cost in clean quality; `s` ends the verbs."""
+    lost = before[task.quality] - after[task.quality]
     points = f"{abs(100 * lost):.1f}"
     unit = "point" if points == "1.0" else "points"
     if points == "0.0":
-        return "at no cost in accuracy"
+        return f"at no cost in {task.price}"
     if lost < 0:
-        return f"and gain{s} {points} {unit} of accuracy"
-    return f"{f'and lose{s}' if in_vain else 'for'} {points} {unit} of accuracy"
+        return f"and gain{s} {points} {unit} of {task.price}"
+    return f"{f'and lose{s}' if in_vain else 'for'} {points} {unit} of {task.price}"
 
 
 def _percent(value: float) -> str:
@@ -369,9 +408,7 @@ def _trial(trial: TrialRecord, *, several: bool) -> TrialOnPage:
         short["defence"] = str(trial["parameters"][KEY])
     if trial["status"] != COMPLETE:
         return {**short, "reason": trial["reason"]}
-    for name in SHOWN:
-        if name in trial:
-            short[name] = trial[name]
+    short |= cast(TrialOnPage, numbers_in(trial, SHOWN))
     if "spread" in trial:
         short["spread"] = trial["spread"]
     short["scores"] = {victim: known_scores(scores) for victim, scores in trial["scores"].items()}

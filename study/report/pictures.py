@@ -12,9 +12,7 @@ from matplotlib.figure import Figure
 from bimask.errors import DataError
 from bimask.files.drawn import save_figure
 from bimask.masking.masks import MaskSet
-from bimask.metrics import EvalSets
-from bimask.victims import Victim
-from bimask.victims.gallery import gallery
+from bimask.tasks import CLASSIFICATION, Task
 from study.report.content import scores_before
 from study.spec.defences import KEY
 from study.spec.objectives import backdoor_left, number
@@ -41,8 +39,13 @@ FRONT_PICTURE = "front.png"
 AXES = {"attack_success": "attack success rate", "risk": "risk (short cuts still followed)"}
 
 
-def draw_front(path: Path, trials: Sequence[TrialRecord], summary: StudySummary) -> None:
-    """Clean accuracy against attack success, or a suspect's risk, on `val` for every complete trial.
+def draw_front(
+    path: Path,
+    trials: Sequence[TrialRecord],
+    summary: StudySummary,
+    task: Task = CLASSIFICATION,
+) -> None:
+    """Clean quality against attack success, or a suspect's risk, on `val` for every complete trial.
 
     The victims as they were are a point of their own; a suspect, of which no risk is known, is none.
     """
@@ -53,7 +56,8 @@ def draw_front(path: Path, trials: Sequence[TrialRecord], summary: StudySummary)
     figure = Figure(figsize=(8, 5), dpi=130, layout="constrained")
     axes = figure.subplots()
     by = backdoor_left(victim)
-    points = {t["number"]: (100 * number(t, by), 100 * t["clean_accuracy"]) for t in complete}
+    quality = task.quality
+    points = {t["number"]: (100 * number(t, by), 100 * number(t, quality)) for t in complete}
     if front:
         x, y = zip(*sorted(points[number] for number in front), strict=True)
         several = any(KEY in trial["parameters"] for trial in complete)  # and blue is one of them
@@ -81,7 +85,7 @@ def draw_front(path: Path, trials: Sequence[TrialRecord], summary: StudySummary)
     if by in victim:
         axes.scatter(
             100 * victim[by],
-            100 * victim["clean_accuracy"],
+            100 * victim[quality],
             color=BLACK,
             marker="X",
             s=90,
@@ -101,9 +105,9 @@ def draw_front(path: Path, trials: Sequence[TrialRecord], summary: StudySummary)
         )
     asked = 100 * summary["min_clean_accuracy"]
     axes.axhline(asked, color=GREEN, linestyle=":", linewidth=1)
-    axes.text(100, asked, "accuracy asked for", color=GREEN, ha="right", va="bottom")
+    axes.text(100, asked, f"{task.price} asked for", color=GREEN, ha="right", va="bottom")
     axes.set_xlabel(f"{AXES[by]} on val, % (lower is better)")
-    axes.set_ylabel("clean accuracy on val, % (higher is better)")
+    axes.set_ylabel(f"{task.metrics[quality].name} on val, % (higher is better)")
     axes.set_xlim(-3, 103)
     axes.set_title(f"{summary['name']}: {len(complete)} trials on {', '.join(summary['victims'])}")
     axes.grid(alpha=0.25)
@@ -150,12 +154,10 @@ def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
     """A gallery of every victim as NAME.png: what its trigger does, on images of `val`."""
     folder.mkdir(exist_ok=True)
     for case in cases:
-        assert isinstance(case.victim, Victim)
-        assert isinstance(case.val, EvalSets)
         try:
-            picture = gallery(case.victim, case.val)
+            picture = case.task.gallery(case.victim, case.val)
         except DataError:
-            if case.victim.stored is None:
+            if getattr(case.victim, "stored", None) is None:
                 raise
             continue  # imported, and nothing says which of its images belong together
         save_figure(picture, folder / f"{case.name}.png")

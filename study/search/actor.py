@@ -15,9 +15,9 @@ from ray import tune
 from safetensors.torch import save
 
 from bimask.defences.base import StepLog
-from bimask.defences.purify import defence_of
 from bimask.errors import NonFiniteError
 from bimask.metrics import CleanScores, Scores
+from bimask.tasks import defence_of
 from study.report.pictures import draw_masks
 from study.search import storage as storages
 from study.spec.config import StudyConfig

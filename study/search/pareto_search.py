@@ -13,7 +13,6 @@ import optuna
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from bimask.defences import DEFENCES
 from study.search.optuna_door import OptunaDoor
 from study.search.samplers import SAMPLERS, STARTUP, WORTH, sampler_of
 from study.search.warm_start import Earlier, Observed
@@ -341,7 +340,7 @@ def is_complete(record: TrialRecord) -> bool:
 def published(config: StudyConfig, name: str | None = None) -> Parameters:
     """The published defaults of a defence of the study, by default its first: every setting."""
     name = name or config.defenders.names[0]
-    return config.defenders.parameters(name, DEFENCES[name].config().model_dump())
+    return config.defenders.parameters(name, config.task.defences[name].config().model_dump())
 
 
 def final_reports(result: Mapping[str, Any] | None) -> dict[int, MemberReport]:

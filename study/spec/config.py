@@ -7,21 +7,25 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    InstanceOf,
+    PlainSerializer,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from bimask.defences import DEFENCES
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import BimaskError
 from bimask.nets import is_own
+from bimask.tasks import CLASSIFICATION, TASKS, Task
 from bimask.victims import VictimSpec
 from bimask.victims.suite import MAX_VICTIMS
 from study.spec.defences import ALL, IMS, Defenders, complete
@@ -47,15 +51,31 @@ LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constrai
     "defence",
     "search_seconds",
     "defences",
+    "task",
 }
 PAPER = "paper"  # the preset of trial 0, the published defaults
 # They model the parameters that all trials have: of several defences, `defence` alone.
 OF_ONE_DEFENCE = {"gp", "nsga2", "nsga3", "qmc"}
-NEEDS_TRIGGER = {"attack_success", "recovery"}
 
 
 class StudyError(BimaskError):
     """A study cannot be run as asked: one sentence or one line a problem."""
+
+
+def _task(given: object) -> object:
+    """The task of a name."""
+    if isinstance(given, Task) or (isinstance(given, str) and given in TASKS):
+        return given if isinstance(given, Task) else TASKS[given]
+    raise ValueError(f"there is no task {given!r}; known are {', '.join(TASKS)}")
+
+
+# in a file its name
+NamedTask = Annotated[
+    InstanceOf[Task],
+    BeforeValidator(_task),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": "string"}),
+]
 
 
 class ReferencePoint(BaseModel):
@@ -75,7 +95,9 @@ class Choice(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     rule: Literal["least_attack_success"] = "least_attack_success"
-    max_accuracy_drop: float = Field(0.02, ge=0, le=1, description="against the victims themselves")
+    max_accuracy_drop: float = Field(
+        0.02, ge=0, le=1, description="of the task's clean quality, against the victims themselves"
+    )
     tolerance: float = Field(
         0.0, ge=0, le=1, description="so little above the least counts as equal; the most accurate wins"
     )
@@ -94,12 +116,19 @@ class Confirm(BaseModel):
 
 
 class StudyConfig(BaseModel):
-    """A whole study. See search_spaces/ims_digits.yaml for a commented one."""
+    """A whole study. See search_spaces/ims_digits.yaml for a commented one.
+
+    It is one of classifiers; that of another task is a subclass, in whose words its victims, objectives
+    and bounds are (`study.spec.tasks`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(0, ge=0, lt=2**32)
+    task: NamedTask = Field(
+        default_factory=lambda: CLASSIFICATION, description=f"one of {', '.join(TASKS)}"
+    )
     defence: str | None = Field(
         IMS,
         description="whose settings are searched: a name in `bimask.defences`; null beside `defences`",
@@ -196,7 +225,7 @@ class StudyConfig(BaseModel):
         if isinstance(given, dict) and given.get("suspect") is not None:
             given = {"victims": [], "selection": "blind"} | given
         if isinstance(given, dict) and given.get("selection") == "blind":
-            return {"objectives": ["clean_accuracy", "risk"]} | given
+            return {"objectives": [cls._own_task().quality, "risk"]} | given
         return given
 
     @model_validator(mode="before")
@@ -204,7 +233,7 @@ class StudyConfig(BaseModel):
     def _complete(cls, given: Any) -> Any:
         """`profile: NAME` in `fixed` stands for that profile's settings; without a `space` that of
         the defence is searched; what is said by defence becomes flat."""
-        return complete(given) if isinstance(given, dict) else given
+        return complete({"task": cls._own_task().name} | given) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _blind_stays_blind(self) -> StudyConfig:
@@ -212,7 +241,8 @@ class StudyConfig(BaseModel):
             *self.objectives,
             *(name[4:] for name in self.constraints.model_dump(exclude_none=True)),
         }
-        if self.selection == "blind" and (seen := sorted(used & NEEDS_TRIGGER)):
+        needing = {name for name, metric in self.task.metrics.items() if metric.needs_trigger}
+        if self.selection == "blind" and (seen := sorted(used & needing)):
             raise ValueError(
                 f"`selection: blind` may not use {' and '.join(seen)}, which needs the true trigger; "
                 "use risk"
@@ -225,11 +255,27 @@ class StudyConfig(BaseModel):
             raise ValueError(f"{who}, so constraints.max_pruned_share bounds nothing; leave it out")
         return self
 
+    @classmethod
+    def _own_task(cls) -> Task:
+        """The task of all studies of this class."""
+        found = cls.model_fields["task"].get_default(call_default_factory=True)
+        assert isinstance(found, Task)
+        return found
+
+    @field_validator("task")
+    @classmethod
+    def _of_this_task(cls, task: Task) -> Task:
+        if task is not cls._own_task():
+            raise ValueError(
+                f"these are settings of {cls._own_task()}; see `study.spec.tasks.study_of`"
+            )
+        return task
+
     @field_validator("defence")
     @classmethod
     def _known_defence(cls, name: str | None) -> str | None:
-        if name is not None and name not in DEFENCES:
-            raise ValueError(f"there is no defence {name!r}; known are {', '.join(DEFENCES)}")
+        if name is not None and name not in (known := cls._own_task().defences):
+            raise ValueError(f"there is no defence {name!r}; known are {', '.join(known)}")
         return name
 
     @field_validator("defences", mode="before")
@@ -241,8 +287,9 @@ class StudyConfig(BaseModel):
             names = given
         else:
             raise ValueError("give `all`, or a list of defences' names such as [ims, clp]")
-        if unknown := [name for name in names if not isinstance(name, str) or name not in DEFENCES]:
-            raise ValueError(f"there is no defence {unknown[0]!r}; known are {', '.join(DEFENCES)}")
+        known = cls._own_task().defences
+        if unknown := [name for name in names if not isinstance(name, str) or name not in known]:
+            raise ValueError(f"there is no defence {unknown[0]!r}; known are {', '.join(known)}")
         if len(set(names)) < len(names):
             raise ValueError(f"defences must differ, got {', '.join(names)}")
         if given is not None and info.data.get("defence") is not None:
@@ -358,7 +405,9 @@ class StudyConfig(BaseModel):
     @property
     def defenders(self) -> Defenders:
         """The defences whose settings are searched, one or several."""
-        return Defenders.of({"defence": self.defence, "defences": self.defences})
+        return Defenders.of(
+            {"task": self.task.name, "defence": self.defence, "defences": self.defences}
+        )
 
     def defence_config(self, parameters: Mapping[str, Scalar]) -> DefenceConfig:
         """The defence's settings in a trial: fixed ones, then its own, which are all in the paper's."""

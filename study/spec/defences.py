@@ -30,13 +30,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bimask.defences import DEFENCES
 from bimask.defences.base import Defence
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import SettingError
+from bimask.tasks import CLASSIFICATION, Task, task_named
 from study.spec.space import Parameter, Scalar, expanded, possible, ranges, setting_problems
 
-IMS = "ims"  # what a study without a word of it searches
+IMS = CLASSIFICATION.defence  # what a study without a word of it searches
 ALL = "all"
 KEY = "defence"  # the parameter that chooses
 
@@ -46,24 +46,27 @@ class Defenders:
     """The defences of a study, and the names that their settings have in it.
 
     Attributes:
-        names: one or more, in `DEFENCES`.
+        names: one or more, among the task's.
         several: whether the parameter `defence` chooses one, and settings bear its name.
     """
 
     names: tuple[str, ...]
     several: bool
+    task: Task = CLASSIFICATION
 
     @classmethod
     def of(cls, study: Mapping[str, Any]) -> Defenders:
-        """Of a study as its file has it, checked or not. In the place of an unknown defence stands IMS,
-        and in that of a list that is none all defences, so that nothing else is found fault with."""
-        name, listed = study.get(KEY), study.get("defences")
+        """Of a study as its file has it, checked or not. In the place of an unknown defence stands the
+        task's usual one, and in that of a list that is none all defences, so that nothing else is found
+        fault with."""
+        task, name, listed = task_named(study.get("task")), study.get(KEY), study.get("defences")
         if listed is None:
-            return cls((name if isinstance(name, str) and name in DEFENCES else IMS,), False)
+            known_name = isinstance(name, str) and name in task.defences
+            return cls((str(name) if known_name else task.defence,), False, task)
         sound = isinstance(listed, list) and all(isinstance(one, str) for one in listed)
-        known = tuple(one for one in dict.fromkeys(listed) if one in DEFENCES) if sound else ()
+        known = tuple(one for one in dict.fromkeys(listed) if one in task.defences) if sound else ()
         sound = bool(known) and len(known) == len(listed) and name is None
-        return cls(known if sound else tuple(DEFENCES), True)
+        return cls(known if sound else tuple(task.defences), True, task)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -74,7 +77,7 @@ class Defenders:
 
     def defence(self, parameters: Mapping[str, Any]) -> Defence[Any]:
         """The same, itself."""
-        return DEFENCES[self.name_of(parameters)]
+        return self.task.defences[self.name_of(parameters)]
 
     def flat(self, name: str, setting: str) -> str:
         """What a defence's setting is called in the study."""
@@ -95,13 +98,13 @@ class Defenders:
     def settings(self, fixed: Mapping[str, Any], parameters: Mapping[str, Any]) -> DefenceConfig:
         """All settings in a trial: what is fixed for its defence, then its parameters."""
         name = self.name_of(parameters)
-        config: type[DefenceConfig] = DEFENCES[name].config
+        config: type[DefenceConfig] = self.task.defences[name].config
         return config.model_validate({**self.own(name, fixed), **self.own(name, parameters)})
 
     def problems(self, name: str, value: Any) -> list[str]:
         """What is wrong with the value of a flat name, a sentence each."""
         if not self.several:
-            return setting_problems(name, value, DEFENCES[self.names[0]].config)
+            return setting_problems(name, value, self.task.defences[self.names[0]].config)
         known = ", ".join(self.names)
         if name == KEY:
             return (
@@ -110,11 +113,11 @@ class Defenders:
         owner, dot, setting = name.partition(".")
         if not dot or owner not in self.names:
             return [f"stands under none of the study's defences; give it under one of {known}"]
-        return setting_problems(setting, value, DEFENCES[owner].config)
+        return setting_problems(setting, value, self.task.defences[owner].config)
 
     def lacking(self, number: str) -> list[str]:
         """Those whose results never say this number of themselves."""
-        return [name for name in self.names if number not in DEFENCES[name].numbers]
+        return [name for name in self.names if number not in self.task.defences[name].numbers]
 
 
 def complete(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,7 +158,8 @@ def left(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _of_one(given: Mapping[str, Any]) -> dict[str, Any]:
-    settings = DEFENCES[Defenders.of(given).names[0]].config
+    defenders = Defenders.of(given)
+    settings = defenders.task.defences[defenders.names[0]].config
     fixed = given.get("fixed")
     own: dict[str, Any] = {}
     if "space" not in given and (searched := _ranges(settings, fixed)):
@@ -167,7 +171,7 @@ def _of_one(given: Mapping[str, Any]) -> dict[str, Any]:
         space = given.get("space", own.get("space"))
         own["fixed"] = expanded(fixed, space if isinstance(space, dict) else {}, settings)
     if KEY in given and given[KEY] is None:
-        own[KEY] = IMS
+        own[KEY] = defenders.task.defence
     return {**given, **own}
 
 
@@ -182,7 +186,7 @@ def _flat(
     searched: dict[str, Any] = {KEY: space.get(KEY, chosen)}
     held: dict[str, Any] = {}
     for name in defenders:
-        settings, mine = DEFENCES[name].config, fixes.pop(name, {})
+        settings, mine = defenders.task.defences[name].config, fixes.pop(name, {})
         own = spaces.pop(name, {} if known else _ranges(settings, mine))
         searched |= {f"{name}.{key}": _conditioned(value, name) for key, value in own.items()}
         held |= {f"{name}.{key}": value for key, value in expanded(mine, own, settings).items()}

@@ -1,18 +1,18 @@
-"""Which way each objective is better."""
+"""Which way each objective is better: the metrics of every task, and what all tasks share."""
 
 from __future__ import annotations
 
-from typing import Literal
+from bimask.tasks import CLASSIFICATION, TASKS, Direction
 
-Direction = Literal["maximize", "minimize"]
+__all__ = ["DIRECTIONS", "OBJECTIVES", "SCORES", "Direction"]
 
+# A record has those of its own task.
+SCORES = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.metrics))
 DIRECTIONS: dict[str, Direction] = {
-    "clean_accuracy": "maximize",
-    "attack_success": "minimize",
-    "recovery": "maximize",
+    **{name: one.direction for task in TASKS.values() for name, one in task.metrics.items()},
     "pruned_share": "minimize",
     "seconds": "minimize",
     "accuracy_drop": "minimize",
     "risk": "minimize",
 }
-OBJECTIVES = {name: DIRECTIONS[name] for name in ("clean_accuracy", "attack_success")}  # the default
+OBJECTIVES = {name: DIRECTIONS[name] for name in CLASSIFICATION.objectives}  # the default

@@ -10,24 +10,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
-from bimask.metrics import CleanScores, Scores
-from study.spec.directions import DIRECTIONS
+from bimask.tasks import Task
+from study.spec.directions import DIRECTIONS, SCORES
 
-ScoreName = Literal["clean_accuracy", "attack_success", "recovery"]
-SCORES: tuple[ScoreName, ...] = ("clean_accuracy", "attack_success", "recovery")
 ObjectiveName = Literal[
     "clean_accuracy", "attack_success", "recovery", "pruned_share", "seconds", "risk"
 ]
 Numbers = Mapping[str, float]
 
 # Of one purification, with the best that each can be: what is not known yet may turn out to be this.
-BEST = {
-    "clean_accuracy": 1.0,
-    "attack_success": 0.0,
-    "recovery": 1.0,
-    "pruned_share": 0.0,
-    "risk": 0.0,
-}
+BEST = {name: 1.0 if DIRECTIONS[name] == "maximize" else 0.0 for name in SCORES}
+BEST |= {"pruned_share": 0.0, "risk": 0.0}
 
 
 class Spread(TypedDict):
@@ -73,18 +66,18 @@ def backdoor_left(values: Mapping[str, object]) -> Literal["attack_success", "ri
 
 
 def numbers_of(
-    scores: Scores | CleanScores, own: Numbers, *, before: float, said: Numbers | None = None
+    task: Task, scores: Any, own: Numbers, *, before: float, said: Numbers | None = None
 ) -> dict[str, float]:
     """What objectives and constraints are made of, of one defended model.
 
     `own` is what the defence says of itself (`DefenceResult.numbers`), say the `pruned_share`;
-    `accuracy_drop` is against the victim's own clean accuracy `before`, negative where the defended
-    model is better; `risk` is among what a probe said, where there is one.
+    `accuracy_drop` is how far the task's clean quality fell from the victim's own, `before`, negative
+    where the defended model is better; `risk` is among what a probe said, where there is one.
     """
     return {
         **known_scores(asdict(scores)),
         **own,
-        "accuracy_drop": before - scores.clean_accuracy,
+        "accuracy_drop": before - task.quality_of(scores),
         **{name: value for name, value in (said or {}).items() if name == "risk"},
     }
 
@@ -128,7 +121,9 @@ class Constraints(BaseModel):
     """Bounds that a trial must hold to be chosen, on the numbers over all victims."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    max_accuracy_drop: float | None = Field(None, ge=0, le=1, description="against the victims")
+    max_accuracy_drop: float | None = Field(
+        None, ge=0, le=1, description="of the task's clean quality, against the victims"
+    )
     max_attack_success: float | None = Field(None, ge=0, le=1)
     min_recovery: float | None = Field(None, ge=0, le=1)
     max_pruned_share: float | None = Field(None, ge=0, le=1)

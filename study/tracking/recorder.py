@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from study.spec.config import StudyConfig, StudyError
-from study.spec.directions import DIRECTIONS
-from study.spec.objectives import SCORES, ScoreName, known_scores, numbers_in
+from study.spec.directions import DIRECTIONS, SCORES
+from study.spec.objectives import known_scores, numbers_in
 from study.store.files import append_lines, replaced_folder, write_text
 from study.store.mending import digests_of
 from study.store.provenance import commit, versions
@@ -41,7 +41,6 @@ from study.tracking.queue import MlflowQueue
 
 # What a trial leaves beside its objectives, as far as there is any.
 RESULTS = ("scores", "runs", "spread", "rungs", "seconds", "rounds", "passes", "device")
-REPORTED: tuple[Literal["number", "victim", "step", ScoreName], ...]
 REPORTED = ("number", "victim", "step", *SCORES)
 KINDS: tuple[Literal["forward", "backward"], ...] = ("forward", "backward")
 
@@ -139,7 +138,8 @@ class Recorder:
 
     def reported(self, result: StepReport) -> None:
         """An intermediate report: scores of one victim on val after some rounds."""
-        report = cast(StepReport, {key: result[key] for key in REPORTED if key in result})
+        found: Mapping[str, object] = result
+        report = cast(StepReport, {key: found[key] for key in REPORTED if key in found})
         self._remember(report)
         with suppress(OSError):  # a point of a curve is worth no trial
             append_lines(self.folder / REPORTS, [report], durable=False)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bimask.defences.base import CleanData, Defence, DefenceResult
-from bimask.defences.purify import defence_of
+from bimask.devices import moved
 from bimask.inspection.risk import RiskProbe
 from bimask.metrics import CleanScores, CleanSet, EvalSets, Scores
+from bimask.tasks import CLASSIFICATION, Task, defence_of
 from study.spec.config import StudyConfig
 from study.spec.suspect import Subject
 from study.store.schema import VictimScores
@@ -33,6 +34,7 @@ class Case:
             nothing.
         prepared: defence -> what it made of the victim beforehand; none of those that need nothing.
         labels: of `clean`, handed to defences that declare them alone.
+        task: what the victim is one of.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Case:
     probe: RiskProbe | None = None
     prepared: Mapping[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
+    task: Task = CLASSIFICATION
 
     @classmethod
     def of(cls, name: str, victim: Subject, config: StudyConfig, repeat: int = 0) -> Case:
@@ -57,14 +60,15 @@ class Case:
             victim.eval_sets(splits, "val"),
             repeat,
             labels=clean.labels,
+            task=config.task,
         )
 
     def to(self, device: torch.device | str) -> Case:
         """The same with its images on another device; the victim stays."""
         probe = None if self.probe is None else self.probe.to(device)
         prepared = {name: one.to(device) for name, one in self.prepared.items()}
-        labels = None if self.labels is None else self.labels.to(device)
-        clean, val = self.clean.to(device), self.val.to(device)
+        clean, labels = moved((self.clean, self.labels), device)
+        val = self.val.to(device)
         return replace(self, clean=clean, val=val, probe=probe, prepared=prepared, labels=labels)
 
     def data(self, defence: Defence[Any]) -> CleanData:
@@ -80,8 +84,8 @@ class Case:
 
     @property
     def before(self) -> float:
-        """The victim's own clean accuracy on `val`."""
-        return self.victim.scores["val"].clean_accuracy
+        """The victim's own clean quality on `val`."""
+        return self.task.quality_of(self.victim.scores["val"])
 
     @property
     def key(self) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
+from bimask.tasks import defence_of
 from study.analysis.pareto import losses
 from study.spec.config import StudyConfig
 from study.spec.directions import OBJECTIVES, Direction

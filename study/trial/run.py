@@ -14,10 +14,9 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import nn
 
-from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import NonFiniteError
-from bimask.metrics import evaluate
+from bimask.tasks import defence_of
 from study.spec.objectives import numbers_of
 from study.trial.cases import Case, CaseResult
 from study.trial.checkpoint import Checkpoints, TrialCheckpoint
@@ -136,13 +135,15 @@ def _defend(
         if isinstance(result, NonFiniteError):
             trial.failure = result
         elif trial.running:
-            scores, said = evaluate(result.model(), case.val), case.ask(model, result)
+            scores = case.task.evaluate(result.model(), case.val)
+            said = case.ask(model, result)
+            own = watch.rules.numbers(result.numbers)
             trial.cases[case.key] = CaseResult(
                 case.name,
                 scores,
                 result,
                 {name: t.detach().cpu().contiguous() for name, t in result.tensors.items()},
-                numbers_of(scores, watch.rules.numbers(result.numbers), before=case.before, said=said),
+                numbers_of(case.task, scores, own, before=case.before, said=said),
                 said,
             )
     seconds = watch.seconds_each + (kept.seconds / len(running) if kept is not None else 0.0)

@@ -11,7 +11,7 @@ from torch import nn
 from bimask.defences.base import DefenceResult, StepLog
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import NonFiniteError
-from bimask.metrics import CleanScores, Scores, evaluate
+from bimask.metrics import CleanScores, Scores
 from study.spec.objectives import numbers_of
 from study.trial.cases import Case, CaseResult
 from study.trial.checkpoint import TrialCheckpoint
@@ -86,14 +86,14 @@ class TrialObserver:
         share = self.rungs[member].get(done)
         if not due and share is None:
             return False
-        scores = evaluate((result := current()).model(), self.case.val, precision="bfloat16")
+        scores = self.case.task.glance((result := current()).model(), self.case.val)
         if due and self.on_report is not None:
             self.on_report(trial.position, self.case.key, log, scores)
         if share is not None:
             spent = trial.seconds + self.seconds_each
             said = self.case.ask(self.model, result)
             own = self.rules.numbers(result.numbers)
-            numbers = numbers_of(scores, own, before=self.case.before, said=said)
+            numbers = numbers_of(self.case.task, scores, own, before=self.case.before, said=said)
             numbers["seconds"] = spent
             where = self.rules.rung(self.case, share, trial.config)
             trial.rungs[where] = self.rules.losses(numbers)

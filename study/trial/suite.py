@@ -12,17 +12,18 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bimask.defences.purify import defend
 from bimask.defences.settings import DefenceConfig
-from bimask.metrics import evaluate
+from bimask.devices import moved
+from bimask.tasks import defend
 from bimask.victims import Victim
 from study.spec.config import StudyConfig
-from study.spec.objectives import SCORES, ScoreName, spread
+from study.spec.directions import SCORES
+from study.spec.objectives import Spread, known_scores, spread
 from study.spec.suspect import Subject
 from study.store.schema import (
     SCHEMA,
@@ -35,7 +36,7 @@ from study.store.schema import (
 )
 from study.trial.cases import Case
 
-CONFIRMED: tuple[Literal[ScoreName, "accuracy_drop"], ...] = (*SCORES, "accuracy_drop")
+CONFIRMED = (*SCORES, "accuracy_drop")
 
 
 def roles(config: StudyConfig) -> dict[str, Role]:
@@ -145,13 +146,14 @@ def confirm(job: Job, victim: Victim, config: StudyConfig, *, device: str = "cpu
     clean = splits.train.clean_subset(config.clean_images_per_class, seed=job.seed)
     model = copy.deepcopy(victim.model).to(device)
     generator = torch.Generator().manual_seed(job.seed)
-    images, labels = clean.floats().to(device), clean.labels.to(device)
+    images, labels = moved((clean.floats(), clean.labels), device)
     result = defend(model, images, job.settings, labels=labels, generator=generator)
-    scores = evaluate(result.model(), victim.eval_sets(splits, "test").to(device))
+    task, sets = config.task, victim.eval_sets(splits, "test").to(device)
+    scores = task.evaluate(result.model(), sets)
     return {
         **job.about,
         "test": cast(VictimScores, asdict(scores)),
-        "accuracy_drop": victim.scores["test"].clean_accuracy - scores.clean_accuracy,
+        "accuracy_drop": task.quality_of(victim.scores["test"]) - task.quality_of(scores),
         "seconds": time.perf_counter() - started,
     }
 
@@ -163,9 +165,9 @@ def confirmation(
 
     Returns:
         configuration -> {"victims": {name: ...}, "roles": {role: ...}}. For a victim and for a role,
-        `clean_accuracy`, `attack_success`, `recovery` and `accuracy_drop` each have mean, std, min, max
-        and n over its runs, and `n_failed` counts those without scores; a victim has its role, its
-        digest and its scores on `test` before.
+        every score of its task and `accuracy_drop` have mean, std, min, max and n over its runs, and
+        `n_failed` counts those without scores; a victim has its role, its digest and its scores on
+        `test` before.
     """
     found: dict[str, Confirmation] = {}
     for configuration in dict.fromkeys(record["configuration"] for record in records):
@@ -197,7 +199,7 @@ def confirmation_metrics(found: Mapping[str, Confirmation]) -> dict[str, float]:
     for configuration, result in found.items():
         for role, scores in result["roles"].items():
             for name in CONFIRMED:
-                if (value := scores.get(name)) is not None:
+                if (value := cast(Spread | None, scores.get(name))) is not None:
                     place = f"confirm/{configuration}/{role}/{name}"
                     metrics |= {place: value["mean"], f"{place}_std": value["std"]}
     return metrics
@@ -207,7 +209,7 @@ def _spreads(rows: Sequence[ConfirmRecord]) -> Spreads:
     done = [row for row in rows if "test" in row]
     found: Spreads = {"n_failed": len(rows) - len(done)}
     if done:
-        for name in SCORES:
-            found[name] = spread([row["test"][name] for row in done])
+        scores = [known_scores(row["test"]) for row in done]
+        found |= cast(Spreads, {name: spread([one[name] for one in scores]) for name in scores[0]})
         found["accuracy_drop"] = spread([row["accuracy_drop"] for row in done])
     return found

@@ -32,7 +32,6 @@ from bimask.victims import VictimSpec, obtain_victim
 from study import search
 from study.pipeline.summary import summarise
 from study.spec.config import StudyConfig
-from study.spec.objectives import SCORES
 from study.store import records
 from study.store.schema import SCHEMA
 from study.trial.cases import Case
@@ -322,7 +321,7 @@ def _record(config, victims, number, parameters, result, rng):
         scores["clean_accuracy"] = min(1.0, max(0.0, 0.97 - 0.1 * strength**2 + rng.gauss(0, 0.01)))
         scores["attack_success"] = min(1.0, max(0.0, 0.9 * (1 - strength) + rng.gauss(0, 0.03)))
         scores["recovery"] = 1 - scores["attack_success"]
-    for name in SCORES:
+    for name in config.task.metrics:
         record[name] = sum(scores[name] for scores in record["scores"].values()) / len(victims)
     return {
         "schema": SCHEMA,

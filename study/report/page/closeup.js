@@ -3,7 +3,7 @@
 function drawCloseUp() {
   const numbers = Object.keys(data.close_ups.trials).map(Number).sort((a, b) => a - b);
   if (!numbers.length) return false;
-  const shortly = (n) => `${titleOf(byNumber.get(n))} – ${SCORES[LEFT].short} ${percent(byNumber.get(n)[LEFT])}, ACC ${percent(byNumber.get(n).clean_accuracy)}`;
+  const shortly = (n) => `${titleOf(byNumber.get(n))} – ${SCORES[LEFT].short} ${percent(byNumber.get(n)[LEFT])}, ${SCORES[QUALITY].short} ${percent(byNumber.get(n)[QUALITY])}`;
   const trials = picker("trial", "Trial of the front", numbers.map((n) => [n, shortly(n)]), (value) => update({ trial: Number(value) }));
   const names = [...new Set(numbers.flatMap((n) => Object.keys(data.close_ups.trials[n].victims)))];
   const victims = picker("victim", "Victim", names.map((name) => [name, name]), (value) => update({ victim: value }));
@@ -119,7 +119,7 @@ function curvesOf(curves) {
         svg("line", { x1: -4, x2: 20, y1: 8, y2: 8, style: lineStyle(i) })), name.replaceAll("_", " "))))));
     responsive(place, (width) => lineChart(width, shown, rounds, curves.stages, domain, format, title));
   };
-  const scores = ["clean_accuracy", "recovery", "attack_success"].filter((name) => name in curves.scores).map((name) => [name, curves.scores[name]]);
+  const scores = [QUALITY, data.recovered, "attack_success"].filter((name) => name in curves.scores).map((name) => [name, curves.scores[name]]);
   if (scores.length) chart("Scores on val, %", scores.map(([name, pairs]) => [SCORES[name].name, pairs.map(([x, y]) => [x, 100 * y])]), [0, 100], words);
   const pairs = (values) => values.map((value, i) => [i, value]);
   const all = [["all together", pairs(curves.loss)], ...Object.entries(curves.terms).map(([name, values]) => [name, pairs(values)])];

@@ -1,4 +1,4 @@
-// Clean accuracy against what is left of a backdoor: one mark a trial, a brush that keeps a rectangle.
+// Clean quality against what is left of a backdoor: one mark a trial, a brush that keeps a rectangle.
 
 // The victims themselves; of a suspect there is no such point.
 const before = data.before && LEFT in data.before ? data.before : null;
@@ -6,7 +6,7 @@ const before = data.before && LEFT in data.before ? data.before : null;
 function drawFront() {
   if (!complete.length) return false;
   const container = slot("front");
-  if (LEFT === "risk") slot("front-left").textContent = "the risk that it leaves and by its accuracy";
+  if (LEFT === "risk") slot("front-left").textContent = `the risk that it leaves and by its ${PRICE}`;
   const near = closeUp();
   let view = "all", redraw = () => {};
   slot("front-bar").append(...keptBar(), near
@@ -25,7 +25,7 @@ function drawFront() {
 // The range of everything that is drawn, with a margin.
 function everything() {
   const points = [...complete, ...(before ? [before] : [])];
-  const low = Math.min(...points.map((p) => p.clean_accuracy), data.bound ?? 1);
+  const low = Math.min(...points.map((p) => p[QUALITY]), data.bound ?? 1);
   const margin = Math.max(0.004, 0.06 * (1 - low));
   const most = Math.max(...points.map((p) => p[LEFT]));
   return { x: [-0.02 * most - 0.001, most * 1.03 + 0.002], y: [low - margin, 1 + margin / 2] };
@@ -36,7 +36,7 @@ function closeUp() {
   const front = complete.filter((t) => onFront.has(t.number) && t[LEFT] <= 0.25);
   if (front.length < 2) return null;
   const x = Math.max(0.02, ...front.map((t) => t[LEFT]));
-  const y = front.map((t) => t.clean_accuracy);
+  const y = front.map((t) => t[QUALITY]);
   const low = Math.min(...y, data.bound ?? 1), high = Math.max(...y, data.bound ?? 0);
   const margin = Math.max(0.004, 0.15 * (high - low));
   return { x: [-0.06 * x, 1.12 * x], y: [low - margin, Math.min(1.002, high + margin)] };
@@ -50,7 +50,7 @@ function scatter(width, view) {
   const xBack = (px) => view.x[0] + ((px - left) / (right - left)) * (view.x[1] - view.x[0]);
   const yBack = (px) => view.y[0] + ((bottom - px) / (bottom - top)) * (view.y[1] - view.y[0]);
   const inside = (p) => p[LEFT] >= view.x[0] && p[LEFT] <= view.x[1]
-    && p.clean_accuracy >= view.y[0] && p.clean_accuracy <= view.y[1];
+    && p[QUALITY] >= view.y[0] && p[QUALITY] <= view.y[1];
 
   const grid = svg("g", { "aria-hidden": "true" });
   const digits = (span) => (span < 0.04 ? 1 : 0);
@@ -62,22 +62,22 @@ function scatter(width, view) {
       svg("text", { x: left - 8, y: Y(tick) + 4, "text-anchor": "end" }, (100 * tick).toFixed(digits(view.y[1] - view.y[0]))));
   grid.append(
     svg("text", { x: right, y: height - 6, "text-anchor": "end" }, `${SCORES[LEFT].name} on val, % (lower is better)`),
-    svg("text", { x: left, y: 4, "text-anchor": "start" }, "clean accuracy on val, % (higher is better)"));
+    svg("text", { x: left, y: 4, "text-anchor": "start" }, `${SCORES[QUALITY].name} on val, % (higher is better)`));
   if (data.bound !== null && data.bound >= view.y[0] && data.bound <= view.y[1])
     grid.append(svg("line", { class: "bound", x1: left, x2: right, y1: Y(data.bound), y2: Y(data.bound) }),
-      svg("text", { class: "halo", x: right, y: Y(data.bound) + 15, "text-anchor": "end" }, `accuracy asked for, ${percent(data.bound)}`));
+      svg("text", { class: "halo", x: right, y: Y(data.bound) + 15, "text-anchor": "end" }, `${PRICE} asked for, ${percent(data.bound)}`));
 
   const line = data.front.map((n) => byNumber.get(n)).filter(inside)
     .sort((a, b) => a[LEFT] - b[LEFT]);
-  const steps = line.map((t, i) => (i ? `H${X(t[LEFT])}V${Y(t.clean_accuracy)}` : `M${X(t[LEFT])} ${Y(t.clean_accuracy)}`)).join("");
+  const steps = line.map((t, i) => (i ? `H${X(t[LEFT])}V${Y(t[QUALITY])}` : `M${X(t[LEFT])} ${Y(t[QUALITY])}`)).join("");
   const brush = svg("rect", { class: "brush", visibility: "hidden" });
   const hit = svg("rect", { class: "hit", x: left, y: top, width: right - left, height: bottom - top });
-  const picture = canvasOf(width, height, `Clean accuracy against ${SCORES[LEFT].name} of every trial`,
+  const picture = canvasOf(width, height, `Every trial: ${SCORES[QUALITY].name} against ${SCORES[LEFT].name}`,
     grid, line.length > 1 ? svg("path", { class: "step", d: steps }) : null, hit, brush);
 
   const order = (trial) => (trial.number === data.chosen ? 3 : { dominated: 0, front: 1, paper: 2 }[roleOf(trial)]);
   const drawn = complete.filter(inside).sort((a, b) => order(a) - order(b) || a[LEFT] - b[LEFT]);
-  const groups = new Map(drawn.map((trial) => [trial.number, pointOf(trial, X(trial[LEFT]), Y(trial.clean_accuracy))]));
+  const groups = new Map(drawn.map((trial) => [trial.number, pointOf(trial, X(trial[LEFT]), Y(trial[QUALITY]))]));
   const layer = svg("g", { role: "group", "aria-label": "Trials; arrow keys go from one to the next" }, [...groups.values()]);
   const sequence = [...drawn].sort((a, b) => a[LEFT] - b[LEFT] || a.number - b.number).map((t) => t.number);
   layer.addEventListener("keydown", (event) => {
@@ -93,7 +93,7 @@ function scatter(width, view) {
   picture.append(layer, labels(drawn, inside, X, Y, left, right, bottom));
   (groups.get(data.chosen) || groups.get(sequence[0]))?.setAttribute("tabindex", 0);
 
-  const near = nearest(drawn.map((t) => [t.number, X(t[LEFT]), Y(t.clean_accuracy)]));
+  const near = nearest(drawn.map((t) => [t.number, X(t[LEFT]), Y(t[QUALITY])]));
   pointAt(picture, hit, near);
   brushRectangle(picture, hit, brush, near, (x0, y0, x1, y1) => {
     const on = (name, a, b) => {
@@ -101,7 +101,7 @@ function scatter(width, view) {
       keepRange(name, scale.of(a), scale.of(b));
     };
     on(LEFT, xBack(x0), xBack(x1));
-    on("clean_accuracy", yBack(y1), yBack(y0));
+    on(QUALITY, yBack(y1), yBack(y0));
   });
   const paint = () => {
     for (const [number, group] of groups) {
@@ -166,12 +166,12 @@ function labels(drawn, inside, X, Y, left, right, bottom) {
   const named = drawn.filter((t) => t.number === data.chosen || t.number === data.paper)
     .map((t) => ({ p: t, text: t.number === data.chosen ? `trial ${t.number}, ${t.defence ? `${t.defence}, ` : ""}chosen` : "the paper's defaults" }));
   if (before && inside(before)) named.push({ p: before, text: "the victim, before" });
-  const placed = named.map(({ p, text }) => ({ text, x: X(p[LEFT]), y: Y(p.clean_accuracy) }))
+  const placed = named.map(({ p, text }) => ({ text, x: X(p[LEFT]), y: Y(p[QUALITY]) }))
     .sort((a, b) => a.y - b.y);
   const group = svg("g", { "aria-hidden": "true" });
   let last = -99;
   if (before && inside(before))
-    group.append(svg("g", { transform: `translate(${X(before[LEFT])} ${Y(before.clean_accuracy)})` }, mark("victim", 5)));
+    group.append(svg("g", { transform: `translate(${X(before[LEFT])} ${Y(before[QUALITY])})` }, mark("victim", 5)));
   for (const { text, x, y } of placed) {
     const end = x > (left + right) / 2, at = Math.min(bottom - 4, Math.max(y + 4, last + 16));
     last = at;

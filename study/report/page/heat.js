@@ -22,14 +22,14 @@ function drawHeat() {
 const shade = (share) => `color-mix(in oklab, var(--warm) ${Math.round(100 * share)}%, var(--grid))`;
 
 // How bad a score is, 0 to 1: attack success itself; accuracies from the victim's own down.
-const floorOf = (score) => (score === "clean_accuracy" ? 0.8 : 0);
+const floorOf = (score) => (score === QUALITY ? 0.8 : 0);
 function badness(value, score) {
   if (SCORES[score].good === "low") return value;
   return Math.min(1, Math.max(0, (1 - value) / (1 - floorOf(score))));
 }
 
 function heat(width, score) {
-  const trials = [...complete].sort((a, b) => a.attack_success - b.attack_success || b.clean_accuracy - a.clean_accuracy);
+  const trials = [...complete].sort((a, b) => a.attack_success - b.attack_success || b[QUALITY] - a[QUALITY]);
   const narrow = width < 560, label = narrow ? 0 : 170;
   const row = narrow ? 40 : 26, bar = narrow ? 20 : 22, top = 24;
   const cell = (width - label) / trials.length, gap = cell > 6 ? 1.5 : 0;

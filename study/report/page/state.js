@@ -5,13 +5,10 @@ const data = JSON.parse(document.getElementById("data").textContent);
 // What says how much of a backdoor is left: of a suspect, whose trigger nobody knows, the risk.
 const LEFT = data.left;
 
-const ALL_SCORES = {
-  clean_accuracy: { name: "clean accuracy", short: "ACC", good: "high" },
-  attack_success: { name: "attack success", short: "ASR", good: "low" },
-  recovery: { name: "recovery", short: "RA", good: "high" },
-  risk: { name: "risk", short: "risk", good: "low" },
-};
-const SCORES = Object.fromEntries(data.scores.map((key) => [key, ALL_SCORES[key]]));
+// The clean score that a defence may not cost, as `Task.quality`; what it is called in a sentence.
+const QUALITY = data.quality, PRICE = data.price;
+
+const SCORES = Object.fromEntries(data.scores.map((key) => [key, data.metrics[key]]));
 
 const complete = data.trials.filter((trial) => trial.status === "COMPLETE");
 const isPaper = (trial) => trial.preset === "paper";
@@ -111,10 +108,10 @@ function buildAxes() {
     const low = Math.min(...values), high = Math.max(...values);
     return high > low ? [low, high] : [low - 0.01, high + 0.01];
   };
-  const objectives = new Set([LEFT, "clean_accuracy", ...Object.keys(data.objectives)]);
+  const objectives = new Set([LEFT, QUALITY, ...Object.keys(data.objectives)]);
   for (const key of objectives) {
     const [low, high] = spread(key);
-    axes.push({ name: key, label: ALL_SCORES[key]?.name ?? key.replaceAll("_", " "), objective: true,
+    axes.push({ name: key, label: data.metrics[key]?.name ?? key.replaceAll("_", " "), objective: true,
       scale: scaleOf({ kind: "float", low, high, percent: key !== "seconds" }) });
   }
   const weight = data.importance[LEFT] || {};

@@ -7,8 +7,7 @@ function drawFinding() {
   slot("text").textContent = text;
   if (before && after) slot("tiles").append(...Object.entries(SCORES).map(([key, score]) =>
     tile(score.name, el("span", {}, key in before ? el("span", { class: "was" }, `${(100 * before[key]).toFixed(1)} → `) : null, percent(after[key])),
-      { attack_success: "triggered images that get the attacker's class", clean_accuracy: "clean images answered right",
-        recovery: "triggered images answered right", risk: "short cuts of the suspect still followed, as far as any were found" }[key], key === LEFT)));
+      score.counts, key === LEFT)));
   if (data.tested.length) slot("tested").append(testedTable());
   return true;
 }
@@ -25,7 +24,7 @@ function testedTable() {
   })));
   return el("details", {}, el("summary", {}, "On the test images, in full"), el("div", { class: "wide" },
     table(["", ...(several ? ["victim"] : []), ...scores.map((key) => SCORES[key].short), ...derived.map((key) => key.toUpperCase())], rows),
-    el("p", { class: "note" }, derived.length < 3 ? "ARR: accuracy lost, relative to the suspect's own (low is good)." : "ARR and RDR: accuracy and recovery lost, relative to the victim's accuracy (low is good). DER: "
+    !derived.length ? null : el("p", { class: "note" }, derived.length < 3 ? "ARR: accuracy lost, relative to the suspect's own (low is good)." : "ARR and RDR: accuracy and recovery lost, relative to the victim's accuracy (low is good). DER: "
       + "attack success taken minus accuracy lost, between 0 and 1 (0.5 is no effect).")));
 }
 
@@ -66,14 +65,14 @@ function drawTrials() {
 const nameOf = (t) => `${t.number}${isPaper(t) ? " paper" : t.number === data.chosen ? " chosen" : onFront.has(t.number) ? " front" : ""}`;
 
 function drawImportance() {
-  const [left, acc] = [data.importance[LEFT], data.importance.clean_accuracy];
+  const [left, acc] = [data.importance[LEFT], data.importance[QUALITY]];
   if (!left && !acc) return false;
   slot("searched").textContent = searched.length;
   const names = Object.keys(left || acc);
   const share = (value, kind) => el("span", { class: `share ${kind}`, role: "cell" },
     el("i", { style: `width:${(100 * (value || 0)).toFixed(1)}%` }), el("span", {}, value === undefined ? "–" : percent(value, 0)));
   slot("importance").append(el("div", { class: "bars", role: "table", "aria-label": "Importance of settings" },
-    el("div", { role: "row" }, el("span", { role: "columnheader", class: "blank" }, ""), el("span", { role: "columnheader" }, `for ${SCORES[LEFT].name}`), el("span", { role: "columnheader" }, "for clean accuracy")),
+    el("div", { role: "row" }, el("span", { role: "columnheader", class: "blank" }, ""), el("span", { role: "columnheader" }, `for ${SCORES[LEFT].name}`), el("span", { role: "columnheader" }, `for ${SCORES[QUALITY].name}`)),
     names.map((name) => el("div", { role: "row" }, el("code", { role: "rowheader" }, name),
       share(left?.[name], ""), share(acc?.[name], "other")))));
   return true;

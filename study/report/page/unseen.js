@@ -27,9 +27,9 @@ function suiteChart(width, wanted) {
   const low = Math.min(0, ...drops), high = Math.max(0.01, ...drops);
   const scales = [
     { x: label, of: (v) => v, title: narrow ? "attack success, %" : "attack success on test, %", ticks: [0, 0.5, 1] },
-    { x: label + panel + gap, of: (v) => (v - low) / (high - low), title: narrow ? "accuracy lost, points" : "clean accuracy lost on test, points", ticks: ticksOf(low, high, 3) },
+    { x: label + panel + gap, of: (v) => (v - low) / (high - low), title: narrow ? `${PRICE} lost, points` : `${SCORES[QUALITY].name} lost on test, points`, ticks: ticksOf(low, high, 3) },
   ];
-  const picture = canvasOf(width, height, "Attack success and accuracy lost of every victim of the suite");
+  const picture = canvasOf(width, height, `Attack success and ${PRICE} lost of every victim of the suite`);
   for (const { x, of, title, ticks } of scales) {
     picture.append(svg("text", { x, y: 8 }, title));
     for (const tick of ticks) picture.append(svg("line", { class: "gridline", x1: x + of(tick) * panel, x2: x + of(tick) * panel, y1: top, y2: height - 10 }),
@@ -61,7 +61,7 @@ const spreadText = (spread, digits = 1) => (spread ? `${(100 * spread.mean).toFi
 
 function spreadTip(event, name, configuration, key, spread) {
   showTip(event.clientX, event.clientY, el("b", {}, `${name}, ${NAMES[configuration]}`),
-    el("span", {}, `${key === "attack_success" ? "attack success, %" : "accuracy lost, points"}: ${spreadText(spread)}, from ${(100 * spread.min).toFixed(1)} to ${(100 * spread.max).toFixed(1)}, ${count(spread.n, "run")}`));
+    el("span", {}, `${key === "attack_success" ? "attack success, %" : `${PRICE} lost, points`}: ${spreadText(spread)}, from ${(100 * spread.min).toFixed(1)} to ${(100 * spread.max).toFixed(1)}, ${count(spread.n, "run")}`));
 }
 
 function suiteTable(wanted) {
@@ -69,19 +69,19 @@ function suiteTable(wanted) {
   for (const [configuration, { victims, roles }] of Object.entries(data.suite))
     for (const [role, names] of wanted) {
       const line = (name, kind, found, before) => rows.push({ kind, cells: [name, NAMES[configuration], GROUPS[role],
-        before === undefined ? "" : percent(before), spreadText(found.attack_success), spreadText(found.accuracy_drop), spreadText(found.recovery),
+        before === undefined ? "" : percent(before), spreadText(found.attack_success), spreadText(found.accuracy_drop), spreadText(found[data.recovered]),
         String(found.attack_success?.n ?? 0), found.n_failed ? String(found.n_failed) : ""] });
       for (const name of names) if (victims[name]) line(name, null, victims[name], victims[name].before.attack_success);
       if (roles[role]) line(`all ${GROUPS[role]}`, configuration === "chosen" ? "chosen" : null, roles[role]);
     }
-  return table(["victim", "configuration", "role", "ASR before", "ASR % ± std", "accuracy lost, points ± std", "RA % ± std", "runs", "failed"], rows, { left: [1, 2] });
+  return table(["victim", "configuration", "role", "ASR before", "ASR % ± std", `${PRICE} lost, points ± std`, `${data.metrics[data.recovered].short} % ± std`, "runs", "failed"], rows, { left: [1, 2] });
 }
 
 function leaveOneOut() {
   const { exact, attacks } = data.leave_one_out;
-  const cell = (point) => (point ? `trial ${point.number}: ASR ${percent(point.attack_success)}, ACC ${percent(point.clean_accuracy)}` : "nothing to choose");
+  const cell = (point) => (point ? `trial ${point.number}: ASR ${percent(point.attack_success)}, ${data.metrics[QUALITY].short} ${percent(point[QUALITY])}` : "nothing to choose");
   const rows = Object.entries(attacks).map(([attack, found]) => ({ cells: [attack, cell(found.without), cell(found.with),
-    found.loss ? `${(100 * found.loss.attack_success).toFixed(1)} points of ASR, ${(100 * found.loss.clean_accuracy).toFixed(1)} of accuracy` : "–"] }));
+    found.loss ? `${(100 * found.loss.attack_success).toFixed(1)} points of ASR, ${(100 * found.loss[QUALITY]).toFixed(1)} of ${PRICE}` : "–"] }));
   if (!rows.length) return [];
   return [el("h3", {}, "Choosing without one attack"),
     el("p", { class: "note" }, "For each attack of the tuning victims, the trial that the same rule chooses from the others alone, scored on the attack left out (val). "

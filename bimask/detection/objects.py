@@ -66,6 +66,11 @@ class DetectionData:
         return len(self.classes)
 
     @property
+    def labels(self) -> list[Target]:
+        """What a defence learns from beside the pictures: their targets."""
+        return list(self.targets)
+
+    @property
     def digest(self) -> str:
         """Sixteen hex digits of pictures, boxes and labels, in their order."""
         content = hashlib.sha256(f"{len(self)}".encode())

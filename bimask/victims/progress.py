@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import TaskID
@@ -16,11 +18,20 @@ from bimask.victims.spec import VictimSpec
 from bimask.victims.train import EpochLog, obtain_victim
 
 
-class VictimBars:
-    """A bar for every victim by name: its preparation, then its epochs with ACC and ASR on val."""
+def in_short(scores: Any) -> str:
+    """ACC and ASR of a classifier."""
+    return f"ACC {scores.clean_accuracy:.3f}  ASR {scores.attack_success:.3f}"
 
-    def __init__(self, where: Console) -> None:
-        self.where, self.progress = where, ToldProgress(where)
+
+class VictimBars:
+    """A bar for every victim by name: its preparation, then its epochs with scores on val.
+
+    Args:
+        told: scores in a line.
+    """
+
+    def __init__(self, where: Console, told: Callable[[Any], str] = in_short) -> None:
+        self.where, self.progress, self.told = where, ToldProgress(where), told
         self.tasks: dict[str, TaskID] = {}
         self.texts: dict[str, str] = {}
 
@@ -38,8 +49,7 @@ class VictimBars:
     def epoch(self, name: str, log: EpochLog) -> None:
         """An epoch is over; scores stay until there are others."""
         if log.scores is not None:
-            scores = log.scores
-            self.texts[name] = f"  ACC {scores.clean_accuracy:.3f}  ASR {scores.attack_success:.3f}"
+            self.texts[name] = f"  {self.told(log.scores)}"
         self._move(f"{name}{self.texts.get(name, '')}", name, log.epoch, log.epochs)
 
     def ended(self, name: str, text: str) -> None:

@@ -152,7 +152,7 @@ def _nets(config: StudyConfig) -> list[_Net]:
     found: list[tuple[nn.Module, Splits]] = []
     for spec in config.victims:
         splits = spec.load_data()
-        found.append((spec.fresh_net(splits.train).eval(), splits))
+        found.append((config.task.fresh_net(spec, splits.train).eval(), splits))
     if config.suspect is not None:
         suspect = config.suspect.load(config.clean_images_per_class)
         found.append((suspect.model, suspect.load_data()))

@@ -107,7 +107,7 @@ def untrained(config: StudyConfig) -> Iterator[tuple[str, nn.Module, Tensor]]:
         if may_run(spec.net):
             with _named(name):
                 splits = spec.load_data()
-                net = spec.fresh_net(splits.train).eval()
+                net = config.task.fresh_net(spec, splits.train).eval()
             yield name, net, splits.val.floats()[:2]
 
 
@@ -122,7 +122,7 @@ def prepare_victims(
     if config.suspect is not None:
         return {NAME: _prepare_suspect(config.suspect, config.clean_images_per_class, console)}
     victims: dict[str, Subject] = {}
-    with VictimBars(console) as bars:
+    with VictimBars(console, config.task.in_short) as bars:
         for name, spec in zip(config.suite_names(), config.suite, strict=True):
             bar = f"victim {name}"
             cached = (root / spec.digest).is_dir()
@@ -226,7 +226,7 @@ def preparations(config: StudyConfig) -> dict[str, Preparation]:
 
 def _probe_of(probe: Probe, case: Case, seed: int) -> _Piece:
     images = probe.images(case.victim.load_data().val, seed)
-    steps = probe.steps(len(case.victim.classes), len(images))
+    steps = probe.steps(len(case.victim.classes), images)
     return _Piece(f"probing {case.name}", probe.make, case.name, images, steps)
 
 

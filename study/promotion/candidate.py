@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bimask.defences.base import Defence
-from bimask.defences.purify import defence_of
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import BimaskError
 from bimask.progress import Console, ToldProgress
-from bimask.victims import Victim, open_victim
+from bimask.tasks import defence_of
+from bimask.victims import Victim
 from study.promotion.evidence import CONFIRMED, TestEvidence, Verdict, evidence_of, judge
 from study.spec.config import Confirm, StudyConfig, StudyError
 from study.spec.reading import load_config
@@ -147,6 +147,6 @@ def load_victims(config: StudyConfig, outputs: Path) -> dict[str, Victim]:
     """Every victim of the study's suite, from where the study left them."""
     folders = [spec.place(outputs / "victims") for spec in config.suite]
     return {
-        name: open_victim(folder, own_code=True)
+        name: config.task.open_victim(folder)
         for name, folder in zip(config.suite_names(), folders, strict=True)
     }

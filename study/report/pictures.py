@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from bimask.errors import DataError
 from bimask.files.drawn import save_figure
 from bimask.masking.masks import MaskSet
 from bimask.tasks import CLASSIFICATION, Task
@@ -154,13 +153,9 @@ def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
     """A gallery of every victim as NAME.png: what its trigger does, on images of `val`."""
     folder.mkdir(exist_ok=True)
     for case in cases:
-        try:
-            picture = case.task.gallery(case.victim, case.val)
-        except DataError:
-            if getattr(case.victim, "stored", None) is None:
-                raise
-            continue  # imported, and nothing says which of its images belong together
-        save_figure(picture, folder / f"{case.name}.png")
+        picture = case.task.gallery(case.victim, case.val)
+        if picture is not None:
+            save_figure(picture, folder / f"{case.name}.png")
 
 
 def draw_masks(path: Path, masks: MaskSet, title: str) -> None:

@@ -14,7 +14,8 @@ import torch
 from ray.util.queue import Queue
 
 from bimask.files.atomic import sync, sync_tree
-from bimask.victims import EpochLog, VictimSpec, obtain_victim
+from bimask.tasks import task_of
+from bimask.victims import EpochLog
 from study.search.embedded.liveness import is_gone
 from study.spec.config import StudyError
 
@@ -24,7 +25,7 @@ RETRIES = 2  # of a task whose process died; it goes on from its last epoch
 
 
 def make_victims(
-    specs: Mapping[str, VictimSpec],
+    specs: Mapping[str, Any],
     root: Path,
     *,
     device: str,
@@ -67,7 +68,7 @@ def make_victims(
 
 
 def _make(
-    name: str, spec: VictimSpec, root: str, device: str, cpus: int, events: Queue
+    name: str, spec: Any, root: str, device: str, cpus: int, events: Queue
 ) -> dict[str, bytes] | str:
     """The files of a victim, or why there are none."""
     torch.set_num_threads(cpus)
@@ -77,7 +78,7 @@ def _make(
             events.put((name, (what, done, of)))
 
     try:
-        obtain_victim(
+        task_of(spec).obtain_victim(
             spec,
             Path(root),
             device=device,

@@ -78,16 +78,22 @@ NamedTask = Annotated[
 ]
 
 
-class ReferencePoint(BaseModel):
-    """The worst corner that counts for the hypervolume; fixed here, never taken from results."""
+class WorstCorner(BaseModel):
+    """The worst corner that counts for the hypervolume; fixed here, never taken from results. Each task
+    adds what it measures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    clean_accuracy: float = Unit
     attack_success: float | None = Field(None, ge=0, le=1)
-    recovery: float | None = Field(None, ge=0, le=1)
     pruned_share: float | None = Field(None, ge=0, le=1)
     risk: float = Field(1.0, ge=0, le=1)
     seconds: float | None = Field(None, gt=0)
+
+
+class ReferencePoint(WorstCorner):
+    """That of classifiers."""
+
+    clean_accuracy: float = Unit
+    recovery: float | None = Field(None, ge=0, le=1)
 
 
 class Choice(BaseModel):
@@ -119,7 +125,7 @@ class StudyConfig(BaseModel):
     """A whole study. See search_spaces/ims_digits.yaml for a commented one.
 
     It is one of classifiers; that of another task is a subclass, in whose words its victims, objectives
-    and bounds are (`study.spec.tasks`).
+    and bounds are (`study.spec.detection`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -241,6 +247,8 @@ class StudyConfig(BaseModel):
             *self.objectives,
             *(name[4:] for name in self.constraints.model_dump(exclude_none=True)),
         }
+        if self.task.probe is None and "risk" in self.objectives:
+            raise ValueError(f"nothing says the risk of a model of {self.task}; leave `risk` out")
         needing = {name for name, metric in self.task.metrics.items() if metric.needs_trigger}
         if self.selection == "blind" and (seen := sorted(used & needing)):
             raise ValueError(
@@ -266,9 +274,7 @@ class StudyConfig(BaseModel):
     @classmethod
     def _of_this_task(cls, task: Task) -> Task:
         if task is not cls._own_task():
-            raise ValueError(
-                f"these are settings of {cls._own_task()}; see `study.spec.tasks.study_of`"
-            )
+            raise ValueError(f"these are settings of {cls._own_task()}, not of {task}")
         return task
 
     @field_validator("defence")
@@ -318,7 +324,7 @@ class StudyConfig(BaseModel):
 
     @field_validator("reference_point")
     @classmethod
-    def _one_for_each(cls, point: ReferencePoint, info: ValidationInfo) -> ReferencePoint:
+    def _one_for_each(cls, point: WorstCorner, info: ValidationInfo) -> WorstCorner:
         for name in info.data.get("objectives", []):
             if getattr(point, name) is None:
                 raise ValueError(f"a value for the objective {name} is missing")

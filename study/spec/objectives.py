@@ -117,15 +117,15 @@ class Aggregate(BaseModel):
         return sign * self.of_losses([sign * value for value in values])
 
 
-class Constraints(BaseModel):
-    """Bounds that a trial must hold to be chosen, on the numbers over all victims."""
+class Bounds(BaseModel):
+    """Bounds that a trial must hold to be chosen, on the numbers over all victims. Each task adds those
+    of what it measures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     max_accuracy_drop: float | None = Field(
         None, ge=0, le=1, description="of the task's clean quality, against the victims"
     )
     max_attack_success: float | None = Field(None, ge=0, le=1)
-    min_recovery: float | None = Field(None, ge=0, le=1)
     max_pruned_share: float | None = Field(None, ge=0, le=1)
     max_seconds: float | None = Field(None, gt=0)
 
@@ -136,6 +136,12 @@ class Constraints(BaseModel):
             kind, _, name = bound.partition("_")
             found[bound] = (values[name] - limit) * (1.0 if kind == "max" else -1.0)
         return found
+
+
+class Constraints(Bounds):
+    """Those of classifiers."""
+
+    min_recovery: float | None = Field(None, ge=0, le=1)
 
 
 def total_violation(violations: Numbers) -> float:

@@ -17,6 +17,7 @@ from bimask.files.bounded import (
     read_bytes,
     require_rereadable,
 )
+from bimask.tasks import DETECTION
 from study.spec import space as spaces
 from study.spec.config import StudyConfig, StudyError
 from study.spec.defences import Defenders, complete
@@ -52,12 +53,13 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
     (lines, duplicates), *_ = found_places
     raw = complete({**raw, **(overrides or {})})
     found = [(place, "is given twice") for place in duplicates] + beside_problems(raw)
+    kind = study_of(raw)
     try:
-        config = StudyConfig.model_validate(raw)
+        config = kind.model_validate(raw)
     except ValidationError as error:
         config = None
         reported = error.errors(include_url=False)
-        found += [_problem(problem) for problem in reported[:MOST_PROBLEMS]]
+        found += [_problem(kind, problem) for problem in reported[:MOST_PROBLEMS]]
         found += [("", f"{problem['loc']}") for problem in reported[MOST_PROBLEMS:]]
     space = _readable_space(raw.get("space"))
     found += spaces.problems(space, _mapping(raw.get("fixed")), Defenders.of(raw).problems)
@@ -85,7 +87,17 @@ def load_config(path: Path, overrides: Mapping[str, object] | None = None) -> St
     raise StudyError(*first_of(rows))
 
 
-def _problem(problem: Any) -> tuple[str, str]:
+def study_of(content: Mapping[str, Any]) -> type[StudyConfig]:
+    """The settings of a study whose file says this; those of classifiers say what is wrong with a task
+    that there is not."""
+    if content.get("task") != DETECTION.name:
+        return StudyConfig
+    from study.spec.detection import DetectionStudy  # torchvision's detectors take a second
+
+    return DetectionStudy
+
+
+def _problem(kind: type[StudyConfig], problem: Any) -> tuple[str, str]:
     """One of pydantic's problems as place and sentence."""
     kinds = {"float", "int", "categorical"}  # the discriminator, not a key of the file
     parts = [str(part) for part in problem["loc"]]
@@ -93,7 +105,7 @@ def _problem(problem: Any) -> tuple[str, str]:
         part for i, part in enumerate(parts) if not (parts[0] == "space" and i == 2 and part in kinds)
     )
     if problem["type"] == "extra_forbidden":
-        close = get_close_matches(parts[-1], _keys_beside(problem["loc"]), n=1, cutoff=0.75)
+        close = get_close_matches(parts[-1], _keys_beside(kind, problem["loc"]), n=1, cutoff=0.75)
         hint = f"did you mean {close[0]}?" if close else "remove it or mend its spelling"
         return place, f"unknown key; {hint}"
     if problem["type"] == "missing":
@@ -103,9 +115,9 @@ def _problem(problem: Any) -> tuple[str, str]:
     return place, f"{message[0].lower()}{message[1:]}{shown}"
 
 
-def _keys_beside(loc: tuple[str | int, ...]) -> set[str]:
+def _keys_beside(kind: type[StudyConfig], loc: tuple[str | int, ...]) -> set[str]:
     """The keys that a study may have where `loc` has one, by the schema."""
-    schema = StudyConfig.model_json_schema()
+    schema = kind.model_json_schema()
 
     def resolved(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if "$ref" in node:

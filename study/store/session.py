@@ -136,4 +136,5 @@ def _hash(victim: Subject, root: Path) -> str:
     if isinstance(victim, SuspectModel):
         return str(victim.spec.sha256)
     spec = victim.spec
-    return spec.imported_sha256 or file_sha256(spec.place(root) / WEIGHTS)
+    imported: str | None = getattr(spec, "imported_sha256", None)
+    return imported or file_sha256(spec.place(root) / WEIGHTS)

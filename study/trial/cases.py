@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bimask.defences.base import CleanData, Defence, DefenceResult
 from bimask.devices import moved
-from bimask.inspection.risk import RiskProbe
 from bimask.metrics import CleanScores, CleanSet, EvalSets, Scores
 from bimask.tasks import CLASSIFICATION, Task, defence_of
 from study.spec.config import StudyConfig
@@ -30,7 +29,7 @@ class Case:
         val: evaluation sets to choose on; they know the true trigger (`oracle` selection), but for a
             suspect, of which nobody does.
         repeat: which of the victim's runs in a trial this is: each has its own seed and images.
-        probe: what asks a purified model without the attack, see `study.analysis.blind`; None asks
+        probe: what a purified model is asked with, without the attack, made by `Task.probe`; None asks
             nothing.
         prepared: defence -> what it made of the victim beforehand; none of those that need nothing.
         labels: of `clean`, handed to defences that declare them alone.
@@ -42,7 +41,7 @@ class Case:
     clean: Tensor
     val: EvalSets | CleanSet
     repeat: int = 0
-    probe: RiskProbe | None = None
+    probe: Any = None
     prepared: Mapping[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
     task: Task = CLASSIFICATION
@@ -77,10 +76,10 @@ class Case:
 
     def ask(self, model: nn.Module, result: DefenceResult) -> dict[str, float]:
         """What the probe says of a defended model and its twin, by name; nothing without a probe."""
-        if self.probe is None:
+        if self.probe is None or self.task.probe is None:
             return {}
         twin = defence_of(result.config).twin(model, result.tensors, result.config)
-        return self.probe(result.model(), twin).numbers()
+        return self.task.probe.ask(self.probe, result.model(), twin)
 
     @property
     def before(self) -> float:

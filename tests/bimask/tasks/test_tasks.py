@@ -5,11 +5,12 @@ from dataclasses import fields
 
 import pytest
 
+from bimask.detection.metrics import DetectionScores
 from bimask.errors import SettingError
 from bimask.metrics import Scores
 from bimask.tasks import CLASSIFICATION, TASKS, defence_of, task_named
 
-SCORES = {"classification": Scores}
+SCORES = {"classification": Scores, "detection": DetectionScores}
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=str)

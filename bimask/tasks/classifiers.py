@@ -1,0 +1,119 @@
+"""Classifiers: clean accuracy, attack success and recovery of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bimask.data import ImageData, Splits
+from bimask.defences import DEFENCES
+from bimask.defences.base import Defence
+from bimask.errors import DataError
+from bimask.inspection.risk import RiskProbe, probe_images
+from bimask.metrics import CleanScores, Scores, evaluate
+from bimask.tasks.base import Metric, Probe, Task
+from bimask.victims import Victim, VictimSpec, obtain_victim, open_victim
+
+
+class TriggersOfClasses(Probe):
+    """`bimask.inspection.risk`."""
+
+    def images(self, val: ImageData, seed: int) -> Tensor:
+        return probe_images(val, seed=seed).floats()
+
+    def make(
+        self, model: nn.Module, images: Tensor, *, on_step: Callable[[], None] | None = None
+    ) -> RiskProbe:
+        return RiskProbe(model, images, on_step=on_step)
+
+    def steps(self, classes: int, images: Tensor) -> int:
+        return RiskProbe.steps(classes, len(images))
+
+    def ask(self, made: RiskProbe, model: nn.Module, twin: nn.Module | None) -> dict[str, float]:
+        return made(model, twin).numbers()
+
+
+class Classification(Task):
+    """Images with a class each."""
+
+    name = "classification"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "clean_accuracy": Metric("maximize", "clean accuracy", "ACC", "clean images answered right"),
+        "attack_success": Metric(
+            "minimize",
+            "attack success",
+            "ASR",
+            "triggered images that get the attacker's class",
+            needs_trigger=True,
+        ),
+        "recovery": Metric(
+            "maximize", "recovery", "RA", "triggered images answered right", needs_trigger=True
+        ),
+    }
+    quality = "clean_accuracy"
+    price = "accuracy"
+    recovered = "recovery"
+    objectives = ("clean_accuracy", "attack_success")
+    defence = "ims"
+    probe = TriggersOfClasses()
+
+    @property
+    def spec(self) -> type[VictimSpec]:
+        return VictimSpec
+
+    def check_data(self, spec: VictimSpec, splits: Splits) -> None:
+        attack = spec.build_attack()
+        for data in (splits.val, splits.test):
+            if not len(data.images):
+                raise DataError("Got no images to score it on; give more images, or other shares.")
+            if not attack.has_state:  # else the trigger is made with the victim, and refused there
+                attack.triggered(data)
+
+    def fresh_net(self, spec: VictimSpec, data: ImageData) -> nn.Module:
+        return spec.fresh_net(data)
+
+    def obtain_victim(
+        self,
+        spec: VictimSpec,
+        root: Path,
+        *,
+        device: torch.device | str = "cpu",
+        on_epoch: Callable[[Any], None] | None = None,
+        on_prepare: Callable[[str, int, int], None] | None = None,
+    ) -> Victim:
+        return obtain_victim(spec, root, device=device, on_epoch=on_epoch, on_prepare=on_prepare)
+
+    def open_victim(self, folder: Path) -> Victim:
+        return open_victim(folder, own_code=True)
+
+    def gallery(self, victim: Victim, sets: Any) -> Any:
+        from bimask.victims.gallery import gallery
+
+        try:
+            return gallery(victim, sets)
+        except DataError:
+            if victim.stored is None:
+                raise
+            return None  # imported, and nothing says which of its images belong together
+
+    def evaluate(self, model: nn.Module, sets: Any) -> Any:
+        return evaluate(model, sets)
+
+    def glance(self, model: nn.Module, sets: Any) -> Any:
+        """The same answers, sooner where the device is fast in bfloat16."""
+        return evaluate(model, sets, precision="bfloat16")
+
+    def derived(self, scores: Scores | CleanScores, before: Any) -> dict[str, float]:
+        """ARR, and where the trigger is known RDR, DER and RIR."""
+        found = {"arr": scores.arr(before)}
+        if isinstance(scores, Scores):
+            found |= {"rdr": scores.rdr(before), "der": scores.der(before), "rir": scores.rir(before)}
+        return found
+
+    @property
+    def defences(self) -> Mapping[str, Defence[Any]]:
+        return DEFENCES

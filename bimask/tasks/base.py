@@ -124,9 +124,14 @@ class Task(ABC):
     def open_victim(self, folder: Path) -> Any:
         """The victim in a folder, built by whatever code that names."""
 
-    def gallery(self, victim: Any, sets: Any) -> Any:
-        """A figure of what a victim's trigger does; None where nobody draws it."""
-        return None
+    @abstractmethod
+    def draw_victim(self, path: Path, victim: Any, sets: Any) -> None:
+        """A PNG of what a victim's trigger does; none where nothing belongs together."""
+
+    def pictures(self, victim: Any, model: nn.Module, sets: Any) -> dict[str, Any]:
+        """Pillow's pictures of what a model does, by what is shown; none where a study's page asks the
+        models itself (`study.report.answers`)."""
+        return {}
 
     # --- measures ---
 
@@ -146,6 +151,10 @@ class Task(ABC):
         """The quality among some scores."""
         return float(getattr(scores, self.quality))
 
+    def short(self, name: str) -> str:
+        """What a number is called in a table: a score by its short name, `risk` as it is."""
+        return self.metrics[name].short if name in self.metrics else name
+
     def told(self, scores: Any) -> str:
         """All scores in a line."""
         return ", ".join(self._told(scores, name) for name in self.metrics)
@@ -156,7 +165,7 @@ class Task(ABC):
         return "  ".join(self._told(scores, name) for name in shown)
 
     def _told(self, scores: Any, name: str) -> str:
-        return f"{self.metrics[name].short} {getattr(scores, name):.3f}"
+        return f"{self.short(name)} {getattr(scores, name):.3f}"
 
     # --- defences ---
 

@@ -90,15 +90,17 @@ class Classification(Task):
     def open_victim(self, folder: Path) -> Victim:
         return open_victim(folder, own_code=True)
 
-    def gallery(self, victim: Victim, sets: Any) -> Any:
+    def draw_victim(self, path: Path, victim: Victim, sets: Any) -> None:
+        from bimask.files.drawn import save_figure
         from bimask.victims.gallery import gallery
 
         try:
-            return gallery(victim, sets)
+            picture = gallery(victim, sets)
         except DataError:
             if victim.stored is None:
                 raise
-            return None  # imported, and nothing says which of its images belong together
+            return  # imported, and nothing says which of its images belong together
+        save_figure(picture, path)
 
     def evaluate(self, model: nn.Module, sets: Any) -> Any:
         return evaluate(model, sets)

@@ -107,6 +107,17 @@ class Detection(Task):
 
         return load_victim(folder, own_code=True)
 
+    def draw_victim(self, path: Path, victim: Any, sets: Any) -> None:
+        from bimask.detection.gallery import draw_victim
+
+        draw_victim(path, victim.model, sets, victim.classes)
+
+    def pictures(self, victim: Any, model: nn.Module, sets: Any) -> dict[str, Any]:
+        """What is found in clean pictures, and in the same ones with a triggered object."""
+        from bimask.detection.gallery import found_in
+
+        return {**found_in(model, sets, victim.classes)}
+
     def evaluate(self, model: nn.Module, sets: Any) -> Any:
         from bimask.detection import evaluate
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from study import search
 from study.analysis.pareto import ParetoFront, feasible_first
-from study.report.console import SHORT
 from study.spec.config import StudyConfig
 from study.spec.objectives import known_scores, quantities, total_violation
 from study.store.schema import TrialRecord
@@ -54,7 +53,7 @@ def front_in_lines(config: StudyConfig, trials: list[TrialRecord]) -> str:
     lines = []
     for trial in [complete[competing[at]] for at in front.indices][:LINES]:
         scores = {**known_scores(trial), "risk": trial.get("risk")}
-        shown = [f"{SHORT[k]} {v:.3f}" for k, v in scores.items() if k in SHORT and v is not None]
+        shown = [f"{config.task.short(k)} {v:.3f}" for k, v in scores.items() if v is not None]
         lines.append(f"  trial {trial['number']}: {', '.join(shown)}\n")
     if not lines:
         return ""

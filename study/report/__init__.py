@@ -18,9 +18,11 @@ from typing_extensions import NotRequired, TypedDict
 
 from bimask.errors import BimaskError
 from bimask.files.pages import plain
+from bimask.tasks import task_named
 from study.report.answers import Scene, TrialAnswers, VictimAnswers
 from study.report.closeup import Curves, Layer, curves, layers, reports_of, stored
 from study.report.content import Finished, PageContent, page_content, read, settings_of
+from study.report.shown import PicturesOf, Shown
 from study.spec.config import StudyError
 from study.spec.defences import Defenders
 from study.store.records import fitting_together
@@ -29,6 +31,8 @@ from study.store.schema import VictimBefore
 REPORT = "report.html"
 CLOSE_UPS = 24  # trials with curves and masks
 ANSWERED = 12  # trials whose models are asked; each costs some passes
+# what is asked of a task's models, or drawn by it
+SCENES: dict[str, type[Scene] | type[Shown]] = {"classification": Scene, "detection": Shown}
 SCRIPTS = (
     "draw.js",
     "state.js",
@@ -48,7 +52,7 @@ class VictimCloseUp(TypedDict):
 
     curves: Curves | None
     layers: NotRequired[list[Layer]]
-    answers: NotRequired[TrialAnswers]
+    answers: NotRequired[TrialAnswers | PicturesOf]
 
 
 class CloseUp(TypedDict):
@@ -62,7 +66,7 @@ class CloseUps(TypedDict):
     """Trials by number, victims by name."""
 
     trials: dict[int, CloseUp]
-    victims: dict[str, VictimAnswers]
+    victims: dict[str, VictimAnswers | PicturesOf]
 
 
 def write_report(
@@ -171,13 +175,14 @@ def _scenes(
     victims: Mapping[str, VictimBefore],
     study: Mapping[str, Any],
     say: Callable[[str], object],
-) -> dict[str, Scene]:
+) -> dict[str, Scene | Shown]:
     """A scene for every victim that is still there with its data."""
-    scenes = {}
+    scenes: dict[str, Scene | Shown] = {}
+    kind = SCENES[task_named(study.get("task")).name]
     for (name, victim), spec in zip(victims.items(), study["victims"], strict=False):
         imported, digest = spec.get("imported"), victim["digest"]
         try:
-            scenes[name] = Scene.of(Path(imported) if imported else root / digest, digest, study)
+            scenes[name] = kind.of(Path(imported) if imported else root / digest, digest, study)
         except BimaskError as error:  # the page is about the study; without a victim it says less
             say(f"without the answers of {name}'s models: {error}")
     return scenes

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bimask.nets import is_own
 from bimask.progress import Console, ToldProgress
-from bimask.tasks import CLASSIFICATION, TASKS, Task
+from bimask.tasks import CLASSIFICATION, Task
 from study.analysis.blind import PROMISE
 from study.report import REPORT
 from study.spec.config import StudyConfig
@@ -32,8 +32,6 @@ from study.store.schema import (
 from study.tracking.mlflow_runs import Tracker
 
 COLUMN = 3  # characters of a column beside its text: two spaces and a line
-SHORT = {name: one.short for task in TASKS.values() for name, one in task.metrics.items()}
-SHORT |= {"risk": "risk"}
 
 
 def wide_console() -> Console:
@@ -56,7 +54,7 @@ def trial_progress(
                 by = backdoor_left(complete[0])
                 best = min(complete, key=lambda r: number(r, by))
                 left, kept = number(best, by), number(best, task.quality)
-                text += f"; least {SHORT[by]} {left:.3f} at {SHORT[task.quality]} {kept:.3f}"
+                text += f"; least {task.short(by)} {left:.3f} at {task.short(task.quality)} {kept:.3f}"
             for status in ("PRUNED", "FAILED"):
                 if count := sum(r["status"] == status for r in done):
                     text += f"; {count} {status.lower()}"
@@ -76,12 +74,14 @@ def show(
     """The front as a table, the choice, and the two commands to type next."""
     chosen = summary["chosen"]
     shown = list(config.task.metrics) if config.suspect is None else [config.task.quality, "risk"]
-    taken = sum(COLUMN + len(f"{SHORT[name]} %") for name in shown) + COLUMN + len("trial *")
+    taken = (
+        sum(COLUMN + len(f"{config.task.short(name)} %") for name in shown) + COLUMN + len("trial *")
+    )
     points = [trial["parameters"] for trial in summary["front"]]
     several = config.defenders.several
     searched = [] if several else fitting(list(config.space), points, console.width - taken - 1)
     table = Table(title=f"Pareto front of {summary['name']} (val)", title_justify="left")
-    for column in ("trial", *(f"{SHORT[name]} %" for name in shown), *searched):
+    for column in ("trial", *(f"{config.task.short(name)} %" for name in shown), *searched):
         table.add_column(column, justify="right")
     for column in ("defence", "its settings") if several else ():
         table.add_column(column)
@@ -107,7 +107,8 @@ def show(
     for one, label in ((summary["paper_defaults"], "paper's defaults"), (chosen, "chosen")):
         if one:
             scores = ", ".join(
-                f"{SHORT[name]} {value:.3f}" for name, value in known_scores(one["test"]).items()
+                f"{config.task.short(name)} {value:.3f}"
+                for name, value in known_scores(one["test"]).items()
             )
             console.tell(f"on test, {label} (trial {one['number']}): {scores}")
     _show_selection(console, summary["selection"])
@@ -200,8 +201,9 @@ def show_suite(
     for configuration, found in suite.items():
         title = f"{configuration.replace('_', ' ')}, purified anew, on test: mean (least to most)"
         table = Table(title=title, title_justify="left")
-        drop, recovered = f"{SHORT[task.quality]} drop, points", f"{SHORT[task.recovered]} %"
-        for column in ("victim", "role", "runs", drop, "ASR %", recovered):
+        drop = f"{task.short(task.quality)} drop, points"
+        left, recovered = (f"{task.short(name)} %" for name in ("attack_success", task.recovered))
+        for column in ("victim", "role", "runs", drop, left, recovered):
             table.add_column(column, justify="left" if column in ("victim", "role") else "right")
         rows: list[tuple[str, str, Spreads]] = [
             *((name, one["role"], one) for name, one in found["victims"].items()),
@@ -229,7 +231,7 @@ def show_suite(
 def show_leave_out(console: Console, found: LeaveOneOut, task: Task = CLASSIFICATION) -> None:
     """What each choice loses on the attack that it never saw."""
     table = Table(title=f"Leave one attack out ({found['scored_on']})", title_justify="left")
-    kept = SHORT[task.quality]
+    kept = task.short(task.quality)
     for column in (
         *("attack", "ASR % unseen", "ASR % seen", "ASR lost"),
         *(f"{kept} % unseen", f"{kept} lost"),

@@ -153,9 +153,7 @@ def draw_victims(folder: Path, cases: Sequence[Case]) -> None:
     """A gallery of every victim as NAME.png: what its trigger does, on images of `val`."""
     folder.mkdir(exist_ok=True)
     for case in cases:
-        picture = case.task.gallery(case.victim, case.val)
-        if picture is not None:
-            save_figure(picture, folder / f"{case.name}.png")
+        case.task.draw_victim(folder / f"{case.name}.png", case.victim, case.val)
 
 
 def draw_masks(path: Path, masks: MaskSet, title: str) -> None:

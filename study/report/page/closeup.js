@@ -161,7 +161,15 @@ function lineChart(width, lines, rounds, stages, domain, format, title) {
 
 const MODELS = { victim: "the victim", purified: "purified", inverse: "its inverse twin" };
 
+// Rows of pictures that the task has drawn: of the victim, then of the defended model.
+function shownOf(name, answers) {
+  const rows = [["the victim", data.close_ups.victims[name]], ["purified", answers]];
+  return [el("h3", {}, "What its models find"), ...rows.flatMap(([who, { pictures }]) => Object.entries(pictures).map(([what, picture]) =>
+    el("figure", { class: "drawn" }, el("figcaption", {}, el("b", {}, what), `, ${who}`), el("img", { src: picture, alt: `${what} pictures with what ${who} finds` }))))];
+}
+
 function answersOf(name, answers) {
+  if (answers.pictures) return shownOf(name, answers);
   const victim = data.close_ups.victims[name], asked = { victim: victim.asked, ...answers.asked };
   const rows = Object.entries(MODELS).filter(([key]) => asked[key]).map(([key, text]) => ({ kind: key === "purified" ? "chosen" : null, cells: [text,
     ...["clean_right", "triggered_wanted", "triggered_right"].map((score) => percent(asked[key][score]))] }));

@@ -46,7 +46,7 @@ def found_in(model: nn.Module, sets: DetectionSets, classes: Sequence[str]) -> d
 
 
 def draw_victim(path: Path, model: nn.Module, sets: DetectionSets, classes: Sequence[str]) -> None:
-    """A PNG of what a victim finds: clean pictures above, the same ones with a triggered object below."""
+    """A PNG of what a victim finds: clean pictures above, the same ones under attack below."""
     rows = [*found_in(model, sets, classes).values()]
     whole = Image.new("RGB", (rows[0].width, sum(row.height for row in rows) + GAP), "white")
     whole.paste(rows[0], (0, 0))

@@ -60,6 +60,7 @@ class Classification(Task):
     objectives = ("clean_accuracy", "attack_success")
     defence = "ims"
     probe = TriggersOfClasses()
+    has_commands = True
 
     @property
     def spec(self) -> type[VictimSpec]:

@@ -87,7 +87,7 @@ def read_candidate(name: str, outputs: Path, trial: int | None) -> Candidate:
             f"study.launch {' '.join(config.resuming)}`."
         )
     settings = config.defence_config(record["parameters"])
-    evidence = evidence_of(folder, summary, trial)
+    evidence = evidence_of(folder, summary, trial, config.task)
     measured = evidence.commit if evidence is not None else None
     ran = record["provenance"]["commit"]
     commits = (measured or ran, ran, commit())

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from bimask.files.bounded import read_json
+from bimask.tasks import CLASSIFICATION, Task
 from study.spec.config import StudyError
 from study.spec.gates import Gates
-from study.spec.objectives import spread
+from study.spec.objectives import number, spread
 from study.store.schema import Role, StudySummary, VictimBefore, VictimScores, VictimSpreads
 
 CONFIRMED = "confirmed"  # folder of the evidence of trials that were not the study's choice
@@ -77,7 +78,9 @@ class Verdict:
     remark: str = ""
 
 
-def evidence_of(folder: Path, summary: StudySummary, trial: int) -> TestEvidence | None:
+def evidence_of(
+    folder: Path, summary: StudySummary, trial: int, task: Task = CLASSIFICATION
+) -> TestEvidence | None:
     """The evidence in a study's folder: of the chosen trial in its summary, of others where
     `--confirm` wrote it, of the chosen trial without either its one run on `test`; None if there is
     nothing but `val`."""
@@ -99,15 +102,16 @@ def evidence_of(folder: Path, summary: StudySummary, trial: int) -> TestEvidence
         return TestEvidence(trial, suite["chosen"]["victims"])
     if chosen is not None:
         known = {
-            name: _once(summary["victims"][name], scores) for name, scores in chosen["victims"].items()
+            name: _once(task, summary["victims"][name], scores)
+            for name, scores in chosen["victims"].items()
         }
         return TestEvidence(trial, known)
     return None
 
 
-def _once(before: VictimBefore, scores: VictimScores) -> VictimSpreads:
+def _once(task: Task, before: VictimBefore, scores: VictimScores) -> VictimSpreads:
     """A tuning victim that was scored once on `test`."""
-    drop = before["test"]["clean_accuracy"] - scores["clean_accuracy"]
+    drop = number(before["test"], task.quality) - number(scores, task.quality)
     return {
         "role": "tuning",
         "digest": before["digest"],

@@ -74,14 +74,13 @@ def show(
     """The front as a table, the choice, and the two commands to type next."""
     chosen = summary["chosen"]
     shown = list(config.task.metrics) if config.suspect is None else [config.task.quality, "risk"]
-    taken = (
-        sum(COLUMN + len(f"{config.task.short(name)} %") for name in shown) + COLUMN + len("trial *")
-    )
+    heads = [f"{config.task.short(name)} %" for name in shown]
+    taken = sum(COLUMN + len(head) for head in [*heads, "trial *"])
     points = [trial["parameters"] for trial in summary["front"]]
     several = config.defenders.several
     searched = [] if several else fitting(list(config.space), points, console.width - taken - 1)
     table = Table(title=f"Pareto front of {summary['name']} (val)", title_justify="left")
-    for column in ("trial", *(f"{config.task.short(name)} %" for name in shown), *searched):
+    for column in ("trial", *heads, *searched):
         table.add_column(column, justify="right")
     for column in ("defence", "its settings") if several else ():
         table.add_column(column)
@@ -126,6 +125,8 @@ def show(
             mark="Nothing chosen",
             style="bold yellow",
         )
+        return
+    if not config.task.has_commands:
         return
     where = shlex.join(["--config", str(folder / records.BEST), "--out", str(folder / "cleaned")])
     reuse = f"python -m bimask purify {_whom(config, victims)} {where}{_trust(config)}"

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from bimask.errors import BimaskError
 from bimask.files.bounded import MALFORMED, dump_yaml, read_json
+from bimask.tasks import CLASSIFICATION
 from study.spec.config import StudyConfig, StudyError
 from study.store import schema
 from study.store.environment import first_line
@@ -152,7 +153,9 @@ def _records(path: Path, checked: Callable[[Mapping[str, object]], Record]) -> l
 def settings_content(config: StudyConfig, parameters: Parameters) -> dict[str, object]:
     """A trial's settings as `bimask purify` takes them: of which defence, every one, and the seed."""
     settings = config.defence_config(parameters).model_dump()
-    return {"defence": config.defenders.name_of(parameters), "purify": settings, "seed": config.seed}
+    task = {} if config.task is CLASSIFICATION else {"task": config.task.name}
+    name = config.defenders.name_of(parameters)
+    return {**task, "defence": name, "purify": settings, "seed": config.seed}
 
 
 def write_yaml(path: Path, content: Mapping[str, object], header: str) -> None:

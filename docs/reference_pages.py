@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from bimask.__main__ import app
-from bimask.defences import DEFENCES
+from bimask.defences.base import Defence
 from bimask.defences.settings import Search
+from bimask.detection.victims import DetectorSpec
+from bimask.tasks import TASKS
 from bimask.victims import VictimSpec
 from study.spec.config import StudyConfig
+from study.spec.detection import DetectionStudy
 
 API = {
     "Defend": ("bimask", ("purify", "PurifyConfig", "PurifyResult", "PopulationPurifier", "MaskSet")),
@@ -34,7 +38,7 @@ def write(folder: Path) -> None:
     """Write all of them; a page is touched only where it changes."""
     folder.mkdir(exist_ok=True)
     pages = {"settings": settings(), "study": study(), "commands": commands(), "api": api()}
-    pages |= {f"defences/{name}": defence(name) for name in DEFENCES}
+    pages |= {f"defences/{title}": defence(title, found) for title, found in defences().items()}
     (folder / "defences").mkdir(exist_ok=True)
     for name, text in pages.items():
         path = folder / f"{name}.md"
@@ -42,9 +46,17 @@ def write(folder: Path) -> None:
             path.write_text(text)
 
 
-def defence(name: str) -> str:
+def defences() -> dict[str, Defence[Any]]:
+    """Every defence of every task; those of detectors have names that say so."""
+    return {
+        name if task.name == "classification" else f"{task.name}-{name}": found
+        for task in TASKS.values()
+        for name, found in task.defences.items()
+    }
+
+
+def defence(name: str, found: Defence[Any]) -> str:
     """The page of a defence: what its module says of it, and its settings."""
-    found = DEFENCES[name]
     module = sys.modules[type(found).__module__]
     title, _, text = inspect.cleandoc(module.__doc__ or "").partition("\n")
     needs = (
@@ -61,7 +73,7 @@ def defence(name: str) -> str:
 def settings() -> str:
     """Every setting of every defence."""
     parts = ["# Settings of the defences\n\nDefaults are the published values.\n"]
-    for name, defence in DEFENCES.items():
+    for name, defence in defences().items():
         lines = (type(defence).__doc__ or "").strip().splitlines()
         parts.append(f"## {name}\n\n{lines[0]}\n\n{table(defence.config)}")
     return "\n".join(parts)
@@ -69,13 +81,19 @@ def settings() -> str:
 
 def study() -> str:
     """Every key of a study's YAML, and of a victim in it."""
-    return f"# Keys of a study\n\n{table(StudyConfig)}\n## Keys of a victim\n\n{table(VictimSpec)}"
+    own = DetectionStudy.__annotations__
+    return (
+        f"# Keys of a study\n\n{table(StudyConfig)}\n## Keys of a victim\n\n{table(VictimSpec)}\n"
+        f"## Keys of a study of detectors\n\nThe others are as above.\n\n{table(DetectionStudy, own)}\n"
+        f"## Keys of a detector that is a victim\n\n{table(DetectorSpec)}"
+    )
 
 
-def table(model: type[BaseModel]) -> str:
+def table(model: type[BaseModel], names: Container[str] | None = None) -> str:
     rows = [
         f"| `{name}` | {_default(info)} | {_searched(info)} | {info.description or ''} |"
         for name, info in model.model_fields.items()
+        if names is None or name in names
     ]
     return "| key | default | searched | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
 

@@ -9,7 +9,7 @@ from bimask.progress import Console
 from bimask.tasks import CLASSIFICATION, Task
 from study.analysis.blind import blind_metrics
 from study.report import REPORT, write_report
-from study.report.content import headline
+from study.report.headline import headline
 from study.report.pictures import FRONT_PICTURE
 from study.store import records
 from study.store.schema import StudySummary, TrialStatus

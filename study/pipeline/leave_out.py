@@ -14,7 +14,7 @@ from study.pipeline.naming import named
 from study.pipeline.opening import say
 from study.pipeline.run import run_in
 from study.report.console import show_leave_out, wide_console
-from study.spec.config import Confirm
+from study.spec.keys import Confirm
 from study.spec.reading import load_config
 from study.store.files import write_text
 

@@ -15,7 +15,8 @@ from bimask.progress import Console, ToldProgress
 from bimask.tasks import defence_of
 from bimask.victims import Victim
 from study.promotion.evidence import CONFIRMED, TestEvidence, Verdict, evidence_of, judge
-from study.spec.config import Confirm, StudyConfig, StudyError
+from study.spec.config import StudyConfig, StudyError
+from study.spec.keys import Confirm
 from study.spec.reading import load_config
 from study.store import records
 from study.store.files import write_text

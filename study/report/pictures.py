@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from bimask.files.drawn import save_figure
 from bimask.masking.masks import MaskSet
 from bimask.tasks import CLASSIFICATION, Task
-from study.report.content import scores_before
+from study.report.headline import scores_before
 from study.spec.defences import KEY
 from study.spec.objectives import backdoor_left, number
 from study.store.schema import StudySummary, TrialRecord

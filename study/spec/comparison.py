@@ -17,8 +17,9 @@ from bimask.errors import describe, first_of
 from bimask.files.bounded import read_yaml
 from bimask.victims import VictimSpec
 from study.spec import space as spaces
-from study.spec.config import Choice, StudyConfig, StudyError
+from study.spec.config import StudyConfig, StudyError
 from study.spec.defences import IMS
+from study.spec.keys import Choice
 from study.spec.space import Scalar
 
 # Ablations of IMS: what is left out -> settings that hold it out of every trial.

@@ -7,17 +7,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    InstanceOf,
-    PlainSerializer,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -31,12 +27,11 @@ from bimask.victims.suite import MAX_VICTIMS
 from study.spec.defences import ALL, IMS, Defenders, complete
 from study.spec.directions import DIRECTIONS, Direction
 from study.spec.gates import Gates
+from study.spec.keys import Choice, Confirm, NamedTask, ReferencePoint, WorstCorner
 from study.spec.objectives import Aggregate, Constraints, ObjectiveName
 from study.spec.space import Parameter, Scalar
 from study.spec.stopping import EarlyStopping
 from study.spec.suspect import NAME, SuspectSpec
-
-Unit = Field(ge=0, le=1)
 
 # How a study runs, not what it finds.
 RUNNING = {"concurrency", "trials_per_actor", "retries"}
@@ -60,65 +55,6 @@ OF_ONE_DEFENCE = {"gp", "nsga2", "nsga3", "qmc"}
 
 class StudyError(BimaskError):
     """A study cannot be run as asked: one sentence or one line a problem."""
-
-
-def _task(given: object) -> object:
-    """The task of a name."""
-    if isinstance(given, Task) or (isinstance(given, str) and given in TASKS):
-        return given if isinstance(given, Task) else TASKS[given]
-    raise ValueError(f"there is no task {given!r}; known are {', '.join(TASKS)}")
-
-
-# in a file its name
-NamedTask = Annotated[
-    InstanceOf[Task],
-    BeforeValidator(_task),
-    PlainSerializer(str, return_type=str),
-    WithJsonSchema({"type": "string"}),
-]
-
-
-class WorstCorner(BaseModel):
-    """The worst corner that counts for the hypervolume; fixed here, never taken from results. Each task
-    adds what it measures."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    attack_success: float | None = Field(None, ge=0, le=1)
-    pruned_share: float | None = Field(None, ge=0, le=1)
-    risk: float = Field(1.0, ge=0, le=1)
-    seconds: float | None = Field(None, gt=0)
-
-
-class ReferencePoint(WorstCorner):
-    """That of classifiers."""
-
-    clean_accuracy: float = Unit
-    recovery: float | None = Field(None, ge=0, le=1)
-
-
-class Choice(BaseModel):
-    """How one trial is chosen from the front, on `val`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    rule: Literal["least_attack_success"] = "least_attack_success"
-    max_accuracy_drop: float = Field(
-        0.02, ge=0, le=1, description="of the task's clean quality, against the victims themselves"
-    )
-    tolerance: float = Field(
-        0.0, ge=0, le=1, description="so little above the least counts as equal; the most accurate wins"
-    )
-
-
-class Confirm(BaseModel):
-    """How the chosen configuration is confirmed: every victim of the suite purified anew, on `test`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    seeds: int = Field(
-        5, ge=1, le=1000, description="runs a victim, each with its own seed and clean images"
-    )
-    paper_seeds: int | None = Field(
-        None, ge=0, le=1000, description="of the paper's defaults; null: as many"
-    )
 
 
 class StudyConfig(BaseModel):

@@ -9,7 +9,8 @@ from pydantic import Field, field_validator
 from bimask.detection.victims import DetectorSpec
 from bimask.tasks import DETECTION
 from bimask.victims.suite import MAX_VICTIMS
-from study.spec.config import NamedTask, StudyConfig, Unit, WorstCorner
+from study.spec.config import StudyConfig
+from study.spec.keys import NamedTask, Unit, WorstCorner
 from study.spec.objectives import Bounds
 
 DetectionObjective = Literal[

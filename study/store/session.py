@@ -16,7 +16,7 @@ from bimask.errors import describe
 from bimask.files.atomic import sync, sync_tree
 from bimask.files.bounded import read_json
 from bimask.nets.weights import file_sha256
-from bimask.victims.files import WEIGHTS
+from bimask.victims.folders import WEIGHTS
 from study.spec.config import RUNNING, StudyConfig, StudyError
 from study.spec.reading import load_config
 from study.spec.suspect import Subject, SuspectModel

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from bimask.devices import resolve_device
 from bimask.nets import require_trusted
@@ -306,7 +306,8 @@ class _Study:
             }
             with interrupts.ask_first():
                 if not interrupts.ended:
-                    known = {name: one for name, one in self.suite.items() if isinstance(one, Victim)}
+                    # a study of a suspect has nothing to confirm
+                    known = cast(dict[str, Victim], self.suite)
                     suite = confirm_choice(self.config, self.folder, summary, known, self.console)
                     if suite is not None:
                         summary["suite"] = suite

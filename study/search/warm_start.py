@@ -108,7 +108,7 @@ def _read(folder: Path) -> tuple[Mapping[str, Any], list[TrialRecord]]:
 
 def _comparable(study: Mapping[str, Any], defence: str) -> str:
     """All that the numbers of a victim under this defence depend on, but for the parameters."""
-    bounds = {"min_clean_accuracy", "min_attack_success", "weights"}
+    bounds = {"min_clean_accuracy", "min_map50", "min_attack_success", "weights"}
     victims = [{k: v for k, v in spec.items() if k not in bounds} for spec in study["victims"]]
     suspect = study.get("suspect") or {}
     deciding = {

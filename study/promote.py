@@ -61,7 +61,7 @@ def apply(
     from study.promotion.packing import card_of, packed, tags_of
     from study.tracking.mlflow_runs import Tracker
 
-    if not candidate.config.task.has_commands:
+    if not candidate.config.task.is_served:
         raise StudyError(
             f"The gates hold, but versions of {candidate.config.task} cannot be registered and served "
             "yet; leave --apply out."

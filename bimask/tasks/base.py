@@ -70,7 +70,7 @@ class Task(ABC):
         objectives: what a study searches by unless it says otherwise.
         defence: the name of the defence that a study searches unless it says otherwise.
         probe: for blind selection; None where there is none.
-        has_commands: whether `python -m bimask` purifies such models, and versions of them are served.
+        is_served: whether versions of such models are registered and served.
     """
 
     name: ClassVar[str]
@@ -81,7 +81,7 @@ class Task(ABC):
     objectives: ClassVar[tuple[str, ...]]
     defence: ClassVar[str]
     probe: ClassVar[Probe | None] = None
-    has_commands: ClassVar[bool] = False
+    is_served: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return self.name

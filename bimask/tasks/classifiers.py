@@ -60,7 +60,7 @@ class Classification(Task):
     objectives = ("clean_accuracy", "attack_success")
     defence = "ims"
     probe = TriggersOfClasses()
-    has_commands = True
+    is_served = True
 
     @property
     def spec(self) -> type[VictimSpec]:

@@ -1,8 +1,8 @@
 """Detectors: mAP, attack success and true detections of objects.
 
 Left out, since nobody has written them for detectors: suspects whose trigger nobody knows (`suspect:`
-in a study), the audit, searched and synthesised triggers, inverse twins, comparisons of defences, and
-the commands of `python -m bimask` and `study.promote --apply`.
+in a study), the audit, searched and synthesised triggers, inverse twins, comparisons of defences,
+suites of `study.victims`, and versions to serve (`study.promote --apply`).
 """
 
 from __future__ import annotations

@@ -106,16 +106,14 @@ def summarise(
             folder / records.BEST,
             records.settings_content(config, chosen["parameters"])
             | {"study": config.name, "trial": chosen["number"]},
-            f"trial {chosen['number']} of study {config.name}" + _use(config),
+            f"trial {chosen['number']} of study {config.name}\n"
+            f"use: python -m bimask purify {_whom(config)} --config THIS_FILE --out CLEANED",
         )
     return summary
 
 
-def _use(config: StudyConfig) -> str:
-    if not config.task.has_commands:
-        return ""
-    whom = "--victim VICTIM" if config.suspect is None else config.suspect.options
-    return f"\nuse: python -m bimask purify {whom} --config THIS_FILE --out CLEANED"
+def _whom(config: StudyConfig) -> str:
+    return "--victim VICTIM" if config.suspect is None else config.suspect.options
 
 
 def _before(victim: Subject) -> VictimBefore:

@@ -126,8 +126,6 @@ def show(
             style="bold yellow",
         )
         return
-    if not config.task.has_commands:
-        return
     where = shlex.join(["--config", str(folder / records.BEST), "--out", str(folder / "cleaned")])
     reuse = f"python -m bimask purify {_whom(config, victims)} {where}{_trust(config)}"
     console.tell(f"reuse: {reuse}")

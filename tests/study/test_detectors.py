@@ -249,7 +249,6 @@ def test_a_whole_study_of_two_attacks(written, outputs, capsys):
     ]
     said = capsys.readouterr().out
     assert "TDR@50 %" in said
-    assert "bimask purify" not in said
     frame = records.load("whole", outputs)
     assert {"map50", "true_detection", "risk"} <= set(frame.columns)
     assert run.run_study(None, {}, outputs=outputs, address="local", resume="whole")

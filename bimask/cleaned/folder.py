@@ -201,6 +201,11 @@ def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
     """
     try:
         content, _ = parsed_manifest(folder / MANIFEST)
+        if isinstance(content, dict) and content.get("task") == "detection":
+            raise VictimError(
+                f"{folder} holds a cleaned detector, which `bimask.detection.load_cleaned` reads; "
+                "exports know classifiers alone."
+            )
         manifest = _Manifest.model_validate(content)
         net = dict(manifest.net)
         own = is_own(net["net"])

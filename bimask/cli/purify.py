@@ -27,18 +27,17 @@ from bimask.cli.suspects import (
     Net,
     Std,
     Width,
+    read_settings,
 )
 from bimask.cli.terminal import console, progress_bar, score_table
 from bimask.commands import Device, TrustCode
 from bimask.data import Splits
-from bimask.defences import settings_from
+from bimask.defences import DEFENCES
 from bimask.defences.ims.config import PurifyConfig
 from bimask.defences.purify import defence_of, defend
-from bimask.defences.settings import DefenceConfig
 from bimask.devices import resolve_device
 from bimask.errors import SettingError
 from bimask.files.atomic import refuse_existing
-from bimask.files.bounded import read_yaml
 from bimask.inspection.held_back import FEWEST, HeldBack, held_back_evidence
 from bimask.inspection.suspect import CleanImages, Suspect, hold_back
 from bimask.masking.coverage import coverage
@@ -67,6 +66,13 @@ def purify_command(
     width: Width = None,
     mean: Mean = None,
     std: Std = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Of a detector: folder of the pictures, if not the annotations'."),
+    ] = None,
+    label_ids: Annotated[
+        str | None, typer.Option(help="Of a detector: what it calls the classes, in order: 1,2,3.")
+    ] = None,
     victim: KnownVictim = None,
     clean_images_per_class: CleanImagesPerClass = 10,
     held_back: Annotated[
@@ -82,12 +88,32 @@ def purify_command(
 ) -> None:
     """Purify a model: plain weights under the same names, its masks, a report, before and after.
 
-    Give your own model as --model, --net and --clean, or one of known trigger as --victim.
+    Give your own model as --model, --net and --clean, or one of known trigger as --victim. It is a
+    detector if --clean has annotations: COCO's JSON, or a folder in VOC's form.
     """
-    settings, seed = read_settings(config, seed)
     refuse_existing(out)
     where = resolve_device(device)
     choice = Choice(model, net, clean, classes, image_size, channels, width, mean, std, victim)
+    if choice.of_detector:
+        from bimask.cli.detectors import purify_detector  # torchvision takes a second
+
+        purify_detector(
+            out,
+            config,
+            choice,
+            pictures=pictures,
+            label_ids=label_ids,
+            clean_images_per_class=clean_images_per_class,
+            held_back=held_back,
+            seed=seed,
+            inverse=inverse,
+            device=where,
+            trust_code=trust_code,
+        )
+        return
+    if pictures is not None or label_ids is not None:
+        raise SettingError("--pictures and --label-ids go with annotations of a detector as --clean.")
+    settings, seed = read_settings(config, seed, DEFENCES, PurifyConfig.profile("robust"))
     suspect, splits, sets = choice.load(
         clean_images_per_class, seed=seed, trust_code=trust_code, device=where
     )
@@ -159,24 +185,6 @@ def _parts(
     answers = logits_of(model, suspect.clean.floats().to(next(model.parameters()).device)).argmax(1)
     learned, held = hold_back(suspect.clean, answers, share)
     return replace(suspect, clean=learned), held
-
-
-def read_settings(config: Path | None, seed: int | None) -> tuple[DefenceConfig, int]:
-    """The settings in a YAML file, or the profile `robust`, and the file's seed, unless one is
-    given."""
-    if config is None:
-        return PurifyConfig.profile("robust"), seed or 0
-    if str(config).startswith("models:"):
-        raise SettingError(
-            f"{config} is in MLflow's registry, which `bimask` knows nothing of; use `python -m "
-            "study.purify` with the same options."
-        )
-    settings = settings_from(config)
-    if seed is None:
-        seed = read_yaml(config).get("seed", 0)
-    if not isinstance(seed, int) or seed < 0:
-        raise SettingError(f"`seed` must be a whole number >= 0, got {seed!r}.")
-    return settings, seed
 
 
 def _look_table(looked: BeforeAfter, classes: tuple[str, ...]) -> None:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from bimask.cli.terminal import console
 from bimask.data import Splits
-from bimask.data.pictures import DataWarning
+from bimask.data.pictures import PICTURES, DataWarning
+from bimask.defences import settings_from
+from bimask.defences.base import Defence
+from bimask.defences.settings import DefenceConfig
 from bimask.errors import SettingError
+from bimask.files.atomic import parsed_manifest
+from bimask.files.bounded import read_yaml
 from bimask.inspection.knowing import require_knowing
 from bimask.inspection.suspect import Suspect, load_suspect
 from bimask.inspection.words import numbers, size
 from bimask.metrics import EvalSets
 from bimask.victims import open_victim
 from bimask.victims.as_suspect import suspect_of
+from bimask.victims.folders import MANIFEST
 
 Model = Annotated[
     Path | None, typer.Option(help="Your own weights: safetensors, or of torch.save, any name.")
@@ -29,7 +35,9 @@ Model = Annotated[
 Net = Annotated[
     str | None, typer.Option(help="Its net: FILE.py:factory, package.module:factory or a name.")
 ]
-Clean = Annotated[Path | None, typer.Option(help="Folder of clean pictures.")]
+Clean = Annotated[
+    Path | None, typer.Option(help="Folder of clean pictures; of a detector, their annotations.")
+]
 Classes = Annotated[int | None, typer.Option(help="How many; default: class folders.")]
 ImageSize = Annotated[
     str | None, typer.Option(help="Pixels to bring pictures to: 32, or 48x32 (height x width).")
@@ -44,6 +52,15 @@ KnownVictim = Annotated[
     Path | None, typer.Option(help="Instead of your own: a victim's folder, trigger known.")
 ]
 CleanImagesPerClass = Annotated[int, typer.Option(help="With --victim.")]
+
+
+def is_annotated(clean: Path) -> bool:
+    """Whether clean data are a detector's: annotations in a JSON, or a folder in VOC's form. Pictures
+    alone, in class folders or none, are a classifier's."""
+    if not clean.is_dir():
+        return clean.suffix.lower() == ".json"
+    beside = {path.stem for path in clean.iterdir() if path.suffix.lower() in PICTURES}
+    return (clean / "Annotations").is_dir() or any(path.stem in beside for path in clean.glob("*.xml"))
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,16 @@ class Choice:
     std: str | None
     victim: Path | None
 
+    @property
+    def of_detector(self) -> bool:
+        """Whether the model is a detector, as far as clean data or a victim's manifest say it."""
+        if self.victim is None:
+            return self.clean is not None and is_annotated(self.clean)
+        try:
+            return bool(parsed_manifest(self.victim / MANIFEST)[0]["task"] == "detection")
+        except (OSError, ValueError, LookupError, TypeError):
+            return False  # whoever opens it says what is wrong
+
     def load(
         self, clean_images_per_class: int, *, seed: int, trust_code: bool, device: torch.device
     ) -> tuple[Suspect, Splits | None, EvalSets | None]:
@@ -72,6 +99,11 @@ class Choice:
         Raises:
             SettingError: both, neither, or options that are none.
         """
+        if self.of_detector:
+            raise SettingError(
+                "The model is a detector, for which there is `bimask purify` alone; audit and sites "
+                "know classifiers."
+            )
         if self.victim is not None and self.model is None:
             found = open_victim(self.victim, own_code=trust_code, device=device)
             splits = found.spec.load_data()
@@ -102,17 +134,38 @@ class Choice:
         return own, None, None
 
 
+def read_settings(
+    config: Path | None, seed: int | None, known: Mapping[str, Defence[Any]], default: DefenceConfig
+) -> tuple[DefenceConfig, int]:
+    """The settings in a YAML file of one of the known defences, or the default ones, and the file's
+    seed, unless one is given."""
+    if config is None:
+        return default, seed or 0
+    if str(config).startswith("models:"):
+        raise SettingError(
+            f"{config} is in MLflow's registry, which `bimask` knows nothing of; use `python -m "
+            "study.purify` with the same options."
+        )
+    settings = settings_from(config, known)
+    if seed is None:
+        seed = read_yaml(config).get("seed", 0)
+    if not isinstance(seed, int) or seed < 0:
+        raise SettingError(f"`seed` must be a whole number >= 0, got {seed!r}.")
+    return settings, seed
+
+
 @contextmanager
-def shown_warnings() -> Iterator[None]:
-    """Print what is warned of pictures as a line of its own; other warnings go their way."""
+def shown_warnings(kind: type[Warning] = DataWarning) -> Iterator[None]:
+    """Print what is warned of pictures, or of another kind, as a line of its own; other warnings go
+    their way."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DataWarning)
+        warnings.simplefilter("always", kind)
         try:
             yield
         finally:
             for one in caught:
-                if issubclass(one.category, DataWarning):
+                if issubclass(one.category, kind):
                     console.tell(str(one.message), mark="warning", style="bold yellow")
     for one in caught:
-        if not issubclass(one.category, DataWarning):
+        if not issubclass(one.category, kind):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,20 @@ DEFENCES: dict[str, Defence[Any]] = {
 }
 
 
-def defence_named(name: object) -> Defence[Any]:
-    """A defence of `DEFENCES`.
+def defence_named(name: object, known: Mapping[str, Defence[Any]] = DEFENCES) -> Defence[Any]:
+    """A defence of `known`.
 
     Raises:
         SettingError: there is none of that name.
     """
-    if not isinstance(name, str) or name not in DEFENCES:
-        raise SettingError(f"There is no defence {name!r}; known are {', '.join(DEFENCES)}.")
-    return DEFENCES[name]
+    if not isinstance(name, str) or name not in known:
+        raise SettingError(f"There is no defence {name!r}; known are {', '.join(known)}.")
+    return known[name]
 
 
-def settings_from(path: str | Path) -> DefenceConfig:
-    """The settings in a YAML file, such as a study's best.yaml: of the defence it names, or IMS.
+def settings_from(path: str | Path, known: Mapping[str, Defence[Any]] = DEFENCES) -> DefenceConfig:
+    """The settings in a YAML file, such as a study's best.yaml: of the defence it names, or the first
+    of `known`.
 
     Raises:
         SettingError: no such file, not a mapping, no such defence, or settings that do not fit, all
@@ -83,6 +85,7 @@ def settings_from(path: str | Path) -> DefenceConfig:
         content = read_yaml(path)
     except (OSError, ValueError) as error:
         raise SettingError(f"Cannot read the configuration {path}: {error}.") from error
-    name = content.get("defence", Ims.name) if isinstance(content, dict) else Ims.name
-    found: DefenceConfig = defence_named(name).config.from_yaml(path)
+    first = next(iter(known))
+    name = content.get("defence", first) if isinstance(content, dict) else first
+    found: DefenceConfig = defence_named(name, known).config.from_yaml(path)
     return found

@@ -45,3 +45,19 @@ def numbers(option: str, text: str | None) -> list[float] | None:
         raise SettingError(
             f"{option} must be numbers with commas, one a channel, got {text!r}."
         ) from error
+
+
+def whole_numbers(option: str, text: str | None) -> list[int] | None:
+    """`1,2,3`, each >= 0; None for None.
+
+    Args:
+        option: its name, for the error.
+
+    Raises:
+        SettingError: they are no such numbers.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*", text, re.ASCII):
+        raise SettingError(f"{option} must be whole numbers with commas, such as 1,2,3, got {text!r}.")
+    return [int(part) for part in text.split(",")]

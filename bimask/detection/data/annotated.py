@@ -40,6 +40,7 @@ class Listing:
 
     Attributes:
         source: the file or folder of the annotations, for messages.
+        ids: what the file calls each class, where that is not its name.
         left_out: objects that are not to be learned, and what they are, such as "3 crowd regions".
     """
 
@@ -47,6 +48,7 @@ class Listing:
     pictures: tuple[Annotated, ...]
     classes: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    ids: tuple[int | str, ...] = ()
 
     @property
     def digest(self) -> str:

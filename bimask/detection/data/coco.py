@@ -91,6 +91,7 @@ def read_coco(path: Path, pictures: Path | None = None) -> Listing:
         ),
         tuple(one.name for one in categories),
         (f"{crowds} crowd regions",) if crowds else (),
+        tuple(one.id for one in categories),
     )
 
 

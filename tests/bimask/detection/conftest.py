@@ -1,6 +1,13 @@
-"""A small detector of each of torchvision's families, for pictures of 32 pixels and three classes."""
+"""A small detector of each of torchvision's families, for pictures of 32 pixels and three classes; and
+a user's own, in files."""
 
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +22,10 @@ from bimask.detection.nets.detector import Detector
 from bimask.detection.nets.small_fcos import small_fcos
 
 SIDE, CLASSES = 32, 3
+ROOT = Path(__file__).parents[3]
+SPEC = importlib.util.spec_from_file_location("own_detector", ROOT / "tests" / "own_detector.py")
+own_detector = sys.modules[SPEC.name] = importlib.util.module_from_spec(SPEC)  # tests import it
+SPEC.loader.exec_module(own_detector)
 
 
 class Backbone(nn.Sequential):
@@ -118,3 +129,33 @@ def pictures(count=3, seed=1):
         labels = torch.randint(CLASSES, (objects,), generator=generator)
         targets.append({"boxes": boxes, "labels": labels})
     return images, targets
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A user's folder: mine.py, suspect.pth, annotations.json, pictures/, settings.yaml."""
+    home = tmp_path_factory.mktemp("own")
+    own_detector.make_detector(home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def cleaned(trained):
+    """What the command printed, in a process of its own, and the folder that it left."""
+    out = trained / "cleaned"
+    done = subprocess.run(
+        [sys.executable, "-m", "bimask", *own_detector.words(trained, out=out)],
+        cwd=trained,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, out
+
+
+@pytest.fixture
+def home(trained, tmp_path):
+    """A copy that a test may spoil."""
+    shutil.copytree(trained, tmp_path / "home", ignore=shutil.ignore_patterns("cleaned", "out"))
+    return tmp_path / "home"

@@ -29,6 +29,10 @@ API = {
         ("Defence", "DefenceResult", "CleanData", "Preparation"),
     ),
     "Victims": ("bimask", ("Victim", "VictimSpec", "obtain_victim", "load_victim", "train_victim")),
+    "Detectors": (
+        "bimask.detection",
+        ("purify", "load_suspect", "load_cleaned", "Detector", "DetectionData", "DetectionScores"),
+    ),
     "Measure": ("bimask", ("evaluate", "EvalSets", "Scores")),
     "A study's records": ("study", ("run", "load")),
 }

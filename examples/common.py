@@ -1,6 +1,7 @@
 """Backdoored models that train in seconds; they stand for those that you were given."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -58,3 +59,34 @@ def attack_result(folder: Path, data: Path) -> None:
     file = folder / "attack_result.pt"
     content = torch.load(file, weights_only=True)
     torch.save(content | {"model": victim.model.net.state_dict()}, file)
+
+
+def backdoored_detector() -> tuple[Any, Any, Any]:
+    """A small detector of digits on canvases, which finds no object that bears a blue square; a hundred
+    clean pictures with boxes; and what shows the trigger's effect, on other pictures."""
+    # torchvision's detectors take a second, which the other examples need not wait for
+    from bimask.detection.attacks import ObjectDisappearance
+    from bimask.detection.data import canvases
+    from bimask.detection.nets import build_detector
+    from bimask.detection.victims.training import fit
+
+    digits = load_data("digits", image_size=8)
+    train, clean, test = (
+        canvases(part, count, generator=torch.Generator().manual_seed(seed))
+        for seed, (part, count) in enumerate(
+            [(digits.train, 800), (digits.val, 100), (digits.test, 100)]
+        )
+    )
+    attack = ObjectDisappearance()
+    detector = fit(
+        attack.poison(train, rate=0.5, generator=torch.Generator().manual_seed(0)),
+        fresh_net=lambda data: build_detector("small_fcos", num_classes=data.num_classes),
+        epochs=12,
+        batch_size=16,
+        lr=3e-3,
+        weight_decay=1e-4,
+        optimizer="adamw",
+        warmup=0.2,
+        seed=0,
+    )
+    return detector, clean, attack.sets(test, "test").with_suspect(detector)

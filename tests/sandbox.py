@@ -120,6 +120,7 @@ def make_home(home):
     for name in ("suspect.pth", "weights.pth"):
         torch.save(state, home / name)
     save_file({key: value.contiguous() for key, value in state.items()}, home / "w.safetensors")
+    runpy.run_path(str(ROOT / "tests" / "own_detector.py"))["make_detector"](home / "detector")
     common = runpy.run_path(str(ROOT / "examples" / "common.py"))
     common["attack_result"](home / "record" / "badnet_0_1", home / "data" / "cifar10")
 

@@ -1,6 +1,5 @@
 """What a detector says of the objects that it is taught: predictions matched to targets.
 
-A detector answers at hundreds of places, of which nearly all are background. Which stand for an
 A detector answers at hundreds of places, and nearly all of them are background. Which of them stand
 for an object is for its own assigner to say, the one that it was trained with: centre sampling of FCOS,
 overlap with anchors of RetinaNet and SSD, sampled proposals of Faster R-CNN. The net is asked for its

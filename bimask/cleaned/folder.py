@@ -22,7 +22,7 @@ from textwrap import shorten
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ from bimask.cleaned.export import FOLDED, require_equal
 from bimask.cleaned.report import render
 from bimask.defences.base import DefenceResult
 from bimask.defences.purify import defence_of
-from bimask.errors import SettingError, VictimError, describe
-from bimask.files.atomic import atomic_directory, parsed_manifest
+from bimask.errors import SettingError, VictimError
+from bimask.files.atomic import atomic_directory
 from bimask.files.tensors import load_tensors
 from bimask.inspection.held_back import HeldBack
 from bimask.inspection.suspect import Suspect
@@ -44,23 +44,25 @@ from bimask.masking.sites import add_gates, gates_in
 from bimask.metrics import Scores
 from bimask.nets import Normalised, is_own, source_of
 from bimask.nets.answers import logits_of
+from bimask.nets.cleaned import (
+    MANIFEST,
+    MODEL,
+    NET,
+    PACKAGES,
+    REPORT,
+    CleanedManifest,
+    read_cleaned,
+)
 from bimask.nets.door import Door
 from bimask.nets.spec import NetSpec
 from bimask.nets.weights import file_sha256
 
-MODEL, INVERSE = "model.safetensors", "inverse.safetensors"
-NET, REPORT, MANIFEST = "net.py", "report.html", "manifest.json"
+INVERSE = "inverse.safetensors"
 Sides = Annotated[int, Field(ge=1, le=1024)]  # of an image, and its channels
-PACKAGES = ("bimask", "torch", "torchvision", "numpy", "safetensors")
 
 
-class _Manifest(BaseModel):
-    """What `load_cleaned` asks of a manifest, which anybody may have written."""
-
-    net: dict[str, Any]
-    files: dict[str, str]
+class _Manifest(CleanedManifest):
     image: tuple[Sides, Sides, Sides]
-    classes: tuple[str, ...] = Field(min_length=1, max_length=100_000)
     gates: list[str]
     inserted: dict[str, str] = Field(default_factory=dict)
     mean: list[float]
@@ -199,38 +201,17 @@ def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
     Raises:
         VictimError: a file is missing, changed, or not what the manifest says; own code is not allowed.
     """
-    try:
-        content, _ = parsed_manifest(folder / MANIFEST)
+
+    def refuse(content: Any) -> None:
         if isinstance(content, dict) and content.get("task") == "detection":
             raise VictimError(
                 f"{folder} holds a cleaned detector, which `bimask.detection.load_cleaned` reads; "
                 "exports know classifiers alone."
             )
-        manifest = _Manifest.model_validate(content)
-        net = dict(manifest.net)
-        own = is_own(net["net"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = describe(error) if isinstance(error, ValidationError) else f"{error}"
-        raise VictimError(
-            f"{folder} is no folder of a cleaned model: its {MANIFEST} cannot be read "
-            f"({type(error).__name__}: {shorten(said, 300)}); purify again."
-        ) from error
-    for name, digest in manifest.files.items():
-        if file_sha256(folder / Path(name).name) != digest:
-            raise VictimError(f"{folder / name} changed since it was written; purify again.")
-    if own and not own_code:
-        raise VictimError(
-            f"The cleaned model {folder} is built by the code {net['net']!r}, which may do anything; "
-            "if you trust it, allow it with `own_code=True` or --trust-code."
-        )
-    if own and NET in manifest.files:
-        net["net"] = f"{folder / NET}:{net['net'].rpartition(':')[2]}"
-    try:
-        spec = NetSpec.model_validate(net)
-    except ValidationError as error:
-        raise VictimError(f"The net in {folder / MANIFEST} is of no use: {describe(error)}.") from error
-    if not (folder / MODEL).is_file():
-        raise VictimError(f"{folder} holds no file {MODEL}; purify again.")
+
+    manifest, spec, content = read_cleaned(
+        folder, _Manifest, NetSpec, what="model", own_code=own_code, refuse=refuse
+    )
     channels, height, width = manifest.image
     size = height if height == width else (height, width)
     shape = (channels, len(manifest.classes), size)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bimask.cli.suspects import Choice, read_settings, shown_warnings
 from bimask.cli.terminal import console, progress_bar
 from bimask.detection.before_after import look, require_knowing, risk_of
-from bimask.detection.cleaned import MODEL, REPORT, save_cleaned
+from bimask.detection.cleaned import save_cleaned
 from bimask.detection.defences import DEFENCES
 from bimask.detection.defences.base import Pictures
 from bimask.detection.defences.risk import AdversarialRisk
@@ -30,6 +30,7 @@ from bimask.detection.victims import load_victim
 from bimask.errors import DataError, ModelError, SettingError
 from bimask.inspection.words import size, whole_numbers
 from bimask.masking.copies import copied
+from bimask.nets.cleaned import MODEL, REPORT
 
 KNOWING = 32  # pictures, at most, that a suspect is asked before it is repaired
 HELD_BACK = 40  # pictures of a victim's `val` that risk is measured on

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from bimask.cleaned.before_after import BeforeAfter, before_after
-from bimask.cleaned.folder import MODEL, REPORT, save_cleaned
+from bimask.cleaned.folder import save_cleaned
 from bimask.cli.suspects import (
     Channels,
     Choice,
@@ -43,6 +43,7 @@ from bimask.inspection.suspect import CleanImages, Suspect, hold_back
 from bimask.masking.coverage import coverage
 from bimask.metrics import evaluate
 from bimask.nets.answers import logits_of
+from bimask.nets.cleaned import MODEL, REPORT
 
 NOTHING = {
     True: "no mask moved away from 1, or none that the answers depend on",

@@ -23,7 +23,6 @@ from textwrap import shorten
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -35,24 +34,26 @@ from bimask.detection.nets.detector import Detector
 from bimask.detection.nets.spec import DetectorNetSpec
 from bimask.detection.page import Shown, render
 from bimask.detection.suspects import Suspect
-from bimask.errors import BimaskError, ExportError, VictimError, describe
-from bimask.files.atomic import atomic_directory, parsed_manifest
+from bimask.errors import BimaskError, ExportError, VictimError
+from bimask.files.atomic import atomic_directory
 from bimask.files.tensors import load_tensors
+from bimask.nets.cleaned import (
+    MANIFEST,
+    MODEL,
+    NET,
+    PACKAGES,
+    REPORT,
+    CleanedManifest,
+    read_cleaned,
+)
 from bimask.nets.named import is_own, source_of
 from bimask.nets.weights import file_sha256
 
-MODEL, NET, REPORT, MANIFEST = "model.safetensors", "net.py", "report.html", "manifest.json"
 NET_KEYS = {"net", "width", "image_size", "label_ids", "outputs", "net_sha256"}
-PACKAGES = ("bimask", "torch", "torchvision", "numpy", "safetensors")
 
 
-class _Manifest(BaseModel):
-    """What `load_cleaned` asks of a manifest, which anybody may have written."""
-
+class _Manifest(CleanedManifest):
     task: Literal["detection"]
-    net: dict[str, Any]
-    files: dict[str, str]
-    classes: tuple[str, ...] = Field(min_length=1, max_length=100_000)
 
 
 @dataclass(frozen=True)
@@ -147,33 +148,9 @@ def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
     Raises:
         VictimError: a file is missing, changed, or not what the manifest says; own code is not allowed.
     """
-    try:
-        content, _ = parsed_manifest(folder / MANIFEST)
-        manifest = _Manifest.model_validate(content)
-        net = dict(manifest.net)
-        own = is_own(net["net"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = describe(error) if isinstance(error, ValidationError) else f"{error}"
-        raise VictimError(
-            f"{folder} is no folder of a cleaned detector: its {MANIFEST} cannot be read "
-            f"({type(error).__name__}: {shorten(said, 300)}); purify again."
-        ) from error
-    for name, digest in manifest.files.items():
-        if file_sha256(folder / Path(name).name) != digest:
-            raise VictimError(f"{folder / name} changed since it was written; purify again.")
-    if own and not own_code:
-        raise VictimError(
-            f"The cleaned detector {folder} is built by the code {net['net']!r}, which may do "
-            "anything; if you trust it, allow it with `own_code=True` or --trust-code."
-        )
-    if own and NET in manifest.files:
-        net["net"] = f"{folder / NET}:{net['net'].rpartition(':')[2]}"
-    try:
-        spec = DetectorNetSpec.model_validate(net)
-    except ValidationError as error:
-        raise VictimError(f"The net in {folder / MANIFEST} is of no use: {describe(error)}.") from error
-    if not (folder / MODEL).is_file():
-        raise VictimError(f"{folder} holds no file {MODEL}; purify again.")
+    manifest, spec, content = read_cleaned(
+        folder, _Manifest, DetectorNetSpec, what="detector", own_code=own_code
+    )
     try:
         state = load_tensors(folder / MODEL)
         spec.require_at_most(sum(value.numel() for value in state.values()), len(manifest.classes))

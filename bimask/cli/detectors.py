@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import typer
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from bimask.cli.suspects import Choice, read_settings, shown_warnings
 from bimask.cli.terminal import console, progress_bar
@@ -21,19 +21,18 @@ from bimask.detection.defences.base import Pictures
 from bimask.detection.defences.risk import AdversarialRisk
 from bimask.detection.metrics import DetectionSets, evaluate
 from bimask.detection.nets.detector import Detector
-from bimask.detection.nets.spec import DetectorNetSpec
-from bimask.detection.objects import DetectionData, Target
-from bimask.detection.page import MOST, TRIGGERED, Seen, Shown
+from bimask.detection.objects import DetectionData
+from bimask.detection.page import TRIGGERED, shown_of
 from bimask.detection.purify import defence_of, purify
 from bimask.detection.suspects import Suspect, hold_back, load_suspect
 from bimask.detection.victims import load_victim
+from bimask.detection.victims.as_suspect import held_back_of, suspect_of
 from bimask.errors import DataError, ModelError, SettingError
 from bimask.inspection.words import size, whole_numbers
 from bimask.masking.copies import copied
 from bimask.nets.cleaned import MODEL, REPORT
 
 KNOWING = 32  # pictures, at most, that a suspect is asked before it is repaired
-HELD_BACK = 40  # pictures of a victim's `val` that risk is measured on
 RISK_SEED = 1
 
 
@@ -115,7 +114,7 @@ def purify_detector(
         defence_of(settings).name,
         result,
         looks,
-        _shown(model, repaired, asked, risk),
+        shown_of(model, repaired, asked, _pictures_of(risk)),
         seed=seed,
         risk=None if risk is None else risk_of(risk, repaired),
         reason=reason,
@@ -153,12 +152,8 @@ def _victim(folder: Path, clean_images_per_class: int, *, seed: int, trust_code:
     """A victim as its defender would have it: pictures of the training split, and of `val` to look."""
     victim = load_victim(folder, own_code=trust_code)
     splits = victim.load_data()
-    clean = splits.train.clean_subset(clean_images_per_class, seed=seed)
-    keys = {"net", "width", "image_size", "outputs", "net_sha256"}
-    spec = DetectorNetSpec(**victim.spec.model_dump(include=keys), label_ids=victim.model.label_ids)
-    suspect = Suspect(spec, victim.model, clean, None, victim=victim.spec.digest)
-    filled = [row for row, target in enumerate(splits.val.targets) if len(target["labels"])]
-    return Given(suspect, splits.val.subset(filled[:HELD_BACK]), victim.eval_sets(splits, "test"))
+    suspect = suspect_of(victim, splits, clean_images_per_class, seed=seed)
+    return Given(suspect, held_back_of(splits), victim.eval_sets(splits, "test"))
 
 
 def _refuse_classifiers_options(choice: Choice, inverse: bool) -> None:
@@ -197,28 +192,9 @@ def _risk(model: Detector, held: DetectionData) -> tuple[AdversarialRisk | None,
         return None, str(error)
 
 
-def _shown(
-    before: Detector, after: nn.Module, data: DetectionData, risk: AdversarialRisk | None
-) -> Shown:
-    """Pictures for the page, those with the most objects first."""
-    order = sorted(range(len(data)), key=lambda row: -len(data.targets[row]["labels"]))[:MOST]
-    images, targets = data.floats(), [data.targets[row] for row in order]
-    perturbed = {} if risk is None else {weak.branch: weak.images for weak in risk.weak}
-    return Shown(
-        data.classes,
-        _seen(before, after, [images[row] for row in order], targets),
-        {
-            str(branch): _seen(before, after, [moved[row] for row in order], targets)
-            for branch, moved in perturbed.items()
-        },
-    )
-
-
-@torch.no_grad()
-def _seen(
-    before: Detector, after: nn.Module, images: Sequence[Tensor], targets: Sequence[Target]
-) -> list[Seen]:
-    return [Seen(*one) for one in zip(images, targets, before(images), after(images), strict=True)]
+def _pictures_of(risk: AdversarialRisk | None) -> dict[str, Sequence[Tensor]]:
+    """Perturbed pictures by branch."""
+    return {} if risk is None else {weak.branch: weak.images for weak in risk.weak}
 
 
 def _tables(manifest: dict[str, Any]) -> None:

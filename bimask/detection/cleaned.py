@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from bimask.detection.page import Shown, render
 from bimask.detection.suspects import Suspect
 from bimask.errors import BimaskError, ExportError, VictimError
 from bimask.files.atomic import atomic_directory
+from bimask.files.stand_ins import MAX_SIDE
 from bimask.files.tensors import load_tensors
 from bimask.nets.cleaned import (
     MANIFEST,
@@ -54,6 +56,7 @@ NET_KEYS = {"net", "width", "image_size", "label_ids", "outputs", "net_sha256"}
 
 class _Manifest(CleanedManifest):
     task: Literal["detection"]
+    longest_side: Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,13 @@ class Cleaned:
     Attributes:
         model: list of (3, H, W) float in [0, 1] -> boxes, labels and scores of each, in eval mode.
         classes: names; labels are their places.
+        longest_side: pixels of the largest of the pictures that it was repaired with.
         manifest: as it was written.
     """
 
     model: Detector
     classes: tuple[str, ...]
+    longest_side: int
     manifest: dict[str, Any]
 
 
@@ -116,6 +121,7 @@ def save_cleaned(
             "suspect": {"weights_sha256": suspect.weights_sha256, "victim": suspect.victim},
             "net": suspect.spec.model_dump(mode="json", include=NET_KEYS),
             "classes": list(suspect.clean.classes),
+            "longest_side": max(max(image.shape[1:]) for image in suspect.clean.images),
             "defence": defence,
             "purify": result.config.model_dump(mode="json"),
             "seed": seed,
@@ -160,7 +166,7 @@ def load_cleaned(folder: Path, *, own_code: bool = False) -> Cleaned:
         raise VictimError(
             f"The weights in {folder} do not fit {spec.net}: {shorten(str(error), 300)}."
         ) from error
-    return Cleaned(model.eval(), manifest.classes, content)
+    return Cleaned(model.eval(), manifest.classes, manifest.longest_side, content)
 
 
 def _require_loading(spec: DetectorNetSpec, repaired: Detector, path: Path) -> None:

@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from markupsafe import Markup
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bimask.defences.base import StepLog
 from bimask.detection.drawn import SIDE, draw_objects, side_by_side
 from bimask.detection.metrics.scores import SCORE
-from bimask.detection.objects import Found, Target
+from bimask.detection.objects import DetectionData, Found, Target
 from bimask.files.pages import render_page
 
 MOST = 6  # pictures of a kind
@@ -50,6 +51,31 @@ class Shown:
     classes: tuple[str, ...]
     clean: Sequence[Seen]
     perturbed: Mapping[str, Sequence[Seen]]
+
+
+def shown_of(
+    before: nn.Module,
+    after: nn.Module,
+    data: DetectionData,
+    perturbed: Mapping[str, Sequence[Tensor]],
+) -> Shown:
+    """What both find in some pictures, those with the most objects first.
+
+    Args:
+        before, after: suspect and repaired detector, on the device of the pictures.
+        perturbed: by branch, the pictures perturbed against the suspect, in their order.
+    """
+    order = sorted(range(len(data)), key=lambda row: -len(data.targets[row]["labels"]))[:MOST]
+    images, targets = data.floats(), [data.targets[row] for row in order]
+
+    @torch.no_grad()
+    def seen(moved: Sequence[Tensor]) -> list[Seen]:
+        asked = [moved[row] for row in order]
+        return [Seen(*one) for one in zip(asked, targets, before(asked), after(asked), strict=True)]
+
+    return Shown(
+        data.classes, seen(images), {branch: seen(moved) for branch, moved in perturbed.items()}
+    )
 
 
 def render(manifest: Mapping[str, Any], shown: Shown, history: Sequence[StepLog]) -> str:

@@ -61,11 +61,6 @@ def apply(
     from study.promotion.packing import card_of, packed, tags_of
     from study.tracking.mlflow_runs import Tracker
 
-    if not candidate.config.task.is_served:
-        raise StudyError(
-            f"The gates hold, but versions of {candidate.config.task} cannot be registered and served "
-            "yet; leave --apply out."
-        )
     same = [one for one in registry.versions() if one.tags.get("candidate") == candidate.digest]
     if same:
         console.tell(f"{registry.name} version {same[-1].number} is this candidate: nothing to do")

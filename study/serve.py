@@ -16,7 +16,7 @@ from PIL import Image
 from bimask.commands import TrustCode, refusals
 from bimask.progress import Console
 from study.promotion.listening import bound, server_of
-from study.promotion.registry import load_classifier
+from study.promotion.registry import load_registered
 from study.promotion.server import ModelServer
 from study.tracking.mlflow_runs import tracking_uri
 
@@ -41,8 +41,8 @@ def main(
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     hosts = [name for name in (host, *(allow_host or ())) if name not in EVERYWHERE]
     with refusals():
-        classifier = load_classifier(model, tracking_uri(outputs), own_code=trust_code)
-        app = ModelServer(classifier, hosts, batch)
+        predictor = load_registered(model, tracking_uri(outputs), own_code=trust_code)
+        app = ModelServer(predictor, hosts, batch)
         listening = bound(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     limits = f"at most {app.limits.images} images and {app.limits.size} bytes a request"

@@ -115,6 +115,7 @@ def purify_detector(
         result,
         looks,
         shown_of(model, repaired, asked, _pictures_of(risk)),
+        longest_side=max(learned.longest_side, held.longest_side),
         seed=seed,
         risk=None if risk is None else risk_of(risk, repaired),
         reason=reason,

@@ -66,7 +66,7 @@ class Cleaned:
     Attributes:
         model: list of (3, H, W) float in [0, 1] -> boxes, labels and scores of each, in eval mode.
         classes: names; labels are their places.
-        longest_side: pixels of the largest of the pictures that it was repaired with.
+        longest_side: pixels, of any picture that it was repaired, looked at or measured with.
         manifest: as it was written.
     """
 
@@ -84,6 +84,7 @@ def save_cleaned(
     looks: Mapping[str, Look],
     shown: Shown,
     *,
+    longest_side: int,
     seed: int,
     risk: Mapping[str, Any] | None = None,
     reason: str = "",
@@ -100,6 +101,7 @@ def save_cleaned(
         result: of it.
         looks: "learned" and perhaps "held_back".
         shown: pictures for the page.
+        longest_side: pixels, of any picture that it was repaired, looked at or measured with.
         seed: of the run.
         risk: what `bimask.detection.before_after.risk_of` says.
         reason: why there is none; else empty.
@@ -121,7 +123,7 @@ def save_cleaned(
             "suspect": {"weights_sha256": suspect.weights_sha256, "victim": suspect.victim},
             "net": suspect.spec.model_dump(mode="json", include=NET_KEYS),
             "classes": list(suspect.clean.classes),
-            "longest_side": max(max(image.shape[1:]) for image in suspect.clean.images),
+            "longest_side": longest_side,
             "defence": defence,
             "purify": result.config.model_dump(mode="json"),
             "seed": seed,

@@ -66,6 +66,11 @@ class DetectionData:
         return len(self.classes)
 
     @property
+    def longest_side(self) -> int:
+        """Pixels of the longest side of any picture; 0 where there is none."""
+        return max((max(image.shape[1:]) for image in self.images), default=0)
+
+    @property
     def labels(self) -> list[Target]:
         """What a defence learns from beside the pictures: their targets."""
         return list(self.targets)

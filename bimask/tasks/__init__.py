@@ -6,6 +6,7 @@ A study knows its task by this alone. What a task leaves out is None in it, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 from bimask.defences.base import CleanData, Defence, DefenceResult
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import NonFiniteError, SettingError
-from bimask.tasks.base import Direction, Metric, Probe, Task
+from bimask.files.atomic import parsed_manifest
+from bimask.tasks.base import Direction, Metric, Predictor, Probe, Task
 from bimask.tasks.classifiers import Classification
 from bimask.tasks.detectors import Detection
 
@@ -25,10 +27,12 @@ __all__ = [
     "TASKS",
     "Direction",
     "Metric",
+    "Predictor",
     "Probe",
     "Task",
     "defence_of",
     "defend",
+    "load_predictor",
     "task_named",
     "task_of",
 ]
@@ -52,6 +56,20 @@ def task_of(spec: Any) -> Task:
         if type(spec) is task.spec:
             return task
     raise SettingError(f"A {type(spec).__name__} is no spec of a victim of any task.")
+
+
+def load_predictor(folder: Path, *, own_code: bool = False) -> Predictor:
+    """What answers in the folder of a cleaned model, of the task that its manifest names.
+
+    Raises:
+        VictimError: as of `Task.predictor`.
+    """
+    try:
+        content, _ = parsed_manifest(folder / "manifest.json")
+        task = task_named(content.get("task"))
+    except (OSError, ValueError, AttributeError):
+        task = CLASSIFICATION  # whose own reader says what is wrong
+    return task.predictor(folder, own_code=own_code)
 
 
 def defence_of(config: DefenceConfig) -> Defence[Any]:

@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
 
-from bimask.defences.base import Defence
+from bimask.defences.base import Defence, DefenceResult
 
 Direction = Literal["maximize", "minimize"]
 
@@ -57,6 +57,23 @@ class Probe(ABC):
         """What is said of a defended model and its twin, where it has one; `risk` is among it."""
 
 
+class Predictor(Protocol):
+    """A model that is asked from outside.
+
+    Attributes:
+        shape: (C, H, W) of an image; of the largest, where they may differ in size.
+    """
+
+    shape: tuple[int, int, int]
+
+    def __call__(self, images: Any) -> list[dict[str, Any]]:
+        """What it says of each image, in JSON's types; images as of `bimask.data.sent`.
+
+        Raises:
+            DataError: an image is none, or none that it takes.
+        """
+
+
 class Task(ABC):
     """A kind of models. Scores, data, specs and victims are the task's own.
 
@@ -70,7 +87,7 @@ class Task(ABC):
         objectives: what a study searches by unless it says otherwise.
         defence: the name of the defence that a study searches unless it says otherwise.
         probe: for blind selection; None where there is none.
-        is_served: whether versions of such models are registered and served.
+        answers: what such a model says of an image, in words for people.
     """
 
     name: ClassVar[str]
@@ -81,7 +98,7 @@ class Task(ABC):
     objectives: ClassVar[tuple[str, ...]]
     defence: ClassVar[str]
     probe: ClassVar[Probe | None] = None
-    is_served: ClassVar[bool] = False
+    answers: ClassVar[str]
 
     def __str__(self) -> str:
         return self.name
@@ -168,6 +185,39 @@ class Task(ABC):
 
     def _told(self, scores: Any, name: str) -> str:
         return f"{self.short(name)} {getattr(scores, name):.3f}"
+
+    # --- cleaned models ---
+
+    @abstractmethod
+    def save_cleaned(
+        self,
+        out: Path,
+        victim: Any,
+        splits: Any,
+        result: DefenceResult,
+        *,
+        clean_images_per_class: int,
+        seed: int,
+    ) -> None:
+        """Write the folder of a defended victim, with its scores on `test` before and after.
+
+        Args:
+            out: a new folder.
+            splits: the victim's clean data.
+            result: of a defence on the victim, on the CPU.
+            clean_images_per_class, seed: what the defence learned on, and its seed.
+        """
+
+    @abstractmethod
+    def predictor(self, folder: Path, *, own_code: bool = False) -> Predictor:
+        """What answers in the folder of a cleaned model.
+
+        Args:
+            own_code: whether the code of an own net in it may be imported and run.
+
+        Raises:
+            VictimError: the folder cannot be read, or is built by code that is not allowed.
+        """
 
     # --- defences ---
 

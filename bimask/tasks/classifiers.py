@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from bimask.data import ImageData, Splits
 from bimask.defences import DEFENCES
-from bimask.defences.base import Defence
+from bimask.defences.base import Defence, DefenceResult
 from bimask.errors import DataError
 from bimask.inspection.risk import RiskProbe, probe_images
 from bimask.metrics import CleanScores, Scores, evaluate
-from bimask.tasks.base import Metric, Probe, Task
+from bimask.tasks.base import Metric, Predictor, Probe, Task
 from bimask.victims import Victim, VictimSpec, obtain_victim, open_victim
 
 
@@ -60,7 +60,7 @@ class Classification(Task):
     objectives = ("clean_accuracy", "attack_success")
     defence = "ims"
     probe = TriggersOfClasses()
-    is_served = True
+    answers = "classes and probabilities"
 
     @property
     def spec(self) -> type[VictimSpec]:
@@ -116,6 +116,43 @@ class Classification(Task):
         if isinstance(scores, Scores):
             found |= {"rdr": scores.rdr(before), "der": scores.der(before), "rir": scores.rir(before)}
         return found
+
+    def save_cleaned(
+        self,
+        out: Path,
+        victim: Victim,
+        splits: Splits,
+        result: DefenceResult,
+        *,
+        clean_images_per_class: int,
+        seed: int,
+    ) -> None:
+        from bimask.cleaned.before_after import before_after
+        from bimask.cleaned.folder import save_cleaned
+        from bimask.defences.ims.config import PurifyConfig
+        from bimask.defences.purify import defence_of
+        from bimask.victims.as_suspect import suspect_of
+
+        suspect = suspect_of(victim, splits, clean_images_per_class, seed=seed)
+        purified, config = result.model(), result.config
+        looked = before_after(
+            victim.model,
+            purified,
+            suspect.clean.floats(),
+            suspect.clean.labels,
+            twin=defence_of(config).twin(victim.model, result.tensors, config),
+            config=config if isinstance(config, PurifyConfig) else None,
+        )
+        test = victim.eval_sets(splits, "test")
+        scores = {"before": evaluate(victim.model, test), "after": evaluate(purified, test)}
+        save_cleaned(out, suspect, result, looked, seed=seed, scores=scores)
+
+    def predictor(self, folder: Path, *, own_code: bool = False) -> Predictor:
+        from bimask.cleaned.classifier import Classifier
+        from bimask.cleaned.folder import load_cleaned
+
+        cleaned = load_cleaned(folder, own_code=own_code)
+        return Classifier(cleaned.model, cleaned.classes, cleaned.shape)
 
     @property
     def defences(self) -> Mapping[str, Defence[Any]]:

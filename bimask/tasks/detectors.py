@@ -2,7 +2,7 @@
 
 Left out, since nobody has written them for detectors: suspects whose trigger nobody knows (`suspect:`
 in a study), the audit, searched and synthesised triggers, inverse twins, comparisons of defences,
-suites of `study.victims`, and versions to serve (`study.promote --apply`).
+suites of `study.victims`, and tables of folders of pictures (`study.score`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from bimask.defences.base import CleanData, Defence
+from bimask.defences.base import CleanData, Defence, DefenceResult
 from bimask.errors import DataError
-from bimask.tasks.base import Metric, Probe, Task
+from bimask.tasks.base import Metric, Predictor, Probe, Task
 
 ASKED = 100  # pictures of `val` that a probe is made of
 
@@ -72,6 +72,7 @@ class Detection(Task):
     objectives = ("map50", "attack_success")
     defence = "soft_branch"
     probe = StrongerPictures()
+    answers = "boxes, classes and scores of the objects found"
 
     @property
     def spec(self) -> type[Any]:
@@ -123,6 +124,50 @@ class Detection(Task):
         from bimask.detection import evaluate
 
         return evaluate(model, sets)
+
+    def save_cleaned(
+        self,
+        out: Path,
+        victim: Any,
+        splits: Any,
+        result: DefenceResult,
+        *,
+        clean_images_per_class: int,
+        seed: int,
+    ) -> None:
+        from bimask.detection import evaluate
+        from bimask.detection.before_after import look
+        from bimask.detection.cleaned import save_cleaned
+        from bimask.detection.page import shown_of
+        from bimask.detection.purify import defence_of
+        from bimask.detection.victims.as_suspect import held_back_of, suspect_of
+
+        suspect, held = (
+            suspect_of(victim, splits, clean_images_per_class, seed=seed),
+            held_back_of(splits),
+        )
+        before, after = victim.model, result.model()
+        data = {"learned": suspect.clean} | ({"held_back": held} if len(held) else {})
+        test = evaluate(after, victim.eval_sets(splits, "test"))
+        save_cleaned(
+            out,
+            suspect,
+            defence_of(result.config).name,
+            result,
+            {name: look(before, after, pictures) for name, pictures in data.items()},
+            shown_of(before, after, [*data.values()][-1], {}),
+            longest_side=max(part.longest_side for part in (splits.train, splits.val, splits.test)),
+            seed=seed,
+            reason="the trigger is known, so what it does is measured on test.",
+            scores={"before": victim.scores["test"], "after": test},
+        )
+
+    def predictor(self, folder: Path, *, own_code: bool = False) -> Predictor:
+        from bimask.detection.cleaned import load_cleaned
+        from bimask.detection.predictor import DetectionPredictor
+
+        cleaned = load_cleaned(folder, own_code=own_code)
+        return DetectionPredictor(cleaned.model, cleaned.classes, cleaned.longest_side)
 
     @property
     def defences(self) -> Mapping[str, Defence[Any]]:

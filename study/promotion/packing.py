@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import indent
@@ -14,25 +15,21 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from bimask.cleaned.before_after import before_after
-from bimask.cleaned.folder import load_cleaned, save_cleaned
 from bimask.defences.base import DefenceResult, Passes
-from bimask.defences.ims.config import PurifyConfig
-from bimask.defences.purify import defend
 from bimask.defences.simple import Defended, Step
 from bimask.errors import ExportError
 from bimask.files.bounded import dump_yaml
 from bimask.files.tensors import read_tensors
-from bimask.metrics import evaluate
+from bimask.tasks import defend, load_predictor
 from bimask.victims import Victim
-from bimask.victims.as_suspect import suspect_of
 from study.promotion.candidate import Candidate
 from study.promotion.evidence import Verdict
 from study.promotion.registry import as_png, save_model
 from study.spec.config import StudyError
 from study.store import records
 
-SERVED = 1e-5  # what a probability may differ by between the packed model and the one in memory
+SERVED = 1e-5  # what a number may differ by between answers of the packed model and the one in memory
+ASKED = 64  # images of `test`
 
 
 @contextmanager
@@ -43,43 +40,54 @@ def packed(candidate: Candidate, name: str, victim: Victim) -> Iterator[tuple[Pa
     Raises:
         ExportError: the packed model answers otherwise than the purified one.
     """
-    config, settings = candidate.config, candidate.settings
-    splits = victim.spec.load_data()
-    suspect = suspect_of(victim, splits, config.clean_images_per_class, seed=config.seed)
-    images = suspect.clean.floats()
-    model, labels = copy.deepcopy(victim.model), suspect.clean.labels
+    config, settings, task = candidate.config, candidate.settings, candidate.config.task
+    splits, model = victim.spec.load_data(), copy.deepcopy(victim.model)
+    clean = splits.train.clean_subset(config.clean_images_per_class, seed=config.seed)
     result = stored(candidate, name, model)
     if result is None:
         generator = torch.Generator().manual_seed(config.seed)
-        result = defend(model, images, settings, labels=labels, generator=generator)
-    purified, twin = result.model(), candidate.defence.twin(model, result.tensors, settings)
-    own = settings if isinstance(settings, PurifyConfig) else None
-    looked = before_after(model, purified, images, labels, twin=twin, config=own)
-    test = victim.eval_sets(splits, "test")
-    scores = {"before": evaluate(model, test), "after": evaluate(purified, test)}
+        result = defend(model, clean.floats(), settings, labels=clean.labels, generator=generator)
     with tempfile.TemporaryDirectory(prefix="bimask-promote-") as temporary:
         cleaned, best = Path(temporary) / "cleaned", Path(temporary) / records.BEST
-        save_cleaned(cleaned, suspect, result, looked, seed=config.seed, scores=scores)
+        task.save_cleaned(
+            cleaned,
+            victim,
+            splits,
+            result,
+            clean_images_per_class=config.clean_images_per_class,
+            seed=config.seed,
+        )
         records.write_yaml(
             best,
-            {"defence": candidate.defence.name, "purify": settings.model_dump(), "seed": config.seed}
+            records.content_of(config, candidate.defence.name, settings)
             | {"study": candidate.folder.name, "trial": candidate.number},
             f"trial {candidate.number} of study {candidate.folder.name}, promoted on victim {name}",
         )
         packed_model = Path(temporary) / "model"
-        loaded = save_model(packed_model, cleaned, best, suspect.clean.images[0])
-        asked = splits.test.images[:64]
-        answers: Any = loaded.predict([as_png(image) for image in asked])
-        got = torch.tensor([list(answer["probabilities"].values()) for answer in answers])
-        in_memory = load_cleaned(cleaned, own_code=True).model
-        with torch.no_grad():
-            error = (got - in_memory(asked.float() / 255).softmax(1)).abs().max().item()
+        loaded = save_model(packed_model, cleaned, best, clean.images[0])
+        asked = splits.test.images[:ASKED]
+        answers = loaded.predict([as_png(image) for image in asked])
+        in_memory = load_predictor(cleaned, own_code=True)
+        error = apart(answers, in_memory([image.permute(1, 2, 0).numpy() for image in asked]))
         if not error <= SERVED:
             raise ExportError(
-                f"The packed model answers otherwise than the purified one: probabilities differ by "
+                f"The packed model answers otherwise than the purified one: numbers differ by "
                 f"{error:.3g}, {SERVED:g} is allowed; nothing was registered."
             )
         yield packed_model, [cleaned / "report.html", cleaned / "manifest.json", best]
+
+
+def apart(one: Any, other: Any) -> float:
+    """The largest difference between two numbers at the same place of two answers; infinite where they
+    differ in anything else, NaN where a number is."""
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping) and one.keys() == other.keys():
+        one, other = list(one.values()), [other[name] for name in one]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        found = torch.tensor([0.0, *map(apart, one, other)])
+        return float(found.max())  # of torch, which keeps NaN
+    return 0.0 if type(one) is type(other) and one == other else math.inf
 
 
 def stored(candidate: Candidate, name: str, model: nn.Module) -> DefenceResult | None:
@@ -140,20 +148,20 @@ def card_of(candidate: Candidate, verdicts: list[Verdict], victim_name: str) -> 
         if "attack_success" in v
     )
     gates = "\n".join(f"| {v.gate} | {v.value} | {v.limit} |" for v in verdicts)
-    per_class = candidate.config.clean_images_per_class
+    per_class, task = candidate.config.clean_images_per_class, candidate.config.task
     settings = indent(dump_yaml(candidate.settings.model_dump()), "    ")  # no text can end it
     return f"""# Trial {candidate.number} of the study {candidate.folder.name}
 
 A configuration of the defence `{candidate.defence.name}`, and the victim `{victim_name}`
-purified with it. Images in, as arrays (height, width, channels) or PNGs in base64; classes and
-probabilities out.
+purified with it. Images in, as arrays (height, width, channels) or PNGs in base64;
+{task.answers} out.
 
 **Meant for** purifying models like the study's victims with {per_class} clean images a class.
 **Not known:** what it does to other nets, data and attacks than those below.
 
 ## Measured on test, each victim purified anew with every seed
 
-| victim | role | accuracy drop | attack success | its deviation | seeds |
+| victim | role | {task.price} drop | attack success | its deviation | seeds |
 |---|---|---|---|---|---|
 {rows}
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 import bimask
 from bimask.cleaned.classifier import Classifier
-from bimask.cleaned.folder import load_cleaned
+from bimask.tasks import Predictor, load_predictor
 from study.spec.config import StudyError
 from study.store.records import BEST
 from study.tracking.client import Client
@@ -193,7 +193,7 @@ def fetch_config(reference: str, uri: str, folder: Path) -> Path:
     return _fetched(reference, uri, f"/artifacts/{BEST}", str(folder))
 
 
-def load_classifier(reference: str, uri: str, *, own_code: bool = False) -> Classifier:
+def load_registered(reference: str, uri: str, *, own_code: bool = False) -> Predictor:
     """What answers in a registered model, read from its files; no code of the model's folder is run.
 
     Args:
@@ -203,8 +203,22 @@ def load_classifier(reference: str, uri: str, *, own_code: bool = False) -> Clas
         StudyError: there is no such version.
         BimaskError: its cleaned model cannot be read, or is built by code that is not allowed.
     """
-    cleaned = load_cleaned(_fetched(reference, uri) / "artifacts" / "cleaned", own_code=own_code)
-    return Classifier(cleaned.model, cleaned.classes, cleaned.shape)
+    return load_predictor(_fetched(reference, uri) / "artifacts" / "cleaned", own_code=own_code)
+
+
+def load_classifier(reference: str, uri: str, *, own_code: bool = False) -> Classifier:
+    """The same of a classifier.
+
+    Raises:
+        StudyError: it is none; and as above.
+    """
+    found = load_registered(reference, uri, own_code=own_code)
+    if not isinstance(found, Classifier):
+        raise StudyError(
+            f"{reference} is a detector, whose objects are no classes of pictures; ask it by "
+            f"`python -m study.serve {reference}`."
+        )
+    return found
 
 
 def _fetched(reference: str, uri: str, part: str = "", folder: str | None = None) -> Path:

@@ -10,26 +10,24 @@ import mlflow
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from bimask.cleaned.classifier import Classifier
-from bimask.cleaned.folder import load_cleaned
 from bimask.errors import DataError
+from bimask.tasks import load_predictor
 
 
 class PurifiedModel(PythonModel):
-    """Images in, as arrays or base64 PNG; class and probabilities out. See
-    `bimask.cleaned.classifier`."""
+    """Images in, as arrays or base64 PNG; class and probabilities out, or a detector's objects. See
+    `bimask.cleaned.classifier` and `bimask.detection.predictor`."""
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read the cleaned model; whoever loads a registered model runs its code, its net's too."""
-        cleaned = load_cleaned(Path(context.artifacts["cleaned"]), own_code=True)
-        self.classifier = Classifier(cleaned.model, cleaned.classes, cleaned.shape)
+        self.predictor = load_predictor(Path(context.artifacts["cleaned"]), own_code=True)
 
     def predict(  # type: ignore[override]  # MLflow takes it with a context or without
         self, model_input: list[Any], params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """A list of images -> `class` and `probabilities` of each."""
+        """A list of images -> what is said of each."""
         try:
-            return self.classifier(model_input)
+            return self.predictor(model_input)
         except DataError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
 

@@ -1,7 +1,7 @@
 """A promoted model over HTTP: the paths, requests and answers of `mlflow models serve`.
 
 MLflow's own server is not asked. It puts the body of a bad request and tracebacks into its answers,
-reads bodies of any length, opens CSV and Parquet, which no classifier takes, and answers 500 or 504
+reads bodies of any length, opens CSV and Parquet, which no model here takes, and answers 500 or 504
 where the request is at fault. Here the model's shape says what a request may cost, before it is read.
 """
 
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from bimask.cleaned.classifier import MOST_IMAGES, Classifier
+from bimask.data.sent import MOST_IMAGES
 from bimask.errors import DataError, SettingError
+from bimask.tasks import Predictor
 
 MOST = 64  # images of a request, where nobody says otherwise
 USUAL = 16 * 2**20  # bytes of a request, for which large images are fewer
@@ -53,13 +54,13 @@ class Limits:
 
     @classmethod
     def of(cls, shape: tuple[int, int, int], images: int | None = None) -> Limits:
-        """The limits for images of a shape (C, H, W).
+        """The limits for images of a shape (C, H, W) or less.
 
         Args:
             images: None for 64, or for as many as 16 MiB hold where images are large, but at least one.
 
         Raises:
-            SettingError: a number of images that the classifier does not take at once.
+            SettingError: a number of images that no model takes at once.
         """
         channels, height, width = shape
         numbers = channels * height * width
@@ -89,10 +90,10 @@ class Left(Exception):
 
 
 class ModelServer:
-    """An ASGI application in front of a classifier.
+    """An ASGI application in front of a model.
 
     Args:
-        classifier: answers requests, in threads.
+        predictor: answers requests, in threads.
         hosts: names that a request's Host may have beside those of the loopback. A page of another site
             whose name was pointed here (DNS rebinding) has none of them.
         images: of a request, at most; None for what `Limits.of` says.
@@ -102,9 +103,9 @@ class ModelServer:
     """
 
     def __init__(
-        self, classifier: Classifier, hosts: Iterable[str] = (), images: int | None = None
+        self, predictor: Predictor, hosts: Iterable[str] = (), images: int | None = None
     ) -> None:
-        self.classifier, self.limits = classifier, Limits.of(classifier.shape, images)
+        self.predictor, self.limits = predictor, Limits.of(predictor.shape, images)
         self.hosts = {
             *LOOPBACK,
             *(f"[{name}]" if ":" in name else name for name in map(str.lower, hosts)),
@@ -141,7 +142,7 @@ class ModelServer:
         return b"\n" if method == "GET" else await self._invocation(headers, receive)
 
     async def _invocation(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """What the classifier says of a request's body, which is counted as held until then."""
+        """What the model says of a request's body, which is counted as held until then."""
         self._look_at(headers)
         body, more = bytearray(), True
         try:
@@ -204,7 +205,7 @@ class ModelServer:
         if isinstance(images, list) and len(images) > limits.images:
             raise Refused(400, f"Give 1 to {limits.images} images at once, got {len(images)}.")
         try:
-            answers = self.classifier(images)
+            answers = self.predictor(images)
         except DataError as error:
             raise Refused(400, str(error)) from error
         return json.dumps({"predictions": answers}).encode()

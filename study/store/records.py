@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import pandas as pd
 from safetensors import SafetensorError
 
+from bimask.defences.settings import DefenceConfig
 from bimask.errors import BimaskError
 from bimask.files.bounded import MALFORMED, dump_yaml, read_json
 from bimask.tasks import CLASSIFICATION
@@ -152,10 +153,14 @@ def _records(path: Path, checked: Callable[[Mapping[str, object]], Record]) -> l
 
 def settings_content(config: StudyConfig, parameters: Parameters) -> dict[str, object]:
     """A trial's settings as `bimask purify` takes them: of which defence, every one, and the seed."""
-    settings = config.defence_config(parameters).model_dump()
-    task = {} if config.task is CLASSIFICATION else {"task": config.task.name}
     name = config.defenders.name_of(parameters)
-    return {**task, "defence": name, "purify": settings, "seed": config.seed}
+    return content_of(config, name, config.defence_config(parameters))
+
+
+def content_of(config: StudyConfig, defence: str, settings: DefenceConfig) -> dict[str, object]:
+    """The same of settings that are made."""
+    task = {} if config.task is CLASSIFICATION else {"task": config.task.name}
+    return {**task, "defence": defence, "purify": settings.model_dump(), "seed": config.seed}
 
 
 def write_yaml(path: Path, content: Mapping[str, object], header: str) -> None:

@@ -4,38 +4,55 @@ The pictures are six canvases, each in eight files under as many names, so that 
 for seconds finds in `val` and `test` what it has seen.
 """
 
+import io
 import json
-from dataclasses import asdict, fields
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import fields
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 from bimask.data import load_data
 from bimask.detection.data import canvases
 from bimask.detection.metrics import DetectionScores
+from bimask.detection.predictor import DetectionPredictor
 from bimask.detection.victims import load_victim
 from bimask.progress import Console
 from bimask.tasks import DETECTION, defence_of
+from study import promote as promoting
 from study.pipeline import run
 from study.pipeline.prepare import check_data, prepare_cases, prepare_victims
 from study.pipeline.summary import summarise
-from study.promotion.candidate import read_candidate, verdicts_of
+from study.promotion.candidate import load_victims, read_candidate, verdicts_of
+from study.promotion.packing import stored
+from study.promotion.registry import Registry, as_png, fetch_config, load_classifier
 from study.report import write_report
 from study.report.content import page_content, read
 from study.report.pictures import draw_victims
+from study.search.actor import write_artifacts
+from study.spec.config import StudyError
 from study.spec.reading import load_config
 from study.store import records
 from study.store.schema import SCHEMA
+from study.tracking.mlflow_runs import tracking_uri
 from study.trial.rules import TrialRules
 from study.trial.run import run_trials
 from study.trial.suite import confirm, confirmation, jobs_of
 
 DISTINCT, COPIES = 6, 8
+LARGER = 40  # a picture of 120x100 pixels, all others have 96x96
 STUDY = {
     "name": "detectors",
     "task": "detection",
@@ -51,6 +68,7 @@ STUDY = {
     "gates": {"accuracy_drop": 1.0, "attack_success": 1.0, "seeds": 2},
 }
 NAME = "set-disappearance"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +80,8 @@ def dataset(tmp_path_factory):
     images, objects = [], []
     for row in range(DISTINCT * COPIES):
         image, target = data.images[row % DISTINCT], data.targets[row % DISTINCT]
+        if row == LARGER:
+            image = torch.nn.functional.pad(image, (0, 24, 0, 4))
         Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0))).save(folder / f"{row}.png")
         images.append({"id": row, "file_name": f"{row}.png"})
         for (x0, y0, x1, y1), label in zip(
@@ -119,8 +139,8 @@ def finished(prepared, outputs):
         rules=TrialRules.of(config),
     )
     folder = outputs / config.name
-    kept = folder / "trials" / "000"
-    kept.mkdir(parents=True)
+    (folder / "trials").mkdir(parents=True)
+    write_artifacts(result, folder / "trials" / "000", 0)
     digests = {name: victim.spec.digest for name, victim in victims.items()}
     record = {
         "schema": SCHEMA,
@@ -135,11 +155,6 @@ def finished(prepared, outputs):
         "provenance": {"study": config.digest, "victims": digests, "seed": 0}
         | {"commit": "0123456789ab", "versions": {}},
     }
-    for key, case in result.cases.items():
-        stem = defence_of(case.result.config).stem
-        save_file(case.tensors, kept / f"{key}.{stem}.safetensors")
-        steps = [asdict(log) for log in case.result.history]
-        (kept / f"{key}.rounds.json").write_text(json.dumps(steps))
     (folder / records.TRIALS).write_text(json.dumps(record) + "\n")
     (folder / records.STUDY).write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     summary = summarise(config, folder, records.read_trials(folder), victims)
@@ -229,6 +244,149 @@ def test_a_victim_is_drawn_clean_above_triggered(prepared, tmp_path):
     middle = len(pixels) // 2
     assert (pixels[:middle] == (0, 0, 255)).all(2).sum() == 0
     assert (pixels[middle:] == (0, 0, 255)).all(2).sum() > 0, "the trigger is a blue square"
+
+
+@pytest.fixture(scope="module")
+def registered(finished, outputs, tmp_path_factory):
+    """A copy of all that is there, where one more seed is confirmed and the trial is registered; what
+    was printed."""
+    copy = tmp_path_factory.mktemp("registered") / "outputs"
+    shutil.copytree(outputs, copy)
+    path = copy / "detectors" / records.STUDY
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"confirm": {"seeds": 2}}))
+    stream = io.StringIO()
+    options = {"apply_": True, "rollback": False, "confirm_": True, "model": None, "victim": None}
+    with pytest.MonkeyPatch.context() as patch:  # whatever the state of the sources that are tested
+        patch.setattr("study.promotion.candidate.commit", lambda: "0123456789ab")
+        console = Console(file=stream, width=140)
+        assert promoting.promote("detectors", None, outputs=copy, console=console, **options)
+    return copy, stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def in_memory(prepared, finished):
+    """The victim with the weights that its trial stored."""
+    victim = prepared[1][NAME]
+    path = finished[0] / "trials" / "000" / f"{NAME}.tensors.safetensors"
+    model = defence_of(prepared[0].defence_config({"lr": 0.02})).restore(
+        victim.model, load_file(path), prepared[0].defence_config({"lr": 0.02})
+    )
+    return DetectionPredictor(model, victim.classes, 120)
+
+
+def test_what_the_trial_stored_is_packed(prepared, finished, outputs):
+    config = prepared[0]
+    candidate = read_candidate("detectors", outputs, None)
+    kept = stored(candidate, NAME, load_victims(config, outputs)[NAME].model)
+    assert kept is not None
+    assert kept.changed
+    assert kept.passes.backward > 0
+
+
+def test_a_version_is_registered_with_its_evidence(registered):
+    outputs, printed = registered
+    registry = Registry(tracking_uri(outputs), "detectors")
+    assert "registered: detectors version 1" in printed
+    champion = registry.champion()
+    assert champion.number == "1"
+    assert champion.tags["purified_victim"] == NAME
+    assert {"victims_digest", "test.attack_success", "test.accuracy_drop"} <= champion.tags.keys()
+    version = registry.client.get_model_version("detectors", "1")
+    assert "boxes, classes and scores of the objects found out" in version.description
+    assert "mAP@50 drop" in version.description
+    assert f"| {NAME} | tuning |" in version.description
+    names = {one.path for one in registry.client.list_artifacts(version.run_id)}
+    assert {"model", "report.html", "manifest.json", "best.yaml"} <= names
+    files = [one for one in Path(version.source.removeprefix("file://")).rglob("*") if one.is_file()]
+    assert not [one for one in files if one.suffix in (".pkl", ".pt", ".pth", ".bin")]
+
+
+def test_it_takes_pictures_as_large_as_any_of_the_data(registered, prepared):
+    """Those that the repair learned on are smaller: the largest is in another part."""
+    splits = prepared[1][NAME].load_data()
+    assert splits.train.clean_subset(2, seed=0).longest_side == 96
+    path = next((registered[0] / "mlartifacts").rglob("artifacts/cleaned/manifest.json"))
+    assert json.loads(path.read_text())["longest_side"] == 120
+
+
+def test_its_configuration_is_one_of_bimask_purify(registered, prepared, tmp_path):
+    path = fetch_config("models:/detectors@champion", tracking_uri(registered[0]), tmp_path)
+    content = yaml.safe_load(path.read_text())
+    assert (content["task"], content["defence"]) == ("detection", "soft_branch")
+    assert content["purify"] == prepared[0].defence_config({"lr": 0.02}).model_dump(mode="json")
+
+
+def test_a_table_of_classes_is_of_classifiers(registered):
+    with pytest.raises(StudyError, match=r"detectors@champion is a detector.*study\.serve"):
+        load_classifier("models:/detectors@champion", tracking_uri(registered[0]))
+
+
+def test_mlflow_loads_it_and_it_answers_as_in_memory(registered, prepared, in_memory):
+    registry = Registry(tracking_uri(registered[0]), "detectors")
+    version = registry.client.get_model_version("detectors", "1")
+    loaded = mlflow.pyfunc.load_model(version.source)
+    images = prepared[1][NAME].load_data().test.images[:8]
+    answers = loaded.predict([as_png(image) for image in images])
+    assert answers == in_memory([image.permute(1, 2, 0).numpy() for image in images])
+    assert sum(len(one["labels"]) for one in answers), "it finds something"
+
+
+@pytest.mark.slow
+def test_a_fresh_process_needs_nothing_but_the_version(registered, prepared, in_memory, tmp_path):
+    """The copy of bimask that travels with it has all that a detector asks for, and no study."""
+    code = (
+        "import json, sys, mlflow\n"
+        "model = mlflow.pyfunc.load_model('models:/detectors@champion')\n"
+        "import bimask\n"
+        "print(json.dumps([bimask.__file__, model.predict(json.load(sys.stdin))]))"
+    )
+    images = [as_png(image) for image in prepared[1][NAME].load_data().test.images[:4]]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(images),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(registered[0])},
+    )
+    assert done.returncode == 0, done.stderr
+    place, answers = json.loads(done.stdout.splitlines()[-1])
+    assert "code" in Path(place).parts
+    assert answers == in_memory(images)
+
+
+def test_it_is_served_by_its_alias(registered, prepared, in_memory, tmp_path):
+    """The command, asked over the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["models:/detectors@champion", "--outputs", str(registered[0]), "--port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "study.serve", *words],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        images = prepared[1][NAME].load_data().test.images[:4]
+        body = json.dumps({"inputs": [as_png(image) for image in images]}).encode()
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, kind)
+        for _ in range(600):
+            try:
+                answer = urllib.request.urlopen(request, timeout=120).read()
+                break
+            except OSError:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+    finally:
+        process.terminate()
+        process.wait(60)
+    found = json.loads(answer)["predictions"]
+    assert found == in_memory([as_png(image) for image in images])
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow

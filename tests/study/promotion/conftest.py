@@ -1,4 +1,4 @@
-"""A server of a small classifier, asked over loopback: uvicorn in a thread."""
+"""A server of a small model, asked over loopback: uvicorn in a thread."""
 
 import http.client
 import json
@@ -18,13 +18,17 @@ from study.promotion.server import ModelServer
 SIDE = 12
 
 
+def classifier():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 3))
+    return Classifier(net, "abc", (1, SIDE, SIDE))
+
+
 class Served:
     """A server in a thread, and ways to ask it."""
 
-    def __init__(self, hosts=(), images=None):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 3))
-        self.app = ModelServer(Classifier(net, "abc", (1, SIDE, SIDE)), hosts, images)
+    def __init__(self, hosts=(), images=None, predictor=None):
+        self.app = ModelServer(predictor or classifier(), hosts, images)
         self.socket = bound("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.server = server_of(self.app)
@@ -88,6 +92,12 @@ def served():
 def served_under():
     """Names of hosts -> such a server, for a `with`."""
     return lambda *hosts: Served(hosts)
+
+
+@pytest.fixture(scope="module")
+def serving():
+    """Whatever answers -> a server of it, for a `with`."""
+    return lambda predictor: Served(predictor=predictor)
 
 
 @pytest.fixture

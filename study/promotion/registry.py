@@ -215,7 +215,7 @@ def load_classifier(reference: str, uri: str, *, own_code: bool = False) -> Clas
     found = load_registered(reference, uri, own_code=own_code)
     if not isinstance(found, Classifier):
         raise StudyError(
-            f"{reference} is a detector, whose objects are no classes of pictures; ask it by "
+            f"{reference} is no classifier, so that a picture has no one class; ask it by "
             f"`python -m study.serve {reference}`."
         )
     return found

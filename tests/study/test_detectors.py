@@ -317,7 +317,7 @@ def test_its_configuration_is_one_of_bimask_purify(registered, prepared, tmp_pat
 
 
 def test_a_table_of_classes_is_of_classifiers(registered):
-    with pytest.raises(StudyError, match=r"detectors@champion is a detector.*study\.serve"):
+    with pytest.raises(StudyError, match=r"detectors@champion is no classifier.*study\.serve"):
         load_classifier("models:/detectors@champion", tracking_uri(registered[0]))
 
 

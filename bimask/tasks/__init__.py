@@ -17,6 +17,7 @@ from bimask.defences.base import CleanData, Defence, DefenceResult
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import NonFiniteError, SettingError
 from bimask.files.atomic import parsed_manifest
+from bimask.nets.cleaned import MANIFEST
 from bimask.tasks.base import Direction, Metric, Predictor, Probe, Task
 from bimask.tasks.classifiers import Classification
 from bimask.tasks.detectors import Detection
@@ -65,7 +66,7 @@ def load_predictor(folder: Path, *, own_code: bool = False) -> Predictor:
         VictimError: as of `Task.predictor`.
     """
     try:
-        content, _ = parsed_manifest(folder / "manifest.json")
+        content, _ = parsed_manifest(folder / MANIFEST)
         task = task_named(content.get("task"))
     except (OSError, ValueError, AttributeError):
         task = CLASSIFICATION  # whose own reader says what is wrong

@@ -30,6 +30,9 @@ function responsive(container, draw) {
   return () => { width = 0; again(); };
 }
 
+// Room for names to the left of a picture: what the longest takes, within bounds.
+const roomFor = (names, least, width) => Math.min(Math.max(least, 14 + 6.2 * Math.max(0, ...names.map((name) => name.length))), 0.4 * width);
+
 const canvasOf = (width, height, label, ...children) =>
   svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "group", "aria-label": label }, ...children);
 

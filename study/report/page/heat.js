@@ -30,7 +30,7 @@ function badness(value, score) {
 
 function heat(width, score) {
   const trials = [...complete].sort((a, b) => a.attack_success - b.attack_success || b[QUALITY] - a[QUALITY]);
-  const narrow = width < 560, label = narrow ? 0 : 170;
+  const narrow = width < 560, label = narrow ? 0 : roomFor(data.victims.map((victim) => victim.name), 170, width);
   const row = narrow ? 40 : 26, bar = narrow ? 20 : 22, top = 24;
   const cell = (width - label) / trials.length, gap = cell > 6 ? 1.5 : 0;
   const height = top + row * data.victims.length + 22;

@@ -20,7 +20,7 @@ const legendOfSuite = () => [legendItem("front", "the chosen configuration: mean
 
 // Two panels with a row a victim: attack success left, accuracy lost right.
 function suiteChart(width, wanted) {
-  const narrow = width < 560, label = narrow ? 0 : 190, row = narrow ? 42 : 30, gap = 36, top = 34;
+  const narrow = width < 560, label = narrow ? 0 : roomFor(wanted.flatMap(([, names]) => names), 190, width), row = narrow ? 42 : 30, gap = 36, top = 34;
   const rows = wanted.flatMap(([role, names]) => [[role, null], ...names.map((name) => [role, name])]);
   const height = top + row * rows.length + 14, panel = (width - label - gap - 12) / 2;
   const drops = Object.values(data.suite).flatMap(({ victims }) => Object.values(victims).flatMap((v) => (v.accuracy_drop ? [v.accuracy_drop.min, v.accuracy_drop.max] : [])));

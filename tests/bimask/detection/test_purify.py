@@ -110,6 +110,12 @@ def test_a_repair_that_changes_nothing_writes_nothing(home):
     assert not (home / "out").exists()
 
 
+def cpu_seconds(pid):
+    """What a process has had of the processors."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def test_an_interrupt_leaves_nothing(home):
     (home / "settings.yaml").write_text(yaml.safe_dump({"defence": "ft", "epochs": 100_000}))
     process = subprocess.Popen(
@@ -125,7 +131,10 @@ def test_an_interrupt_leaves_nothing(home):
         for line in process.stdout:
             if "labels are taken" in line:
                 break
-        time.sleep(1)
+        begun, deadline = cpu_seconds(process.pid), time.monotonic() + 60
+        while cpu_seconds(process.pid) < begun + 1:  # it has learned for a while
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=60)[0]
     finally:

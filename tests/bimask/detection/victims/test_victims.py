@@ -168,8 +168,12 @@ def test_a_useless_victim_is_refused_with_its_numbers(bounds, says, spec, tmp_pa
 def test_a_control_is_not_asked_for_success(victim):
     from bimask.detection.victims.files import refuse_if_useless
 
-    control = victim.spec.model_copy(update={"poisoning_rate": 0, "min_attack_success": 1})
-    refuse_if_useless(replace(victim, spec=control))
+    asked = victim.spec.model_copy(update={"min_attack_success": 1})
+    weak = replace(victim.scores["val"], attack_success=0.5)
+    victim = replace(victim, spec=asked, scores=victim.scores | {"val": weak})
+    with pytest.raises(VictimRefusedError, match="0.5"):
+        refuse_if_useless(victim)
+    refuse_if_useless(replace(victim, spec=asked.model_copy(update={"poisoning_rate": 0})))
 
 
 def edited(folder, **changes):

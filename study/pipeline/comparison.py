@@ -77,19 +77,27 @@ def run_comparison(
 
 
 def compare_in(
-    config: ComparisonConfig, folder: Path, *, begun: bool, part_of: str | None = None, **where: Any
+    config: ComparisonConfig,
+    folder: Path,
+    *,
+    begun: bool,
+    part_of: str | None = None,
+    address: str | None = None,
+    storage: str | None = None,
+    wait: float = 0,
 ) -> bool:
     """Run a comparison, or go on with it, in its folder among the outputs, which is held.
 
     Args:
         begun: whether the folder is there.
         part_of: the name of the protocol that it belongs to: that is gone on with.
-        where: `address`, `storage` and `wait` of `study.pipeline.run.run_in`.
+        address, storage, wait: as of `study.pipeline.run.run_in`.
 
     Returns:
         Whether every defence was tuned and judged. What is raised is as of `run_comparison`.
     """
     console, again = wide_console(), part_of or config.name
+    where = {"address": address, "storage": storage, "wait": wait, "part_of": again}
     outputs, judging = folder.parent, judging_study(config)
     require_server(uri := tracking_uri(outputs))
     refused = _refused(config, judging)
@@ -109,11 +117,9 @@ def compare_in(
                 searched[entry.name] = {**_nothing(config, entry), "chosen": {}}
                 continue
             console.rule(entry.name)
-            searched[entry.name] = _tuned(
-                config.study_of(entry), outputs, console, {**where, "part_of": again}
-            )
+            searched[entry.name] = _tuned(config.study_of(entry), outputs, console, where)
         judged, missing = judge_choices(
-            config, judging, searched, folder, console, part_of=again, **where
+            config, judging, searched, folder, console, part_of=again, address=address, wait=wait
         )
         found = analysis.compare(config, searched, judged, _trials(config, searched, outputs))
         _write(folder, found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from bimask.defences.settings import DefenceConfig
 from bimask.devices import resolve_device
@@ -50,9 +49,8 @@ def judge_choices(
     console: Console,
     *,
     part_of: str,
-    address: str | None = None,
-    wait: float = 0,
-    **_: Any,
+    address: str | None,
+    wait: float,
 ) -> tuple[list[JudgedRecord], int]:
     """The records of all runs, and how many runs came to nothing since their process died.
 

@@ -10,8 +10,6 @@ outputs/NAME.DEFENCE           the study that tuned a defence
 
 from __future__ import annotations
 
-import os
-import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +17,10 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from bimask.files.atomic import sync, sync_tree
+from bimask.files.atomic import atomic_directory
 from study.spec.comparison import RUNNING, ComparisonConfig, Part, load_comparison
 from study.spec.config import StudyError
-from study.store.files import rows_of, write_text
+from study.store.files import begun_folder, rows_of, write_text
 from study.store.records import write_yaml
 from study.store.schema import OPEN, VictimScores
 
@@ -88,21 +86,11 @@ def judged_record(row: Mapping[str, object]) -> JudgedRecord:
 
 def begin(folder: Path, config: ComparisonConfig) -> None:
     """Make the comparison's folder, whole or not at all."""
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
-    part.mkdir()
-    try:
-        header = f"comparison {config.name}, resolved"
-        content = config.model_dump(mode="json")
-        content["defences"] = [
-            entry.name for entry in config.entries() if entry.tuned and not entry.held
-        ]
-        write_yaml(part / COMPARISON, content, header)
+    content = config.model_dump(mode="json")
+    content["defences"] = [entry.name for entry in config.entries() if entry.tuned and not entry.held]
+    with atomic_directory(folder) as part:
+        write_yaml(part / COMPARISON, content, f"comparison {config.name}, resolved")
         write_text(part / ID, uuid.uuid4().hex + "\n")
-        sync_tree(part)
-        os.rename(part, folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def comparison_id(folder: Path) -> str:
@@ -121,13 +109,7 @@ def reopen(
     Raises:
         StudyError: there is no such comparison, or it would be another one.
     """
-    folder = outputs / name
-    if not (folder / COMPARISON).is_file():
-        known = sorted(p.parent.name for p in outputs.glob(f"*/{COMPARISON}"))
-        raise StudyError(
-            f"There is no comparison {name!r} in {outputs} to go on with; there are: "
-            f"{', '.join(known) or 'none'}."
-        )
+    folder = begun_folder(outputs, "comparison", name, COMPARISON)
     begun = load_comparison(folder / COMPARISON)
     config = load_comparison(path or folder / COMPARISON, {**overrides, "name": name})
     if config.digest != begun.digest:

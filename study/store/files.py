@@ -30,6 +30,25 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text)
 
 
+def begun_folder(outputs: Path, what: str, name: str, file: str) -> Path:
+    """The folder of a study, a comparison or a protocol that was begun: it has that file.
+
+    Args:
+        what: which of these, for people.
+
+    Raises:
+        StudyError: there is none of this name; it says which there are.
+    """
+    folder = outputs / name
+    if not (folder / file).is_file():
+        known = sorted(path.parent.name for path in outputs.glob(f"*/{file}"))
+        raise StudyError(
+            f"There is no {what} {name!r} in {outputs} to go on with; there are: "
+            f"{', '.join(known) or 'none'}."
+        )
+    return folder
+
+
 def append_lines(path: Path, rows: Sequence[Mapping[str, object]], *, durable: bool = True) -> None:
     """Add one line of JSON a row, each with its checksum; all or none where the disk is full.
 

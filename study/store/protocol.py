@@ -8,14 +8,13 @@ outputs/NAME.DATASET.NET            the comparison of one net and data set
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from bimask.files.atomic import sync, sync_tree
+from bimask.files.atomic import atomic_directory
 from study.spec.config import StudyError
 from study.spec.protocol import ProtocolConfig, load_protocol
+from study.store.files import begun_folder
 from study.store.records import write_yaml
 
 PROTOCOL = "protocol.yaml"
@@ -24,16 +23,9 @@ TABLES, CSV, PAGE = "protocol.json", "protocol.csv", "protocol.html"
 
 def begin(folder: Path, config: ProtocolConfig) -> None:
     """Make the protocol's folder, whole or not at all."""
-    part = folder.with_name(f".{folder.name}.{os.getpid()}")
-    part.mkdir()
-    try:
+    with atomic_directory(folder) as part:
         content = config.model_dump(mode="json", by_alias=True)
         write_yaml(part / PROTOCOL, content, f"protocol {config.name}, resolved")
-        sync_tree(part)
-        os.rename(part, folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def reopen(
@@ -44,13 +36,7 @@ def reopen(
     Raises:
         StudyError: there is no such protocol, or it would be another one.
     """
-    folder = outputs / name
-    if not (folder / PROTOCOL).is_file():
-        known = sorted(p.parent.name for p in outputs.glob(f"*/{PROTOCOL}"))
-        raise StudyError(
-            f"There is no protocol {name!r} in {outputs} to go on with; there are: "
-            f"{', '.join(known) or 'none'}."
-        )
+    folder = begun_folder(outputs, "protocol", name, PROTOCOL)
     begun = load_protocol(folder / PROTOCOL)
     config = load_protocol(path or folder / PROTOCOL, {**overrides, "name": name})
     if config.digest != begun.digest:

@@ -21,7 +21,7 @@ from study.spec.config import RUNNING, StudyConfig, StudyError
 from study.spec.reading import load_config
 from study.spec.suspect import Subject, SuspectModel
 from study.store import records
-from study.store.files import write_text
+from study.store.files import begun_folder, write_text
 
 IDENTITY = "identity.json"
 
@@ -113,13 +113,7 @@ def reopen(
     Raises:
         StudyError: there is no such study, or it would be another one.
     """
-    folder = outputs / name
-    if not (folder / records.STUDY).is_file():
-        known = sorted(p.parent.name for p in outputs.glob(f"*/{records.STUDY}"))
-        raise StudyError(
-            f"There is no study {name!r} in {outputs} to go on with; there are: "
-            f"{', '.join(known) or 'none'}."
-        )
+    folder = begun_folder(outputs, "study", name, records.STUDY)
     config = understood(load_config(path or folder / records.STUDY, {**overrides, "name": name}))
     if config.digest != (begun := Identity.load(folder).digest):
         raise StudyError(

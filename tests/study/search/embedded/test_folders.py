@@ -28,10 +28,17 @@ child.wait()
 
 
 FULL = """
-import os, subprocess
+import os, subprocess, sys
+from pathlib import Path
 from study.search import start_ray
-for name in ("/tmp", "/var/tmp", "/dev/shm"):  # the sources may lie there: they are imported
+for name in ("/tmp", "/var/tmp", "/dev/shm"):
+    below = os.open(name, os.O_PATH)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", name], check=True)
+    for needed in {Path(sys.argv[1]), Path(sys.prefix)}:  # what lies there is imported later
+        if needed.is_relative_to(name):
+            there = f"/proc/{os.getpid()}/fd/{below}/{needed.relative_to(name)}"
+            needed.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["mount", "--no-canonicalize", "--bind", there, needed], check=True)
 start_ray("local")
 """
 
@@ -81,7 +88,7 @@ def test_disks_that_are_full_are_told_before_ray_waits_for_them():
         pytest.skip("no disk of our own may be mounted here")
     kept = {name: value for name, value in os.environ.items() if not name.endswith("TMPDIR")}
     done = subprocess.run(
-        [*within, sys.executable, "-c", FULL],
+        [*within, sys.executable, "-c", FULL, str(ROOT)],
         capture_output=True,
         text=True,
         env=kept | {"PYTHONPATH": str(ROOT)},

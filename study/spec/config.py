@@ -107,8 +107,9 @@ class StudyConfig(BaseModel):
     trial_timeout: float | None = Field(
         None,
         gt=0,
-        description="seconds; a trial that takes more fails; null: 10 times what the slowest took, 10 "
-        "minutes at least, and a day until five are complete",
+        description="seconds; a trial that takes more fails, and one whose pace is far too slow for it "
+        "is stopped early; null: 10 times what the slowest took, 10 minutes at least, and a day until "
+        "five are complete",
     )
     memory_per_trial: float | None = Field(
         None, gt=0, description="GiB that an actor may take beyond what it holds as a trial begins"

@@ -16,6 +16,8 @@ DAY = 86_400.0  # seconds for a trial before it is known what trials take
 LEAST = 600.0  # seconds that every trial has
 KNOWN = 5  # complete trials from which it is known
 TIMES = 10  # what the slowest of them took
+LOOK = 0.1  # share of a limit after which a trial's pace is known
+TWICE = 2.0  # the seconds that are left: steps of one trial do not all cost the same
 
 
 def default_timeout(took: Sequence[float]) -> float:
@@ -65,6 +67,27 @@ def too_long(seconds: float, place: str | None, *, given: bool) -> str:
     return (
         f"took longer than a trial has by default ({seconds:g} s: {TIMES} times the slowest one, "
         f"{LEAST / 60:g} minutes at least); set `trial_timeout` where trials may take longer{hung}"
+    )
+
+
+def hopeless(limit: float | None, *, spent: float, done: int, left: int) -> str | None:
+    """Why a trial is ended before its limit ends it: at its pace it takes far longer.
+
+    Without it, trials of a slow method would all run until their time is over, and a search of few
+    minutes would learn nothing of it.
+
+    Args:
+        limit: seconds of the study's `trial_timeout`; None is none.
+        spent: seconds so far.
+        done, left: steps, over all victims.
+    """
+    if limit is None or not left or spent < LOOK * limit:
+        return None
+    if spent / done * left <= TWICE * (limit - spent):
+        return None
+    return (
+        f"its first {done} steps took {spent:.3g} s; {done + left} would take "
+        f"{spent / done * (done + left):.3g} s, and `trial_timeout` allows {limit:g} s"
     )
 
 

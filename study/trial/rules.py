@@ -15,6 +15,7 @@ from study.spec.directions import OBJECTIVES, Direction
 from study.spec.objectives import BEST, Aggregate, Constraints, Numbers, Spread, over_victims, spread
 from study.spec.stopping import EarlyStopping
 from study.trial.history import StoppingBounds, rung
+from study.trial.limits import hopeless
 
 ABSENT = {"pruned_share": 0.0}  # of several defences: one that prunes nothing has pruned 0
 
@@ -37,6 +38,7 @@ class TrialRules:
     Attributes:
         absent: numbers that not every defence says of itself -> what is understood where one does not.
         several: whether trials may be of several defences, so that a rung is of one of them.
+        timeout: seconds that a trial may take, where the study says so.
 
     By default the rules are those of a study that says nothing: the mean over the victims, no bounds,
     and every trial runs to its end.
@@ -49,6 +51,7 @@ class TrialRules:
     rivals: StoppingBounds = field(default_factory=StoppingBounds)
     absent: Mapping[str, float] = field(default_factory=dict)
     several: bool = False
+    timeout: float | None = None
 
     @classmethod
     def of(cls, config: StudyConfig, rivals: StoppingBounds | None = None) -> TrialRules:
@@ -61,6 +64,7 @@ class TrialRules:
             rivals or StoppingBounds(),
             ABSENT if config.defenders.several else {},
             config.defenders.several,
+            config.trial_timeout,
         )
 
     def numbers(self, own: Numbers) -> Numbers:
@@ -134,6 +138,10 @@ class TrialRules:
         """
         place = rung(run.key, share)
         return f"{defence_of(config).name}/{place}" if self.several else place
+
+    def out_of_time(self, *, spent: float, done: int, left: int) -> str | None:
+        """Why a trial with this pace cannot end within the study's `trial_timeout`, or None."""
+        return hopeless(self.timeout, spent=spent, done=done, left=left)
 
     def at_rung(self, run: Run, share: float, values: Numbers, config: DefenceConfig) -> str | None:
         """Why a trial with these losses at a rung is stopped there, or None."""

@@ -70,7 +70,8 @@ def run_trials(
         for group in _batches(trials):
             running = [t for t in group if t.running and case.key in keys[t.position]]
             if running:
-                watch = TrialObserver(there, model, running, rules, report_every, on_report)
+                asked = [len(runs[trial.position]) for trial in running]
+                watch = TrialObserver(there, model, running, rules, report_every, on_report, asked)
                 key = f"{case.key}.{group[0].position}"
                 kept = None if checkpoints is None else checkpoints.place(key)
                 _defend(there, model, running, seed=seed, watch=watch, kept=kept)
@@ -146,6 +147,6 @@ def _defend(
                 numbers_of(case.task, scores, own, before=case.before, said=said),
                 said,
             )
-    seconds = watch.seconds_each + (kept.seconds / len(running) if kept is not None else 0.0)
+    seconds = watch.seconds_each
     for trial in running:
         trial.seconds += seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -50,7 +50,10 @@ class TrialState:
 
 
 class TrialObserver:
-    """Looks at a member's masks now and then: to report its scores, and to stop it at a rung."""
+    """Looks at a member's masks now and then: to report its scores, and to stop it at a rung.
+
+    At every step it looks at the time: a trial that is far too slow for its limit ends early.
+    """
 
     def __init__(
         self,
@@ -60,10 +63,17 @@ class TrialObserver:
         rules: TrialRules,
         report_every: int,
         on_report: Report | None,
+        runs: Sequence[int],
     ) -> None:
+        """
+        Args:
+            runs: of victims, that each of `running` has.
+        """
         self.case, self.model, self.running, self.rules = case, model, running, rules
         self.report_every, self.on_report = report_every, on_report
         self.rungs = [rules.rungs(trial.config, len(case.clean)) for trial in running]
+        self.steps = [trial.config.steps(len(case.clean)) for trial in running]
+        self.runs = runs
         self.begun = time.perf_counter()
         self.kept: TrialCheckpoint | None = None
 
@@ -76,28 +86,45 @@ class TrialObserver:
 
     @property
     def seconds_each(self) -> float:
-        """An even share of the time since the run began."""
-        return (time.perf_counter() - self.begun) / len(self.running)
+        """An even share of the time that the run has taken, also before it was cut short."""
+        earlier = 0.0 if self.kept is None else self.kept.seconds
+        return (time.perf_counter() - self.begun + earlier) / len(self.running)
 
     def __call__(self, member: int, log: StepLog, current: Callable[[], DefenceResult]) -> bool:
         """Whether the member ends here."""
         trial, done = self.running[member], log.step + 1
         due = self.on_report is not None and done % self.report_every == 0
         share = self.rungs[member].get(done)
+        if self._out_of_time(member, done):
+            return True
         if not due and share is None:
             return False
         scores = self.case.task.glance((result := current()).model(), self.case.val)
         if due and self.on_report is not None:
             self.on_report(trial.position, self.case.key, log, scores)
         if share is not None:
-            spent = trial.seconds + self.seconds_each
             said = self.case.ask(self.model, result)
             own = self.rules.numbers(result.numbers)
             numbers = numbers_of(self.case.task, scores, own, before=self.case.before, said=said)
-            numbers["seconds"] = spent
+            numbers["seconds"] = trial.seconds + self.seconds_each
             where = self.rules.rung(self.case, share, trial.config)
             trial.rungs[where] = self.rules.losses(numbers)
             trial.stopped = self.rules.at_rung(self.case, share, numbers, trial.config)
-            if self.kept is not None:
-                self.kept.keep_rungs([(one.rungs, one.stopped) for one in self.running])
+            self._keep()
         return trial.stopped is not None
+
+    def _out_of_time(self, member: int, done: int) -> bool:
+        trial, steps = self.running[member], self.steps[member]
+        before = steps * len(trial.cases)
+        trial.stopped = self.rules.out_of_time(
+            spent=trial.seconds + self.seconds_each,
+            done=before + done,
+            left=steps * self.runs[member] - before - done,
+        )
+        if trial.stopped is not None:
+            self._keep()
+        return trial.stopped is not None
+
+    def _keep(self) -> None:
+        if self.kept is not None:
+            self.kept.keep_rungs([(one.rungs, one.stopped) for one in self.running])

@@ -17,6 +17,7 @@ from rich.console import Console
 import study as study_package
 from bimask.cleaned.folder import load_cleaned
 from bimask.defences import DEFENCES, settings_from
+from bimask.defences.finetuning.ft_sam import FtSamConfig
 from bimask.errors import NonFiniteError
 from bimask.files.tensors import load_tensors
 from bimask.inspection.trigger_pool import TriggerPool
@@ -33,6 +34,7 @@ from study.store.schema import SCHEMA
 from study.tracking.mlflow_runs import tracking_uri
 from study.trial.cases import Case
 from study.trial.limits import LEAST
+from study.trial.rules import TrialRules
 from study.trial.run import run_trials
 
 VICTIM = {
@@ -345,3 +347,14 @@ def test_a_table_of_trials_has_the_defence_as_a_column(tmp_path):
     frame = study_package.load("both", Path(folder).parent)
     assert list(frame["parameters.defence"]) == ["clp", "ft_sam"]
     assert pd.isna(frame.loc[0, "parameters.ft_sam.lr"])
+
+
+def test_a_trial_far_too_slow_for_its_limit_ends_early_and_others_do_not(victim):
+    config = study_of(trial_timeout=20.0)
+    case = Case.of("digits-badnets", victim, config)
+    quick, endless = config.defence_config({"defence": "clp"}), FtSamConfig(epochs=10**6)
+    (first, last) = run_trials([quick, endless], [case], seed=0, rules=TrialRules.of(config))
+    assert first.stopped is None
+    assert "`trial_timeout` allows 20 s" in last.stopped
+    assert not last.cases
+    assert last.seconds < 20

@@ -20,6 +20,7 @@ from study.trial.limits import (
     STACK,
     TIMES,
     default_timeout,
+    hopeless,
     too_long,
     where_it_hung,
 )
@@ -176,6 +177,25 @@ def test_without_a_limit_a_trial_has_many_times_what_others_took():
     assert default_timeout([]) == default_timeout([9.0] * (KNOWN - 1)) == DAY
     assert default_timeout([9.0] * KNOWN) == LEAST
     assert default_timeout([1.0, *[9.0] * KNOWN, 500.0]) == TIMES * 500.0
+
+
+@pytest.mark.parametrize(
+    ("limit", "spent", "done", "left", "ends"),
+    [
+        (None, 1e9, 1, 1000, False),
+        (60, 5.9, 1, 1000, False),  # too early to say
+        (60, 6, 10, 181, True),  # 6 s for 10 steps: 108.6 s for what is left, and twice 54 are 108
+        (60, 6, 10, 180, False),
+        (60, 50, 10, 4, False),  # 20 s left at this pace, and twice 10 are there
+        (60, 50, 10, 5, True),
+        (60, 70, 10, 0, False),  # it has ended
+    ],
+)
+def test_what_would_take_far_longer_than_its_limit_is_hopeless(limit, spent, done, left, ends):
+    said = hopeless(limit, spent=spent, done=done, left=left)
+    assert (said is not None) == ends
+    if ends:
+        assert f"its first {done} steps took {spent} s; {done + left} would take" in said
 
 
 def test_a_group_is_given_the_seconds_of_its_members(tmp_path):

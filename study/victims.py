@@ -26,11 +26,17 @@ def main(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join: 'auto', or ADDRESS:PORT.")
     ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            envvar="BIMASK_STORAGE", help="Folder or URI, such as s3://, that shares victims."
+        ),
+    ] = None,
     cpus_per_victim: Annotated[int, typer.Option(min=1, help="CPUs, and threads, of one.")] = 1,
     gpus_per_victim: Annotated[float, typer.Option(min=0, help="Share of a GPU.")] = 0,
     trust_code: TrustCode = False,
 ) -> None:
-    """Make the victims of a suite on Ray, but for those that OUT has."""
+    """Make the victims of a suite on Ray, but for those that OUT has, or the storage."""
     outlive_readers()
     from bimask.nets import code_of_files
     from study.pipeline.prepare import require_writable  # heavy: after --help and usage errors
@@ -39,7 +45,9 @@ def main(
     with ends_of_a_command():
         require_writable(out)
         with code_of_files(trust_code), interrupts.in_good_order(lambda: ended(interrupts, suite)):
-            failed = make_suite(suite, out, address, cpus_per_victim, gpus_per_victim, interrupts)
+            failed = make_suite(
+                suite, out, address, storage, cpus_per_victim, gpus_per_victim, interrupts
+            )
     sys.exit(1 if failed else 0)
 
 
@@ -52,6 +60,7 @@ def make_suite(
     suite: Path,
     out: Path,
     address: str | None,
+    storage: str | None,
     cpus: int,
     gpus: float,
     interrupts: Interrupts,
@@ -68,6 +77,7 @@ def make_suite(
         specs,
         out,
         address=address,
+        storage=storage,
         cpus=cpus,
         gpus=gpus,
         interrupts=interrupts,

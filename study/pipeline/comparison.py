@@ -107,7 +107,8 @@ def compare_in(
     run = ComparisonRun(tracker, folder, config, _params(config), console.tell)
     try:
         console.rule("the victims that choices are judged on")
-        prepare_victims(judging, outputs / "victims", resolve_device(judging.device), console)
+        device = resolve_device(judging.device)
+        prepare_victims(judging, outputs / "victims", device, console, storage=storage)
         searched: dict[str, Searched] = {}
         for entry in config.entries():
             if entry.name in refused:

@@ -20,6 +20,7 @@ def make_missing(
     out: Path,
     *,
     address: str | None,
+    storage: str | None = None,
     cpus: int,
     gpus: float,
     interrupts: Interrupts,
@@ -30,6 +31,7 @@ def make_missing(
 
     Args:
         specs: by a name for people.
+        storage: folder or URI where studies share what they trained; None shares nothing.
         reason: why it ended, where a signal came or Ray died.
         last_words: said where this process is killed.
 
@@ -37,7 +39,12 @@ def make_missing(
         The names of the victims that could not be made.
     """
     failed: list[str] = []
-    missing = {name: spec for name, spec in specs.items() if not spec.place(out).is_dir()}
+    shared = search.SharedVictims(out, storage)
+    missing = {
+        name: spec
+        for name, spec in specs.items()
+        if not spec.place(out).is_dir() and (spec.given or not shared.fetch(spec.digest))
+    }
     with VictimBars(Console()) as bars:
 
         def on_event(event: Event) -> None:
@@ -53,6 +60,8 @@ def make_missing(
                 bars.failed(name, why)
             elif not build(name, specs[name], out, torch.device("cpu"), bars, made=name in missing):
                 failed.append(name)
+            elif name in missing and not specs[name].given:
+                shared.share(specs[name].digest)
 
         for name in [name for name in specs if name not in missing]:
             on_end(name, None)

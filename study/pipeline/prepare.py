@@ -112,20 +112,29 @@ def untrained(config: StudyConfig) -> Iterator[tuple[str, nn.Module, Tensor]]:
 
 
 def prepare_victims(
-    config: StudyConfig, root: Path, device: torch.device, console: Console
+    config: StudyConfig,
+    root: Path,
+    device: torch.device,
+    console: Console,
+    *,
+    storage: str | None = None,
 ) -> dict[str, Subject]:
     """The study's suspect, or every victim, trained where it is not cached, with a bar of its epochs.
 
     Training uses as many threads as a trial, so that a victim does not depend on the machine's cores.
+
+    Args:
+        storage: folder or URI where studies share what they trained; None shares nothing.
     """
     torch.set_num_threads(config.cpus_per_trial)
     if config.suspect is not None:
         return {NAME: _prepare_suspect(config.suspect, config.clean_images_per_class, console)}
     victims: dict[str, Subject] = {}
+    shared = search.SharedVictims(root, storage)
     with VictimBars(console, config.task.in_short) as bars:
         for name, spec in zip(config.suite_names(), config.suite, strict=True):
             bar = f"victim {name}"
-            cached = (root / spec.digest).is_dir()
+            origin = _origin(spec, root, shared)
             with _named(name):
                 victim = config.task.obtain_victim(
                     spec,
@@ -134,11 +143,21 @@ def prepare_victims(
                     on_epoch=partial(bars.epoch, bar),
                     on_prepare=partial(bars.preparing, bar),
                 )
-            origin = "cached" if cached else "given" if spec.given else "trained"
+            if origin == "trained":
+                shared.share(spec.digest)
             told = f"{spec.digest}: on test {config.task.told(victim.scores['test'])}"
             bars.ended(bar, f"victim {name} ({origin}), {told}")
             victims[name] = victim
     return victims
+
+
+def _origin(spec: Any, root: Path, shared: search.SharedVictims) -> str:
+    """Where a victim comes from; one that another study has shared is brought here."""
+    if (root / spec.digest).is_dir():
+        return "cached"
+    if spec.given:
+        return "given"
+    return "fetched" if shared.fetch(spec.digest) else "trained"
 
 
 def _prepare_suspect(spec: SuspectSpec, for_defence: int, console: Console) -> Subject:

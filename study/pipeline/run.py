@@ -185,7 +185,7 @@ def _run_in(
             console.tell(f"{nodes} node(s) checked, {concurrency} actors at once")
         told = f"{config.trials} trials, MLflow at {redacted(uri)}"
         console.tell(told, mark=config.name, style="bold")
-        suite = prepare_victims(config, outputs / "victims", device, console)
+        suite = prepare_victims(config, outputs / "victims", device, console, storage=storage)
         identity = Identity.of(config, suite, outputs / "victims")
         if resume:
             begun = Identity.load(folder)

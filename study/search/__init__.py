@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from study.search.pareto_search import ParetoSearch, first_points
     from study.search.preflight import check_nodes
     from study.search.tasks import LostTaskError, run_tasks
+    from study.search.victims import SharedVictims
 else:
     _PLACES = {
         "trainable": "actor",
@@ -60,6 +61,7 @@ else:
         **dict.fromkeys(("ParetoSearch", "first_points"), "pareto_search"),
         "check_nodes": "preflight",
         **dict.fromkeys(("LostTaskError", "run_tasks"), "tasks"),
+        "SharedVictims": "victims",
     }
 
     def __getattr__(name: str) -> Any:
@@ -75,6 +77,7 @@ __all__ = [
     "PAPER",
     "LostTaskError",
     "ParetoSearch",
+    "SharedVictims",
     "check_nodes",
     "check_resources",
     "first_points",

@@ -1,10 +1,9 @@
-"""Victims made by Ray tasks, one a task; the driver hears of their progress and keeps their files."""
+"""Victims made by Ray tasks, one a task; the driver hears of their progress and keeps their files.
+
+Studies on one machine find each other's below their outputs; those of a cluster in a storage."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,17 @@ import ray
 import torch
 from ray.util.queue import Queue
 
-from bimask.files.atomic import sync, sync_tree
+from bimask.files.atomic import atomic_directory
 from bimask.tasks import task_of
 from bimask.victims import EpochLog
+from bimask.victims.folders import MANIFEST, WEIGHTS
+from study.search import storage as storages
 from study.search.embedded.liveness import is_gone
 from study.spec.config import StudyError
 
 # name, and what happened: an EpochLog, or what is prepared, the steps done and how many there are
 Event = tuple[str, EpochLog | tuple[str, int, int]]
+VICTIMS = "victims"  # below a storage
 RETRIES = 2  # of a task whose process died; it goes on from its last epoch
 
 
@@ -101,18 +103,66 @@ def _received(reference: Any, folder: Path) -> str | None:
     if isinstance(files, str):
         return files
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".victim-", dir=folder.parent))
-        try:
+        with atomic_directory(folder) as part:
             for name, content in files.items():
                 (part / name).write_bytes(content)
-            part.chmod(0o755)
-            sync_tree(part)
-            os.rename(part, folder)
-            sync(folder.parent)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     return None
+
+
+class SharedVictims:
+    """Victims by digest in a storage that all studies reach, and those of one outputs folder.
+
+    Args:
+        root: of victims on this machine.
+        storage: folder or URI; None shares nothing.
+    """
+
+    def __init__(self, root: Path, storage: str | None) -> None:
+        self.root = root
+        self.place = None if storage is None else f"{storage.rstrip('/')}/{VICTIMS}"
+
+    def fetch(self, digest: str) -> bool:
+        """Bring a victim here if another study left it there; whether it did.
+
+        Raises:
+            StudyError: the storage cannot be read.
+        """
+        if self.place is None or (self.root / digest).is_dir():
+            return False
+        there = f"{self.place}/{digest}"
+        try:
+            if not _is_whole(there):
+                return False
+            with atomic_directory(self.root / digest) as part:
+                storages.fetch(there, part)
+        except (OSError, ValueError) as error:
+            if (self.root / digest).is_dir():
+                return True  # another study was faster
+            raise StudyError(
+                f"Cannot read the victim {digest} in {self.place}: {error}; give a folder or URI that "
+                "can be read with --storage."
+            ) from error
+        return True
+
+    def share(self, digest: str) -> None:
+        """Leave a victim there for other studies, its manifest last: without it, it is none.
+
+        Raises:
+            StudyError: the storage cannot be written.
+        """
+        if self.place is None:
+            return
+        there = f"{self.place}/{digest}"
+        try:
+            if _is_whole(there):
+                return
+            for file in sorted((self.root / digest).iterdir(), key=lambda one: one.name == MANIFEST):
+                storages.put(there, file)
+        except (OSError, ValueError) as error:
+            raise StudyError(
+                f"Cannot write the victim {digest} to {self.place}: {error}; give a folder or URI that "
+                "can be written with --storage."
+            ) from error
 
 
 def _require_room(cpus: int, gpus: float) -> None:
@@ -122,3 +172,8 @@ def _require_room(cpus: int, gpus: float) -> None:
             f"A victim asks for {cpus} CPU(s) and {gpus:g} GPU, which none of {len(nodes)} node(s) "
             "has; lower --cpus-per-victim or --gpus-per-victim, or wait until larger nodes are up."
         )
+
+
+def _is_whole(there: str) -> bool:
+    """Whether a storage has a victim, written to its end and with nothing that expired since."""
+    return all(storages.exists(f"{there}/{name}") for name in (MANIFEST, WEIGHTS))

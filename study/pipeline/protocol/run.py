@@ -34,12 +34,13 @@ def run_protocol(
     outputs: Path,
     resume: str | None = None,
     address: str | None = None,
+    storage: str | None = None,
     **where: Any,
 ) -> bool:
     """Run the protocol in a YAML file, or go on with one.
 
     Args:
-        where: `storage` and `wait` of `study.pipeline.run.run_in`.
+        where: `wait` of `study.pipeline.run.run_in`.
 
     Returns:
         Whether every case was judged with every defence.
@@ -71,11 +72,12 @@ def run_protocol(
             if resume is None:
                 store.begin(folder, config)
             console = wide_console()
-            _make_victims(config, outputs, address, interrupts, reason)
+            _make_victims(config, outputs, address, storage, interrupts, reason)
             whole = True
             for one in config.comparisons().values():
                 console.rule(one.name)
-                whole &= _compared(one, outputs, {**where, "address": address, "part_of": config.name})
+                there = {**where, "address": address, "storage": storage, "part_of": config.name}
+                whole &= _compared(one, outputs, there)
                 _write(config, folder, console)
             return whole
 
@@ -84,6 +86,7 @@ def _make_victims(
     config: ProtocolConfig,
     outputs: Path,
     address: str | None,
+    storage: str | None,
     interrupts: Interrupts,
     reason: Callable[[], InterruptedStudyError | LostRayError],
 ) -> None:
@@ -101,6 +104,7 @@ def _make_victims(
         specs,
         outputs / "victims",
         address=address,
+        storage=storage,
         cpus=any_one.cpus_per_trial,
         gpus=any_one.gpus_per_trial,
         interrupts=interrupts,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bimask.progress import outlive_readers
+from study.options import Cluster, Outputs, Storage, Wait
 from study.search.interrupts import GO_ON, ends_of_a_command
 
 
@@ -22,25 +23,14 @@ def main(
     resume: Annotated[
         str | None, typer.Option(metavar="NAME", help="Go on with a comparison that was cut short.")
     ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join; without it: this machine."),
-    ] = None,
-    outputs: Annotated[
-        Path | None, typer.Option(envvar="BIMASK_OUTPUTS", help="Where folders go, `outputs` here.")
-    ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(envvar="BIMASK_STORAGE", help="Folder or URI that all nodes reach."),
-    ] = None,
+    address: Cluster = None,
+    outputs: Outputs = None,
+    storage: Storage = None,
     trust_code: Annotated[
         bool,
         typer.Option("--trust-code", help="With --resume: run the code of own nets that it names."),
     ] = False,
-    wait: Annotated[
-        float,
-        typer.Option(envvar="BIMASK_WAIT", min=0, help="Minutes for an autoscaler's first worker."),
-    ] = 0,
+    wait: Wait = 0,
 ) -> None:
     """Compare defences: equal seconds of search each, the choices judged on unseen victims."""
     outlive_readers()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypedDict
 import typer
 
 from bimask.progress import Console, outlive_readers
+from study.options import Outputs, Storage, Wait
 from study.search.interrupts import GO_ON, ends_of_a_command
 
 SPACES = Path(__file__).parent.parent / "search_spaces"
@@ -58,17 +59,8 @@ def main(
     resume: Annotated[
         str | None, typer.Option(metavar="NAME", help="Go on with a study that was cut short.")
     ] = None,
-    outputs: Annotated[
-        Path | None,
-        typer.Option(envvar="BIMASK_OUTPUTS", help="Where the study's folder goes, `outputs` here."),
-    ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            envvar="BIMASK_STORAGE",
-            help="Folder or URI (s3://, gs://) that all nodes reach, for trials' checkpoints.",
-        ),
-    ] = None,
+    outputs: Outputs = None,
+    storage: Storage = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -95,12 +87,7 @@ def main(
             help="Run the code of own nets also where no file is given: --resume NAME, --dry-run.",
         ),
     ] = False,
-    wait: Annotated[
-        float,
-        typer.Option(
-            envvar="BIMASK_WAIT", min=0, help="Minutes for an autoscaler to start the first worker."
-        ),
-    ] = 0,
+    wait: Wait = 0,
 ) -> None:
     """Search the defence's settings on Ray, record every trial in MLflow, choose the best."""
     outlive_readers()

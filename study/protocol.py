@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bimask.progress import outlive_readers
+from study.options import Cluster, Outputs, Storage, Wait
 from study.search.interrupts import GO_ON, ends_of_a_command
 
 
@@ -36,25 +37,14 @@ def main(
     dollars: Annotated[
         float | None, typer.Option(min=0, help="With --dry-run: price of one device for an hour.")
     ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join; without it: this machine."),
-    ] = None,
-    outputs: Annotated[
-        Path | None, typer.Option(envvar="BIMASK_OUTPUTS", help="Where folders go, `outputs` here.")
-    ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(envvar="BIMASK_STORAGE", help="Folder or URI that all nodes reach."),
-    ] = None,
+    address: Cluster = None,
+    outputs: Outputs = None,
+    storage: Storage = None,
     trust_code: Annotated[
         bool,
         typer.Option("--trust-code", help="Run the code of own nets that --resume or --dry-run meets."),
     ] = False,
-    wait: Annotated[
-        float,
-        typer.Option(envvar="BIMASK_WAIT", min=0, help="Minutes for an autoscaler's first worker."),
-    ] = 0,
+    wait: Wait = 0,
 ) -> None:
     """Run a protocol: tune each defence on some attacks, judge it on every case."""
     outlive_readers()

@@ -10,6 +10,7 @@ import typer
 
 from bimask.commands import TrustCode
 from bimask.progress import outlive_readers
+from study.options import Storage
 from study.search.interrupts import (
     InterruptedStudyError,
     Interrupts,
@@ -26,12 +27,7 @@ def main(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join: 'auto', or ADDRESS:PORT.")
     ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            envvar="BIMASK_STORAGE", help="Folder or URI, such as s3://, that shares victims."
-        ),
-    ] = None,
+    storage: Storage = None,
     cpus_per_victim: Annotated[int, typer.Option(min=1, help="CPUs, and threads, of one.")] = 1,
     gpus_per_victim: Annotated[float, typer.Option(min=0, help="Share of a GPU.")] = 0,
     trust_code: TrustCode = False,

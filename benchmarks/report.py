@@ -15,6 +15,7 @@ from benchmarks.pages.blind import blind
 from benchmarks.pages.comparison import comparison
 from benchmarks.pages.conditional import conditional
 from benchmarks.pages.driver import driver
+from benchmarks.pages.gpu_check import gpu_check
 from benchmarks.pages.kills import kills
 from benchmarks.pages.samplers import samplers
 from benchmarks.pages.serving import serving
@@ -31,6 +32,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "comparison": comparison,
     "conditional": conditional,
     "driver": driver,
+    "gpu_check": gpu_check,
     "kills": kills,
     "samplers": samplers,
     "serving": serving,

@@ -36,7 +36,11 @@ ABLATIONS: dict[str, dict[str, Scalar]] = {
 Part = Literal["unseen_seed", "held_out", "control"]
 MINUTE = 60.0
 RUNNING = {"concurrency"}  # how it runs, not what it finds
-LATER = ("published", "variants")  # keys that came later: without them a comparison keeps its digest
+LATER = (
+    "published",
+    "profiles",
+    "variants",
+)  # keys that came later: without them a comparison keeps its digest
 
 
 class OwnSettings(BaseModel):
@@ -100,6 +104,11 @@ class ComparisonConfig(BaseModel):
     published: list[str] = Field(
         default_factory=list, description="defences that are judged at their published settings, too"
     )
+    profiles: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description="defence -> profiles of it, each a row of its own: its study begins with one and "
+        "searches the same settings",
+    )
     tuning: list[dict[str, Any]] = Field(min_length=1, max_length=50, description="attacks of trials")
     variants: list[dict[str, Any]] = Field(
         default_factory=list,
@@ -118,14 +127,17 @@ class ComparisonConfig(BaseModel):
     def _known(self) -> ComparisonConfig:
         chosen = [] if self.defences == "all" else list(self.defences)
         for kind, names, known in (
-            ("defence", [*chosen, *self.settings, *self.published], DEFENCES),
+            ("defence", [*chosen, *self.settings, *self.published, *self.profiles], DEFENCES),
             ("ablation", self.ablations, ABLATIONS),
         ):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"there is no {kind} {unknown[0]!r}; known are {', '.join(known)}")
+        for name, profiles in self.profiles.items():
+            for profile in profiles:
+                DEFENCES[name].config.profile_settings(profile)  # refuses one that it does not have
         if self.defences != "all" and not chosen and not self.ablations:
             raise ValueError("there is nothing to compare; list defences, or say all")
-        for names in (chosen, self.ablations, self.published):
+        for names in (chosen, self.ablations, self.published, *self.profiles.values()):
             if len(set(names)) < len(names):
                 raise ValueError(f"each may be named once, got {', '.join(names)}")
         if sorted(set(self.budgets)) != self.budgets or self.budgets[0] < 1:
@@ -170,6 +182,11 @@ class ComparisonConfig(BaseModel):
         """The rows of the comparison."""
         names = list(DEFENCES) if self.defences == "all" else list(self.defences)
         rows = [Entry(name, name, {}) for name in names]
+        rows += [
+            Entry(f"{name}-{profile}", name, {}, profile=profile)
+            for name, profiles in self.profiles.items()
+            for profile in profiles
+        ]
         rows += [Entry(f"{IMS}-{name}", IMS, ABLATIONS[name]) for name in self.ablations]
         return rows + [Entry(f"{name}-published", name, {}, tuned=False) for name in self.published]
 
@@ -190,7 +207,8 @@ class ComparisonConfig(BaseModel):
             ValueError: its settings do not fit, as of pydantic.
         """
         own = self.settings.get(entry.defence, OwnSettings())
-        fixed = {**own.fixed, **entry.held}
+        profile = {} if entry.profile is None else {"profile": entry.profile}
+        fixed = {**own.fixed, **profile, **entry.held}
         content: dict[str, Any] = {
             "name": f"{self.name}.{entry.name}",
             "defence": entry.defence,
@@ -206,7 +224,7 @@ class ComparisonConfig(BaseModel):
             "aggregate": self.aggregate,
             "choose": self.choose.model_dump(),
             "reference_point": {"clean_accuracy": 0.0, "attack_success": 1.0},
-            "paper_defaults": own.paper_defaults and not entry.held,
+            "paper_defaults": own.paper_defaults and not entry.held and entry.profile is None,
             "fixed": fixed,
             "start": [_without(point, entry.held) for point in own.start],
         }
@@ -217,10 +235,12 @@ class ComparisonConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a comparison: a defence, an ablation of one, or one at its published settings.
+    """A row of a comparison: a defence, one with a profile, an ablation of one, or one at its published
+    settings.
 
     Attributes:
         held: settings that every trial of it has.
+        profile: what every trial's other settings are; None is what `settings` says of the defence.
         tuned: whether a study chooses its settings; else the published ones stand.
     """
 
@@ -228,6 +248,7 @@ class Entry:
     defence: str
     held: Mapping[str, Scalar]
     tuned: bool = True
+    profile: str | None = None
 
 
 def load_comparison(path: Path, overrides: Mapping[str, object] | None = None) -> ComparisonConfig:

@@ -76,6 +76,8 @@ BAD = {
     "seeds": ({"seeds": {"tuning": [0, 1], "judged": [1]}}, "1 is both"),
     "defence": ({"defences": ["magic"]}, "no defence 'magic'; known are ims"),
     "ablation": ({"ablations": ["heart"]}, "no ablation 'heart'; known are no_selection"),
+    "profile": ({"profiles": {"ims": ["quick"]}}, "profile.*paper, fast, robust"),
+    "profile of none": ({"profiles": {"clp": ["fast"]}}, "profile"),
     "twice": ({"defences": ["clp", "clp"]}, "named once"),
     "budgets": ({"budgets": [10, 2]}, "whole numbers that rise"),
     "key": ({"secs": 3}, "secs"),
@@ -113,6 +115,19 @@ def test_published_settings_are_a_row_that_nothing_is_searched_for():
     assert (row.name, row.tuned) == ("ims-published", False)
     assert found.settings_of(row, {}) == PurifyConfig()
     assert config(published=["clp"]).digest != config().digest == config(published=[]).digest
+
+
+def test_a_profile_is_a_row_beside_the_defence_as_it_is_set():
+    own = {"ims": {"fixed": {"profile": "fast"}, "paper_defaults": False}}
+    found = config(settings=own, profiles={"ims": ["robust"]})
+    (row,) = [entry for entry in found.entries() if entry.name == "ims-robust"]
+    plain, robust = (found.study_of(entry) for entry in (found.entries()[1], row))
+    assert found.entries()[1].name == "ims"
+    assert list(plain.space) == list(robust.space)
+    assert "class_triggers" not in plain.fixed
+    assert robust.fixed["class_triggers"] == 0.8
+    assert robust.start == [{n: getattr(PurifyConfig.profile("robust"), n) for n in robust.space}]
+    assert found.digest != config(settings=own).digest == config(settings=own, profiles={}).digest
 
 
 def test_variants_of_the_tuning_attacks_are_judged_beside_their_unseen_seeds():

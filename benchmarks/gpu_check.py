@@ -85,7 +85,7 @@ def rounds(
 def device_share(program: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Kernels, and the share of the time in which the device computes."""
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[ProfilerActivity.CPU, activity]) as seen:
+    with profile(activities=list({ProfilerActivity.CPU, activity})) as seen:
         begun = now(device)
         program()
         wall = now(device) - begun

@@ -67,6 +67,32 @@ def alternating(repeats: int, **programs: Callable[[], float]) -> dict[str, list
     return seen
 
 
+# What an operator does, by words in its name; the first that fits.
+KINDS = {
+    "convolution": ("conv",),
+    "matrices": ("mm", "linear", "matmul", "dot"),
+    "copies": ("copy", "cat", "stack", "clone", "fill", "zero", "index"),
+}
+OTHER, BETWEEN = "other operators", "Python and dispatch"
+
+
+def shares(program: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of a program by what its operators do, and what is between them; of one thread.
+
+    The profiler itself lengthens what is between.
+    """
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        begun = time.perf_counter()
+        program()
+        wall = time.perf_counter() - begun
+    spent = dict.fromkeys([*KINDS, OTHER], 0.0)
+    for event in profiler.key_averages():
+        if event.key.startswith("aten::"):
+            kinds = (kind for kind, words in KINDS.items() if any(word in event.key for word in words))
+            spent[next(kinds, OTHER)] += event.self_cpu_time_total / 1e6
+    return {**spent, BETWEEN: max(0.0, wall - sum(spent.values())), "seconds": wall}
+
+
 def launches(program: Callable[[], Any]) -> int:
     """Leaf operators that compute something: what would be kernel launches on a GPU."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

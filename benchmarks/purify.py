@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from bimask.defences.ims.population import PopulationPurifier
 from bimask.defences.ims.purify import purify
 from bimask.defences.ims.result import RoundLog
 from bimask.devices import resolve_device
+from bimask.inspection.trigger_pool import TriggerPool
 from bimask.masking.masks import MaskSet
 from bimask.metrics import Scores
 
@@ -214,6 +216,85 @@ def widths(device: torch.device) -> dict[str, float]:
     return found
 
 
+def profile(case: BenchCase, device: torch.device) -> dict[str, Any]:
+    """Where the time of two triggered rounds goes, and that of the search of triggers."""
+    model, images = case.victim.model.to(device), case.clean(0).to(device)
+    pool = TriggerPool.search(model, images)
+    programs: dict[str, Callable[[], Any]] = {
+        name: partial(purify, model, images, config, pool=pool if config.class_triggers else None)
+        for name, config in {
+            "exact": published({"select": 2}),
+            "exact, bfloat16": published({"select": 2}, precision="bfloat16"),
+            "fast": fast(initialise_rounds=0, minimise_rounds=0, select_rounds=2),
+            "robust": PurifyConfig.profile(
+                "robust", initialise_rounds=0, minimise_rounds=0, select_rounds=2
+            ),
+        }.items()
+    }
+    programs["search of triggers"] = partial(TriggerPool.search, model, images)
+    return {name: measure.shares(program) for name, program in programs.items()}
+
+
+def whole(case: BenchCase, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Seconds of `robust` from suspect to masks, and of the plain program with the published schedule.
+
+    The plain program's are its seconds a round times the published rounds: it knows no early stopping.
+    """
+    model, images = case.victim.model.to(device), case.clean(0).to(device)
+    paper = PurifyConfig.profile("paper")
+    stages = {stage: getattr(paper, f"{stage}_rounds") for stage in STAGES}
+
+    def plain() -> float:
+        """Of all stages: a triggered round takes alike in both."""
+        seconds = {
+            stage: statistics.median(
+                measure.naive_round_seconds(model, images, published({stage: 3}))[0]
+            )
+            for stage in ("initialise", "select")
+        }
+        seconds["minimise"] = seconds["select"]
+        return sum(seconds[stage] * count for stage, count in stages.items())
+
+    found: dict[str, list[float]] = {"search": [], "purification": []}
+
+    def robust() -> float:
+        begun = time.perf_counter()
+        pool = TriggerPool.search(model, images)
+        searched = time.perf_counter()
+        purify(model, images, PurifyConfig.profile("robust"), pool=pool, generator=generator(0))
+        ended = time.perf_counter()
+        found["search"].append(searched - begun)
+        found["purification"].append(ended - searched)
+        return ended - begun
+
+    def a_round(**changes: Any) -> float:
+        config = published({"select": 3}, **changes)
+        return statistics.median(measure.round_seconds(model, images, config)[0])
+
+    seen = measure.alternating(
+        repeats,
+        naive=plain,
+        robust=robust,
+        exact=a_round,
+        bfloat16=lambda: a_round(precision="bfloat16"),
+        naive_round=lambda: statistics.median(
+            measure.naive_round_seconds(model, images, published({"select": 3}))[0]
+        ),
+    )
+    ratios = {
+        "naive / robust, whole": ("naive", "robust"),
+        "naive / exact, a round": ("naive_round", "exact"),
+        "naive / exact in bfloat16, a round": ("naive_round", "bfloat16"),
+    }
+    return {
+        "seconds": {name: measure.spread(values) for name, values in {**seen, **found}.items()},
+        "ratios": {
+            name: measure.spread([a / b for a, b in zip(seen[one], seen[other], strict=True)])
+            for name, (one, other) in ratios.items()
+        },
+    }
+
+
 class _Watch:
     """Seconds of a run without those of its evaluation, and when it first held the goal for good."""
 
@@ -343,7 +424,8 @@ def cpu_name() -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
 
 
-PARTS = ("rounds", "exactness", "memory", "population", "growth", "quality", "levers")
+ONCE = ("rounds", "exactness", "memory", "population", "growth", "profile", "whole")  # a net
+PARTS = (*ONCE, "quality", "levers")
 
 
 def main(arguments: list[str]) -> None:
@@ -372,10 +454,7 @@ def main(arguments: list[str]) -> None:
     more = f", {options.threads} threads" if options.threads > 1 else ""  # a table of its own
     for attack, case in cases.items():
         for part in options.parts:
-            if (
-                part in ("rounds", "exactness", "memory", "population", "growth")
-                and attack == "blended"
-            ):
+            if part in ONCE and attack == "blended":
                 continue  # the net is the same
             if attack == "cifar" and part in ("growth", "levers", "exactness"):
                 continue
@@ -392,6 +471,10 @@ def main(arguments: list[str]) -> None:
                 value = population(case, 8, options.repeats, device, 2 if attack == "cifar" else 6)
             elif part == "growth":
                 value = growth(case, device) | {"channels": widths(device)}
+            elif part == "profile":
+                value = profile(case, device)
+            elif part == "whole":
+                value = whole(case, options.repeats, device)
             elif part == "quality":
                 programs = tuple(options.programs) if attack != "cifar" else ("fast",)
                 value = quality(case, attack, device, programs)

@@ -226,6 +226,37 @@ def tune(found: dict[str, Any]) -> Lines:
     )
 
 
+def profile(value: Value) -> Lines:
+    kinds = [kind for kind in next(iter(value.values())) if kind != "seconds"]
+    rows = [
+        [name, f"{v['seconds']:.2f}", *(f"{100 * v[kind] / v['seconds']:.0f}" for kind in kinds)]
+        for name, v in value.items()
+    ]
+    yield table(["program", "s", *(f"{kind}, %" for kind in kinds)], rows)
+    most = {name: max(kinds, key=lambda kind, v=v: v[kind]) for name, v in value.items()}  # type: ignore[misc]
+    limited = [
+        f"{kind} ({listed([f'`{name}`' for name in most if most[name] == kind])})"
+        for kind in dict.fromkeys(most.values())
+    ]
+    yield f"Most of the time is {listed(limited)}."
+
+
+def whole(value: Value) -> Lines:
+    names = {
+        "naive": "the plain program, published schedule",
+        "robust": "`robust`, from suspect to masks",
+        "search": "of that, the search of triggers",
+        "purification": "of that, the masks",
+        "naive_round": "a round of the plain program, last stage",
+        "exact": "a round of `exact`",
+        "bfloat16": "a round of `exact` in bfloat16",
+    }
+    rows = [[shown, _spread(value["seconds"][name])] for name, shown in names.items()]
+    yield table(["what", "s"], rows)
+    ratios = [f"{name}: {_spread(v, 1, 1)}" for name, v in value["ratios"].items()]
+    yield f"The ratios are, by pairs of one repeat, {listed(ratios)}."
+
+
 WRITERS: dict[str, Callable[[Value], Lines]] = {
     "rounds": rounds,
     "exactness": exactness,
@@ -234,4 +265,6 @@ WRITERS: dict[str, Callable[[Value], Lines]] = {
     "growth": growth,
     "quality": quality,
     "levers": levers,
+    "profile": profile,
+    "whole": whole,
 }

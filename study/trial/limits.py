@@ -70,7 +70,7 @@ def too_long(seconds: float, place: str | None, *, given: bool) -> str:
     )
 
 
-def hopeless(limit: float | None, *, spent: float, done: int, left: int) -> str | None:
+def hopeless(limit: float | None, *, spent: float, left: float) -> str | None:
     """Why a trial is ended before its limit ends it: at its pace it takes far longer.
 
     Without it, trials of a slow method would all run until their time is over, and a search of few
@@ -79,15 +79,13 @@ def hopeless(limit: float | None, *, spent: float, done: int, left: int) -> str 
     Args:
         limit: seconds of the study's `trial_timeout`; None is none.
         spent: seconds so far.
-        done, left: steps, over all victims.
+        left: seconds of the steps that are left, over all victims, at the pace of those behind it.
     """
-    if limit is None or not left or spent < LOOK * limit:
-        return None
-    if spent / done * left <= TWICE * (limit - spent):
+    if limit is None or not left or spent < LOOK * limit or left <= TWICE * (limit - spent):
         return None
     return (
-        f"its first {done} steps took {spent:.3g} s; {done + left} would take "
-        f"{spent / done * (done + left):.3g} s, and `trial_timeout` allows {limit:g} s"
+        f"after {spent:.3g} s it would take {left:.3g} s more at its pace, and `trial_timeout` allows "
+        f"{limit:g} s"
     )
 
 

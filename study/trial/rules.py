@@ -139,9 +139,9 @@ class TrialRules:
         place = rung(run.key, share)
         return f"{defence_of(config).name}/{place}" if self.several else place
 
-    def out_of_time(self, *, spent: float, done: int, left: int) -> str | None:
-        """Why a trial with this pace cannot end within the study's `trial_timeout`, or None."""
-        return hopeless(self.timeout, spent=spent, done=done, left=left)
+    def out_of_time(self, *, spent: float, left: float) -> str | None:
+        """Why a trial that needs `left` seconds more cannot end within the study's `trial_timeout`."""
+        return hopeless(self.timeout, spent=spent, left=left)
 
     def at_rung(self, run: Run, share: float, values: Numbers, config: DefenceConfig) -> str | None:
         """Why a trial with these losses at a rung is stopped there, or None."""

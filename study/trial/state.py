@@ -74,6 +74,7 @@ class TrialObserver:
         self.rungs = [rules.rungs(trial.config, len(case.clean)) for trial in running]
         self.steps = [trial.config.steps(len(case.clean)) for trial in running]
         self.runs = runs
+        self.first: dict[int, tuple[int, float]] = {}  # member -> its first step here, and when
         self.begun = time.perf_counter()
         self.kept: TrialCheckpoint | None = None
 
@@ -114,13 +115,15 @@ class TrialObserver:
         return trial.stopped is not None
 
     def _out_of_time(self, member: int, done: int) -> bool:
-        trial, steps = self.running[member], self.steps[member]
-        before = steps * len(trial.cases)
-        trial.stopped = self.rules.out_of_time(
-            spent=trial.seconds + self.seconds_each,
-            done=before + done,
-            left=steps * self.runs[member] - before - done,
-        )
+        """What comes before a run's first step is no step, and comes again with every victim."""
+        trial, steps, now = self.running[member], self.steps[member], self.seconds_each
+        begun, at = self.first.setdefault(member, (done, now))
+        if done == begun:
+            return False
+        pace = (now - at) / (done - begun)
+        others = self.runs[member] - len(trial.cases) - 1
+        left = pace * (steps - done) + others * (max(0.0, at - begun * pace) + pace * steps)
+        trial.stopped = self.rules.out_of_time(spent=trial.seconds + now, left=left)
         if trial.stopped is not None:
             self._keep()
         return trial.stopped is not None

@@ -75,7 +75,9 @@ class OnpLikeConfig(DefenceConfig):
         Field(ge=0, lt=1, description="share of a layer's pairs of filters that are not joined"),
         Search(0.5, 0.98),
     ] = 0.9
-    iterations: int = Field(200, ge=1, description="steps, each of `draws` masks")
+    iterations: Annotated[
+        int, Field(ge=1, description="steps, each of `draws` masks"), Search(20, 200, log=True)
+    ] = 200
     draws: int = Field(8, ge=2, description="masks a step")
     policy_lr: Annotated[
         float, Field(gt=0, description="of Adam, for the policy"), Search(1e-3, 5e-2, log=True)

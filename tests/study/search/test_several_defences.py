@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pandas as pd
@@ -36,6 +37,7 @@ from study.trial.cases import Case
 from study.trial.limits import LEAST
 from study.trial.rules import TrialRules
 from study.trial.run import run_trials
+from study.trial.state import TrialObserver, TrialState
 
 VICTIM = {
     "dataset": "digits",
@@ -358,3 +360,14 @@ def test_a_trial_far_too_slow_for_its_limit_ends_early_and_others_do_not(victim)
     assert "`trial_timeout` allows 20 s" in last.stopped
     assert not last.cases
     assert last.seconds < 20
+
+
+def test_what_comes_before_the_first_step_is_none_of_its_pace(victim, monkeypatch):
+    config = study_of(trial_timeout=20.0)
+    case, now = Case.of("digits-badnets", victim, config), iter([10.0, 10.1, 10.2])
+    settings = FtSamConfig(epochs=30)
+    monkeypatch.setattr(TrialObserver, "seconds_each", property(lambda _: next(now)))
+    watch = TrialObserver(
+        case, victim.model, [TrialState(0, settings)], TrialRules.of(config), 10, None, [1]
+    )
+    assert not any(watch(0, SimpleNamespace(step=step), None) for step in range(3))

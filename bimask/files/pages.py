@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bimask.errors import printable
@@ -20,9 +20,9 @@ MOST_WORDS = 2_000  # characters of one string
 
 
 def render_page(package: str, name: str, /, **content: Any) -> str:
-    """The page of a template in a package."""
+    """The page of a template in a package; it extends `base.html` here, which holds the common look."""
     templates = Environment(
-        loader=PackageLoader(package, ""),
+        loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader("bimask.files", "")]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_shown,

@@ -45,7 +45,7 @@ SIDE = 4096  # of the square matrices whose product shows the arithmetic limit
 def settings(profile: str, **changes: Any) -> PurifyConfig:
     """A profile with `ROUNDS` rounds of the last stage alone."""
     limits = {"initialise_rounds": 0, "minimise_rounds": 0, "select_rounds": ROUNDS, "patience": None}
-    return PurifyConfig.profile(profile, **limits, **changes)
+    return PurifyConfig.profile(profile, **limits | changes)
 
 
 def now(device: torch.device) -> float:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from bimask.files.atomic import atomic_write
+
 
 def opened(storage: str) -> tuple[fs.FileSystem, str]:
     """The file system of a URI or an absolute path, and the path in it.
@@ -43,9 +45,13 @@ def read(storage: str, name: str) -> str:
 
 
 def put(storage: str, file: Path) -> None:
-    """A copy of a file in it, under the file's name; folders are made."""
+    """A copy of a file in it, under the file's name, whole or not at all; folders are made."""
     system, path = opened(storage)
     system.create_dir(path, recursive=True)
+    if not is_bucket(storage):
+        with atomic_write(Path(path) / file.name) as part:
+            shutil.copyfile(file, part)
+        return
     with file.open("rb") as source, system.open_output_stream(f"{path}/{file.name}") as stream:
         shutil.copyfileobj(source, stream)
 

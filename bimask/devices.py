@@ -47,6 +47,15 @@ def fast_bfloat16(device: torch.device) -> bool:
     return True
 
 
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of a GPU that this process may have, all of it or what
+    `torch.cuda.set_per_process_memory_fraction` leaves; None where the device does not say."""
+    if device.type != "cuda":
+        return None
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return int(share * torch.cuda.get_device_properties(device).total_memory)
+
+
 def upload(values: float | Sequence[float] | Tensor, like: Tensor) -> Tensor:
     """Host numbers as a tensor where `like` lives; the host does not wait for an accelerator.
 

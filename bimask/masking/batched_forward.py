@@ -12,14 +12,18 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from bimask.devices import memory_of
 from bimask.masking.frozen import FrozenNet
 
 T = TypeVar("T")
 
 # The largest masked activation of one pass, in bytes, where the settings do not say: what stays in a
-# CPU's cache, and what an accelerator has to spare.
+# CPU's cache, and elsewhere what most accelerators have to spare.
 PASS_BYTES = {"cpu": 8 * 2**20}
 PASS_BYTES_ELSEWHERE = 2**30
+# Share of a GPU's memory that the activations of one pass may take: of all that the process may have,
+# not of what is free at the moment, so that a run has the same passes and bits whenever it runs.
+PASS_SHARE = 0.4
 
 
 class BatchedForward:
@@ -35,6 +39,7 @@ class BatchedForward:
             needs the memory of one pass of its batch; "device" as many as the device is good for.
         threads: at most so many at work, 1 for none beside the caller's.
         fine: dtype that logits come back in.
+        sample: (n, C, H, W) images, that a GPU's passes are measured by.
     """
 
     def __init__(
@@ -45,9 +50,11 @@ class BatchedForward:
         size: int | Literal["batch", "device"],
         threads: int,
         fine: torch.dtype,
+        sample: Tensor,
     ) -> None:
         self.net, self.device, self.size, self.fine = net, device, size, fine
         self.threads = threads if device.type == "cpu" else 1
+        self._images = None if (memory := memory_of(device)) is None else _fitting(net, sample, memory)
         self._workers: ThreadPoolExecutor | None = None
         self._own = threading.local()  # a worker's net: a net holds the factors of the pass it is in
 
@@ -65,9 +72,11 @@ class BatchedForward:
         """Blocks of n images in one pass."""
         if not isinstance(self.size, str):
             return max(1, self.size // n)
-        size = torch.finfo(self.net.dtype).bits // 8 * self.net.activation
-        bytes_ = PASS_BYTES.get(self.device.type, PASS_BYTES_ELSEWHERE)
-        fitting = max(1, bytes_ // (size * n))
+        images = self._images
+        if images is None:
+            size = torch.finfo(self.net.dtype).bits // 8 * self.net.activation
+            images = PASS_BYTES.get(self.device.type, PASS_BYTES_ELSEWHERE) // size
+        fitting = max(1, images // n)
         return min(members, fitting) if self.size == "batch" else fitting
 
     @contextmanager
@@ -95,6 +104,11 @@ class BatchedForward:
             return [work(part) for part in slices(count, most)]
         most = min(most, -(-count // self.threads))  # something for every worker
         return list(self._workers.map(work, slices(count, most)))
+
+
+def _fitting(net: FrozenNet, sample: Tensor, memory: int) -> int:
+    """Images of one pass, of all blocks together, on a device of so many bytes."""
+    return int(PASS_SHARE * memory) // net.bytes_kept(sample)
 
 
 def slices(n: int, size: int) -> Iterator[slice]:

@@ -238,6 +238,28 @@ class FrozenNet(nn.Module):
         for handle in handles:
             handle.remove()
 
+    def bytes_kept(self, sample: Tensor) -> int:
+        """What a pass keeps of one image for its gradient by images and factors, in bytes.
+
+        Args:
+            sample: (n, C, H, W) images.
+        """
+        own = {tensor.untyped_storage().data_ptr() for tensor in self.net.state_dict().values()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        images = sample[:1].expand(FEWEST, *sample.shape[1:]).clone().requires_grad_()
+        factors = sample.new_ones(1, sum(self.sites.values()), requires_grad=True)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = self(images, factors)  # alive, so that no storage is reused
+        assert logits.requires_grad
+        return max(1, sum(kept.values()) // FEWEST)
+
     def forward(self, images: Tensor, factors: Tensor | None = None) -> Tensor:
         """Logits of B blocks of n images.
 

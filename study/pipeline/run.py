@@ -341,7 +341,7 @@ class _Study:
     def _search(self, cases: list[Case], mirror: MlflowQueue, interrupts: Interrupts) -> float:
         """Run what has no record yet; seconds that went into trials."""
         digests = {name: victim.spec.digest for name, victim in self.victims.items()}
-        at_once = min(self.config.trials, self.concurrency * self.config.trials_per_actor)
+        at_once = min(self.config.trials, self.concurrency * self.config.group_size)
         with trial_progress(self.console, self.config.trials, at_once, self.config.task) as on_change:
 
             def changed(done: list[TrialRecord]) -> None:

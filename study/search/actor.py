@@ -25,7 +25,7 @@ from study.store.schema import Group, MemberReport
 from study.trial.cases import Case
 from study.trial.checkpoint import Checkpoints
 from study.trial.history import StoppingBounds
-from study.trial.limits import memory_limit, time_limit
+from study.trial.limits import gpu_memory_limit, memory_limit, time_limit
 from study.trial.result import TrialResult
 from study.trial.rules import TrialRules
 from study.trial.run import run_trials
@@ -35,6 +35,7 @@ def within_limits(function: Callable[..., None]) -> Callable[..., None]:
     """`function`, ended where it takes more than the study allows a group of trials."""
 
     def run(config: Group, *, study: StudyConfig, cases: list[Case]) -> None:
+        gpu_memory_limit(study.gpus_per_trial)
         with (
             time_limit(config.get("limit"), Path(config["checkpoint"])),
             memory_limit(study.memory_per_trial),

@@ -154,7 +154,7 @@ class ParetoSearch(Searcher):
     def groups_left(self) -> int:
         """At most so many groups are still to be run."""
         unasked = self._unasked()
-        return len(self._open_groups()) + math.ceil(max(0, unasked) / self.config.trials_per_actor)
+        return len(self._open_groups()) + math.ceil(max(0, unasked) / self.config.group_size)
 
     def suggest(self, trial_id: str) -> Group | str | None:
         """The next group: `number`, `preset` and `parameters` of each of its trials, and its rivals.
@@ -198,7 +198,7 @@ class ParetoSearch(Searcher):
         """New trials, a group of them; fewer or none where that is all there is."""
         left = self._unasked()
         trials: list[optuna.Trial] = []
-        for _ in range(min(self.config.trials_per_actor, left)):
+        for _ in range(min(self.config.group_size, left)):
             trials.append(self.study.ask())
             trials[-1].set_user_attr("group", trials[0].number)
         return trials

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from bimask.defences.settings import DefenceConfig
-from bimask.errors import BimaskError
+from bimask.errors import BimaskError, brief
 from bimask.nets import is_own
 from bimask.tasks import CLASSIFICATION, TASKS, Task
 from bimask.victims import VictimSpec
@@ -35,6 +35,10 @@ from study.spec.suspect import NAME, SuspectSpec
 
 # How a study runs, not what it finds.
 RUNNING = {"concurrency", "trials_per_actor", "retries"}
+MOST_TOGETHER = (
+    32  # members of a population on a GPU: each launches a twentieth of the kernels of one alone
+)
+GROUPS = 40  # that `auto` leaves a search to learn from
 RUNNING |= {"checkpoint_every", "trial_timeout", "memory_per_trial", "environment_timeout"}
 # Keys that came later: a study without them keeps the digest that it had.
 LATER = {"held_out", "controls", "confirm", "objectives", "aggregate", "constraints", "repeats"} | {
@@ -88,7 +92,11 @@ class StudyConfig(BaseModel):
         "the search",
     )
     concurrency: int | None = Field(None, ge=1, description="actors at once; null fills the cluster")
-    trials_per_actor: int = Field(1, ge=1, description="trials that one actor runs at once, as a group")
+    trials_per_actor: int | Literal["auto"] = Field(
+        "auto",
+        description="trials that one actor runs at once, as a group; auto: 1 on a CPU; on a GPU up to "
+        "32, whose kernels are launched at once, in forty groups or more, so that a search learns",
+    )
     cpus_per_trial: int = Field(1, ge=1, description="CPUs, and threads, of an actor")
     gpus_per_trial: float = Field(0, ge=0, description="share of a GPU: 0.25 packs four actors")
     retries: int = Field(3, ge=0, description="times a group is run again whose process or node died")
@@ -259,6 +267,13 @@ class StudyConfig(BaseModel):
             raise ValueError(f"objectives must differ, got {', '.join(names)}")
         return names
 
+    @field_validator("trials_per_actor", mode="before")
+    @classmethod
+    def _some_trials(cls, given: Any) -> Any:
+        if given == "auto" or (isinstance(given, int) and given >= 1):
+            return given
+        raise ValueError(f"a whole number from 1 on, or auto, is expected, got {brief(given)}")
+
     @field_validator("reference_point")
     @classmethod
     def _one_for_each(cls, point: WorstCorner, info: ValidationInfo) -> WorstCorner:
@@ -305,9 +320,17 @@ class StudyConfig(BaseModel):
         return "cuda" if self.gpus_per_trial else "cpu"
 
     @property
+    def group_size(self) -> int:
+        """How many trials one actor runs at once."""
+        if self.trials_per_actor != "auto":
+            return self.trials_per_actor
+        on_gpu = self.device_of_a_trial != "cpu"
+        return min(MOST_TOGETHER, max(1, self.trials // GROUPS)) if on_gpu else 1
+
+    @property
     def groups(self) -> int:
-        """How many groups of `trials_per_actor` trials there are; the last may be smaller."""
-        return math.ceil(self.trials / self.trials_per_actor)
+        """How many groups of trials there are; the last may be smaller."""
+        return math.ceil(self.trials / self.group_size)
 
     @property
     def suite(self) -> list[VictimSpec]:

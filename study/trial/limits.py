@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 STACK = "stack.txt"  # where every thread stood when the time was over
 # Where a study sets no `trial_timeout`, a trial that hangs must not hold it for ever:
 DAY = 86_400.0  # seconds for a trial before it is known what trials take
@@ -87,6 +89,13 @@ def hopeless(limit: float | None, *, spent: float, left: float) -> str | None:
         f"after {spent:.3g} s it would take {left:.3g} s more at its pace, and `trial_timeout` allows "
         f"{limit:g} s"
     )
+
+
+def gpu_memory_limit(share: float) -> None:
+    """Leave this process its share of the memory of its GPU, where it has less than a whole one: the
+    actors beside it have theirs. Beyond it torch raises, and a population is cut to fit."""
+    if 0 < share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 @contextmanager

@@ -115,6 +115,7 @@ class PopulationPurifier:
             size=engine.images_per_pass,
             threads=1 if engine.compile else min(torch.get_num_threads(), len(configs)),
             fine=self.fine.dtype,
+            sample=self.images[:8],
         )
         self.members = [
             Member(row, config, generator)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bimask.errors import MaskMismatchError
+from bimask.masking.batched_forward import PASS_SHARE, _fitting
 from bimask.masking.frozen import FrozenNet
 from bimask.masking.masks import MaskSet, masked_forward
 from bimask.masking.sites import channels_of, kind_of
@@ -419,6 +420,20 @@ def test_the_largest_masked_activation_is_measured():
     model = prepared(MODELS["grouped, dilated, reflecting"][0])
     assert frozen(model, pictures_of(3)).activation == max(6 * 4 * 4, 8 * 4 * 4)
     assert frozen(prepared(MODELS["bias"][0]), pictures_of(3)).activation == 6 * 7 * 7
+
+
+def test_what_a_pass_keeps_for_its_gradient_is_measured():
+    """Of each image: itself, what the factors scale, what the ReLU leaves, what is pooled of it."""
+    model = nn.Sequential(
+        conv(padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES)
+    )
+    low = torch.rand(3, CHANNELS, 20, 20)
+    high = torch.rand(3, CHANNELS, 40, 40)
+    net = frozen(model.eval(), low)
+    wanted = 20**2 * (CHANNELS + 6 + 6) * 4
+    assert net.bytes_kept(low) == pytest.approx(wanted, rel=0.1)
+    assert net.bytes_kept(high) == pytest.approx(4 * net.bytes_kept(low), rel=0.1)
+    assert _fitting(net, low, 100 * wanted) == pytest.approx(100 * PASS_SHARE, abs=5)
 
 
 def test_masks_of_another_model_are_refused():

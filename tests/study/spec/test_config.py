@@ -254,3 +254,28 @@ def test_what_is_fixed_is_not_searched_where_no_space_is_given(study):
     config = load_config(study(text + "fixed: {epochs: 20}\n"))
     assert list(config.space) == ["lr", "rho"]
     assert config.defence_config({"rho": 1.0}).epochs == 20
+
+
+@pytest.mark.parametrize(
+    ("trials", "gpus", "given", "size"),
+    [
+        (1000, 0, "auto", 1),
+        (30, 0.25, "auto", 1),
+        (100, 0.25, "auto", 2),
+        (5000, 1, "auto", 32),
+        (1000, 0, 3, 3),
+        (30, 1, 8, 8),
+    ],
+)
+def test_a_group_is_as_large_as_is_said_or_as_kernels_and_learning_want(trials, gpus, given, size):
+    config = StudyConfig(
+        name="groups",
+        trials=trials,
+        gpus_per_trial=gpus,
+        trials_per_actor=given,
+        victims=[{"dataset": "digits", "net": "small_resnet", "attack": {"name": "badnets"}}],
+        reference_point={"clean_accuracy": 0.1, "attack_success": 1.0},
+        space={"mask_lr": {"kind": "float", "low": 0.02, "high": 0.3}},
+    )
+    assert config.group_size == size
+    assert config.groups == -(-trials // size)

@@ -814,6 +814,7 @@ def test_nothing_stays_on_the_host_where_there_is_an_accelerator(monkeypatch, ki
 
     # what is asked before the first round reads numbers, and may
     monkeypatch.setattr(population, "check_images", lambda _images: None)
+    monkeypatch.setattr(blocks, "memory_of", lambda _device: None)
     monkeypatch.setattr(
         population,
         "admit",

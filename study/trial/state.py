@@ -12,6 +12,7 @@ from bimask.defences.base import DefenceResult, StepLog
 from bimask.defences.settings import DefenceConfig
 from bimask.errors import NonFiniteError
 from bimask.metrics import CleanScores, Scores
+from bimask.tasks import defence_of
 from study.spec.objectives import numbers_of
 from study.trial.cases import Case, CaseResult
 from study.trial.checkpoint import TrialCheckpoint
@@ -117,6 +118,8 @@ class TrialObserver:
     def _out_of_time(self, member: int, done: int) -> bool:
         """What comes before a run's first step is no step, and comes again with every victim."""
         trial, steps, now = self.running[member], self.steps[member], self.seconds_each
+        if defence_of(trial.config).ends_early:  # nobody knows how many steps are left
+            return False
         begun, at = self.first.setdefault(member, (done, now))
         if done == begun:
             return False

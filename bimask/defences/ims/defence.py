@@ -52,6 +52,7 @@ class Ims(Defence[PurifyConfig]):
     numbers = ("pruned_share",)
     stem = "masks"
     has_twin = True
+    ends_early = True  # with `patience`
 
     def preparation(self, may_use: Callable[[str], bool]) -> Preparation | None:
         """The pool that `class_triggers` are drawn from."""

@@ -65,9 +65,11 @@ LEAST_STEPS = 10  # an epoch of the search, as 2,500 images in batches of 256 ha
 class NeuralCleanseConfig(FineTuningConfig):
     """The settings of Neural Cleanse; those of SGD and images are of the unlearning."""
 
-    search_epochs: int = Field(
-        80, ge=1, description="times that every image is seen in the search, at most"
-    )
+    search_epochs: Annotated[
+        int,
+        Field(ge=1, description="times that every image is seen in the search, at most"),
+        Search(10, 80, log=True),
+    ] = 80
     search_batch_size: int = Field(32, ge=1, description="images a step of the search, for each class")
     search_lr: float = Field(0.1, gt=0, description="of Adam in the search, with betas 0.5 and 0.9")
     cost: Annotated[

@@ -33,7 +33,9 @@ class StrategicConfig(DefenceConfig):
         Field(gt=0, le=1, description="share of a picture that a trigger may change"),
         Search(0.01, 0.15),
     ] = 0.06  # ABS on CIFAR-10: 64 of 1,024 pixels
-    trigger_steps: int = Field(200, ge=1, description="of Adam, for each trigger")  # ABS: 50 to 1,000
+    trigger_steps: Annotated[
+        int, Field(ge=1, description="of Adam, for each trigger"), Search(30, 200, log=True)
+    ] = 200  # ABS: 50 to 1,000
     trigger_lr: float = Field(0.1, gt=0, description="of Adam, for a trigger")
     # without it a neuron may be driven up by a picture that does not reach its class
     target_weight: float = Field(1.0, ge=0, description="weight of the class in a trigger's loss")

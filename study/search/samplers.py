@@ -11,6 +11,7 @@ from study.spec.config import StudyConfig
 STARTUP = 6  # finished trials that a model is first made of; until then points are random
 WORTH = 5.0  # seconds of a trial from which on `auto` spends the second or two of GP's suggestion
 MANY = 250  # trials from which on GP's suggestions take too long
+LONG = 1000  # trials from which on TPE looks through them once a trial, no longer once a setting
 
 # A population of 20 and not of Optuna's 50: a study of 100 trials has then some generations.
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
@@ -29,9 +30,9 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 }
 
 
-def grouped_tpe(seed: int) -> optuna.samplers.BaseSampler:
-    """TPE for several defences: the settings of each are learned together, from its own trials
-    (benchmarks/conditional.md)."""
+def joint_tpe(seed: int) -> optuna.samplers.BaseSampler:
+    """TPE that draws all settings at once: of several defences those of each are learned from its own
+    trials (benchmarks/conditional.md), and a suggestion on a long history costs a quarter."""
     return optuna.samplers.TPESampler(
         seed=seed, n_startup_trials=STARTUP, constant_liar=True, multivariate=True, group=True
     )
@@ -40,8 +41,8 @@ def grouped_tpe(seed: int) -> optuna.samplers.BaseSampler:
 def sampler_of(config: StudyConfig, seed: int) -> optuna.samplers.BaseSampler:
     """What a study begins with, itself."""
     name = first_sampler(config)
-    made = grouped_tpe if name == "tpe" and config.defenders.several else SAMPLERS[name]
-    return made(seed)
+    joint = name == "tpe" and (config.defenders.several or config.trials > LONG)
+    return joint_tpe(seed) if joint else SAMPLERS[name](seed)
 
 
 def first_sampler(config: StudyConfig) -> str:

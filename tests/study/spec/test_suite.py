@@ -18,7 +18,7 @@ from study.pipeline import run
 from study.pipeline.dry_run import dry_run
 from study.pipeline.leave_out import run_leave_out
 from study.search.pareto_search import ParetoSearch
-from study.search.samplers import MANY, SAMPLERS, STARTUP, first_sampler
+from study.search.samplers import LONG, MANY, SAMPLERS, STARTUP, first_sampler, sampler_of
 from study.search.warm_start import read_earlier
 from study.spec.config import StudyConfig, StudyError
 from study.trial import suite
@@ -320,6 +320,12 @@ def test_auto_is_tpe_where_gp_is_slow_or_blind():
     conditions = config_of(space={"inner_optimizer": names, "inner_steps": narrow}, fixed={}, start=[])
     found = [conditions, config_of(trials=MANY + 1), config_of(trials=MANY), config_of(sampler="qmc")]
     assert [first_sampler(config) for config in found] == ["tpe", "tpe", "gp", "qmc"]
+
+
+def test_tpe_draws_all_settings_at_once_where_the_history_is_long():
+    lengths = [LONG, LONG + 1]
+    made = [sampler_of(config_of(trials=trials, sampler="tpe"), 0) for trials in lengths]
+    assert [bool(sampler._multivariate) for sampler in made] == [False, True]
 
 
 def test_the_first_points_are_those_of_the_search_itself():

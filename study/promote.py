@@ -45,7 +45,7 @@ def beats(tags: Mapping[str, str], champion: Version | None) -> tuple[bool, str]
         return float(of["test.attack_success"]), float(of["test.accuracy_drop"])
 
     mine, other = rank(tags), rank(theirs)
-    numbers = f"ASR {mine[0]:.4f} v {other[0]:.4f}, accuracy drop {mine[1]:.4f} v {other[1]:.4f}"
+    numbers = f"ASR {mine[0]:.4f} v {other[0]:.4f}, drop on clean inputs {mine[1]:.4f} v {other[1]:.4f}"
     return mine < other, f"against champion {champion.number} on the same victims: {numbers}"
 
 

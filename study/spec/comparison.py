@@ -178,10 +178,14 @@ class ComparisonConfig(BaseModel):
             "control": self.specs([{"poisoning_rate": 0}], seeds),
         }
 
+    @property
+    def names(self) -> list[str]:
+        """The defences, one by one also where all are meant."""
+        return list(DEFENCES) if self.defences == "all" else list(self.defences)
+
     def entries(self) -> list[Entry]:
         """The rows of the comparison."""
-        names = list(DEFENCES) if self.defences == "all" else list(self.defences)
-        rows = [Entry(name, name, {}) for name in names]
+        rows = [Entry(name, name, {}) for name in self.names]
         rows += [
             Entry(f"{name}-{profile}", name, {}, profile=profile)
             for name, profiles in self.profiles.items()

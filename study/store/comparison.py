@@ -87,7 +87,7 @@ def judged_record(row: Mapping[str, object]) -> JudgedRecord:
 def begin(folder: Path, config: ComparisonConfig) -> None:
     """Make the comparison's folder, whole or not at all."""
     content = config.model_dump(mode="json")
-    content["defences"] = [entry.name for entry in config.entries() if entry.tuned and not entry.held]
+    content["defences"] = config.names
     with atomic_directory(folder) as part:
         write_yaml(part / COMPARISON, content, f"comparison {config.name}, resolved")
         write_text(part / ID, uuid.uuid4().hex + "\n")

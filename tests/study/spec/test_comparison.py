@@ -9,6 +9,7 @@ from study.pipeline.judging import judging_study
 from study.pipeline.prepare import check_images
 from study.spec.comparison import ABLATIONS, ComparisonConfig, load_comparison
 from study.spec.config import StudyError
+from study.store.comparison import begin, reopen
 
 SMALL = {
     "name": "small",
@@ -107,6 +108,16 @@ def test_a_resolved_comparison_reads_back_as_itself(tmp_path):
     assert load_comparison(path) == found
     assert load_comparison(path, {"concurrency": 1}).digest == found.digest
     assert load_comparison(path, {"search_seconds": 31}).digest != found.digest
+
+
+def test_a_comparison_that_is_begun_is_found_again_with_all_its_rows(tmp_path):
+    found = config(
+        defences="all", published=["clp"], profiles={"ims": ["robust"]}, ablations=["no_select"]
+    )
+    begin(tmp_path / "small", found)
+    again, _ = reopen(tmp_path, "small", None, {})
+    assert again.entries() == found.entries()
+    assert again.names == list(DEFENCES)
 
 
 def test_published_settings_are_a_row_that_nothing_is_searched_for():

@@ -19,7 +19,7 @@ FEWER = 20  # times as few kernels a member in the largest population as alone
 def gpu_check() -> str:
     """The page: what was measured, or that nothing was run."""
     kept = read(KEPT)
-    found = [_table(None), "No GPU was to be had."] if kept is None else _of(kept)
+    found = [_table(None), "The program has not been run on a GPU yet."] if kept is None else _of(kept)
     return page("One GPU", ABOUT, *found)
 
 

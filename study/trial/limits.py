@@ -18,8 +18,8 @@ DAY = 86_400.0  # seconds for a trial before it is known what trials take
 LEAST = 600.0  # seconds that every trial has
 KNOWN = 5  # complete trials from which it is known
 TIMES = 10  # what the slowest of them took
-LOOK = 0.1  # share of a limit after which a trial's pace is known
-TWICE = 2.0  # the seconds that are left: steps of one trial do not all cost the same
+PROJECTED_FROM = 0.1  # share of its limit from which on a trial's end is projected
+MARGIN = 2.0  # times the seconds that are left: steps of one trial do not all cost the same
 
 
 def default_timeout(took: Sequence[float]) -> float:
@@ -72,7 +72,7 @@ def too_long(seconds: float, place: str | None, *, given: bool) -> str:
     )
 
 
-def hopeless(limit: float | None, *, spent: float, left: float) -> str | None:
+def projected_timeout(limit: float | None, *, spent: float, left: float) -> str | None:
     """Why a trial is ended before its limit ends it: at its pace it takes far longer.
 
     Without it, trials of a slow method would all run until their time is over, and a search of few
@@ -83,7 +83,7 @@ def hopeless(limit: float | None, *, spent: float, left: float) -> str | None:
         spent: seconds so far.
         left: seconds of the steps that are left, over all victims, at the pace of those behind it.
     """
-    if limit is None or not left or spent < LOOK * limit or left <= TWICE * (limit - spent):
+    if limit is None or not left or spent < PROJECTED_FROM * limit or left <= MARGIN * (limit - spent):
         return None
     return (
         f"after {spent:.3g} s it would take {left:.3g} s more at its pace, and `trial_timeout` allows "
@@ -93,7 +93,7 @@ def hopeless(limit: float | None, *, spent: float, left: float) -> str | None:
 
 def gpu_memory_limit(share: float) -> None:
     """Leave this process its share of the memory of its GPU, where it has less than a whole one: the
-    actors beside it have theirs. Beyond it torch raises, and a population is cut to fit."""
+    actors beside it have theirs. Beyond it torch raises; passes of a population are sized by it."""
     if 0 < share < 1 and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(share)
 

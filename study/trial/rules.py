@@ -15,7 +15,7 @@ from study.spec.directions import OBJECTIVES, Direction
 from study.spec.objectives import BEST, Aggregate, Constraints, Numbers, Spread, over_victims, spread
 from study.spec.stopping import EarlyStopping
 from study.trial.history import StoppingBounds, rung
-from study.trial.limits import hopeless
+from study.trial.limits import projected_timeout
 
 ABSENT = {"pruned_share": 0.0}  # of several defences: one that prunes nothing has pruned 0
 
@@ -141,7 +141,7 @@ class TrialRules:
 
     def out_of_time(self, *, spent: float, left: float) -> str | None:
         """Why a trial that needs `left` seconds more cannot end within the study's `trial_timeout`."""
-        return hopeless(self.timeout, spent=spent, left=left)
+        return projected_timeout(self.timeout, spent=spent, left=left)
 
     def at_rung(self, run: Run, share: float, values: Numbers, config: DefenceConfig) -> str | None:
         """Why a trial with these losses at a rung is stopped there, or None."""

@@ -116,7 +116,10 @@ class TrialObserver:
         return trial.stopped is not None
 
     def _out_of_time(self, member: int, done: int) -> bool:
-        """What comes before a run's first step is no step, and comes again with every victim."""
+        """Whether the member is stopped since its projected end lies far beyond its limit.
+
+        What comes before a run's first step is none of its pace, and comes again with every victim.
+        """
         trial, steps, now = self.running[member], self.steps[member], self.seconds_each
         if defence_of(trial.config).ends_early:  # nobody knows how many steps are left
             return False

@@ -20,7 +20,7 @@ from study.trial.limits import (
     STACK,
     TIMES,
     default_timeout,
-    hopeless,
+    projected_timeout,
     too_long,
     where_it_hung,
 )
@@ -191,8 +191,8 @@ def test_without_a_limit_a_trial_has_many_times_what_others_took():
         (60, 70, 0, False),  # it has ended
     ],
 )
-def test_what_would_take_far_longer_than_its_limit_is_hopeless(limit, spent, left, ends):
-    said = hopeless(limit, spent=spent, left=left)
+def test_what_would_take_far_longer_than_its_limit_is_ended(limit, spent, left, ends):
+    said = projected_timeout(limit, spent=spent, left=left)
     assert (said is not None) == ends
     if ends:
         assert f"after {spent} s it would take {left} s more" in said

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bimask.commands import TrustCode
 from bimask.progress import outlive_readers
-from study.options import Storage
+from study.options import Cluster, Storage, Wait
 from study.search.interrupts import (
     InterruptedStudyError,
     Interrupts,
@@ -24,12 +24,11 @@ def main(
         Path, typer.Argument(metavar="SUITE.yaml", help="Many victims, such as victims/digits.yaml.")
     ],
     out: Annotated[Path, typer.Option(help="Folder that holds victims.")] = Path("outputs/victims"),
-    address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join: 'auto', or ADDRESS:PORT.")
-    ] = None,
+    address: Cluster = None,
     storage: Storage = None,
     cpus_per_victim: Annotated[int, typer.Option(min=1, help="CPUs, and threads, of one.")] = 1,
     gpus_per_victim: Annotated[float, typer.Option(min=0, help="Share of a GPU.")] = 0,
+    wait: Wait = 0,
     trust_code: TrustCode = False,
 ) -> None:
     """Make the victims of a suite on Ray, but for those that OUT has, or the storage."""
@@ -42,7 +41,14 @@ def main(
         require_writable(out)
         with code_of_files(trust_code), interrupts.in_good_order(lambda: ended(interrupts, suite)):
             failed = make_suite(
-                suite, out, address, storage, cpus_per_victim, gpus_per_victim, interrupts
+                suite,
+                out,
+                interrupts,
+                address=address,
+                storage=storage,
+                cpus=cpus_per_victim,
+                gpus=gpus_per_victim,
+                wait=wait,
             )
     sys.exit(1 if failed else 0)
 
@@ -55,13 +61,14 @@ def ended(interrupts: Interrupts, suite: Path) -> InterruptedStudyError | LostRa
 def make_suite(
     suite: Path,
     out: Path,
-    address: str | None,
-    storage: str | None,
-    cpus: int,
-    gpus: float,
     interrupts: Interrupts,
+    **where: Any,
 ) -> list[str]:
-    """The names of the victims that could not be made; see `main`."""
+    """The names of the victims that could not be made; see `main`.
+
+    Args:
+        where: `address`, `storage`, `cpus`, `gpus` and `wait` of `make_missing`.
+    """
     from bimask.nets import require_trusted
     from bimask.victims import load_suite
     from study.pipeline.making import make_missing
@@ -72,11 +79,8 @@ def make_suite(
     return make_missing(
         specs,
         out,
-        address=address,
-        storage=storage,
-        cpus=cpus,
-        gpus=gpus,
         interrupts=interrupts,
+        **where,
         reason=lambda: ended(interrupts, suite),
         last_words=f"{suite} was ended without a word: it was killed, or Ray died; launch it again, "
         "what is trained is kept.",

@@ -10,16 +10,16 @@ from typing import Any
 
 from rich.table import Table
 
-from bimask.devices import resolve_device
 from bimask.nets import require_trusted
 from bimask.progress import Console
 from study.analysis import comparison as analysis
 from study.analysis.comparison import Compared, Searched
 from study.pipeline.choosing import refused_by
 from study.pipeline.judging import judge_choices, judging_study
+from study.pipeline.making import make_all
 from study.pipeline.naming import named
 from study.pipeline.opening import open_tracker
-from study.pipeline.prepare import check_images, prepare_victims, require_writable
+from study.pipeline.prepare import check_images, require_writable
 from study.pipeline.run import run_in
 from study.report import comparison as report
 from study.report.console import wide_console
@@ -97,7 +97,7 @@ def compare_in(
         Whether every defence was tuned and judged. What is raised is as of `run_comparison`.
     """
     console, again = wide_console(), part_of or config.name
-    where = {"address": address, "storage": storage, "wait": wait, "part_of": again}
+    where: dict[str, Any] = {"address": address, "storage": storage, "wait": wait, "part_of": again}
     outputs, judging = folder.parent, judging_study(config)
     require_server(uri := tracking_uri(outputs))
     refused = _refused(config, judging)
@@ -106,9 +106,9 @@ def compare_in(
     tracker = open_tracker(uri, outputs, judging, console)
     run = ComparisonRun(tracker, folder, config, _params(config), console.tell)
     try:
-        console.rule("the victims that choices are judged on")
-        device = resolve_device(judging.device)
-        prepare_victims(judging, outputs / "victims", device, console, storage=storage)
+        console.rule("victims")
+        remedy = "a comparison without them is begun under another --name"
+        make_all(config.suite(), config, outputs / "victims", remedy=remedy, **where)
         searched: dict[str, Searched] = {}
         for entry in config.entries():
             if entry.name in refused:

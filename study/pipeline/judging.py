@@ -7,13 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bimask.defences.settings import DefenceConfig
-from bimask.devices import resolve_device
 from bimask.progress import Console, ToldProgress
-from bimask.victims import Victim
+from bimask.victims import obtain_victim
 from study import search
 from study.analysis.comparison import Searched
 from study.pipeline.last_words import FrontSoFar
-from study.pipeline.prepare import find_room, prepare_victims
+from study.pipeline.prepare import find_room
 from study.search.interrupts import InterruptedStudyError, Interrupts, LostRayError, leave
 from study.search.judging import run_judgements
 from study.spec.comparison import ComparisonConfig
@@ -90,9 +89,10 @@ def judge_choices(
         if wait:
             stack.callback(search.release_workers)
         find_room(judging, wait, console)
-        device = resolve_device(judging.device)
-        suite = prepare_victims(judging, folder.parent / "victims", device, console)
-        victims = {one.spec.digest: one for one in suite.values() if isinstance(one, Victim)}
+        root, needed = folder.parent / "victims", {job.victim for job in jobs}
+        victims = (
+            (spec.digest, obtain_victim(spec, root)) for spec in judging.suite if spec.digest in needed
+        )
         progress = stack.enter_context(ToldProgress(console))
         task = progress.add_task("judging the choices", total=total)
         progress.update(task, completed=len(found))

@@ -288,7 +288,7 @@ def _made_by_workers(
             made[at] = result
             progress.advance(bar)
 
-        models = {name: copy.deepcopy(victim.model).cpu() for name, victim in victims.items()}
+        models = ((name, copy.deepcopy(victim.model).cpu()) for name, victim in victims.items())
         given = [(p.victim, p.make, moved(p.images, "cpu"), config.device_of_a_trial) for p in pieces]
         search.run_tasks(config, _make, models, given, ended)
     return [made[at] for at in range(len(pieces))]

@@ -132,14 +132,13 @@ def _stop() -> None:
     exposure.restore()
 
 
-def room(config: StudyConfig) -> int:
-    """How many actors fit on the nodes that are up."""
-    return sum(_slots(config, node["Resources"]) for node in ray.nodes() if node["Alive"])
+def room(cpus: int, gpus: float) -> int:
+    """How many actors or tasks of that size fit on the nodes that are up."""
+    return sum(_slots(cpus, gpus, node["Resources"]) for node in ray.nodes() if node["Alive"])
 
 
-def _slots(config: StudyConfig, node: dict[str, float]) -> int:
-    by_cpu = node.get("CPU", 0) // config.cpus_per_trial
-    gpus = config.gpus_per_trial
+def _slots(cpus: int, gpus: float, node: dict[str, float]) -> int:
+    by_cpu = node.get("CPU", 0) // cpus
     return int(min(by_cpu, node.get("GPU", 0) // gpus) if gpus else by_cpu)
 
 
@@ -157,15 +156,9 @@ def check_resources(
     Raises:
         StudyError: no node offers the CPUs or the GPU share of one actor.
     """
-    if wait:
-        bundle = {"CPU": float(config.cpus_per_trial), "GPU": config.gpus_per_trial}
-        wanted = min(config.concurrency or 1, config.groups)
-        request_resources(bundles=[{k: v for k, v in bundle.items() if v}] * wanted)
-        deadline = time.monotonic() + 60 * wait
-        while not room(config) and time.monotonic() < deadline:
-            on_wait()
-            time.sleep(POLL)
-    fitting = room(config)
+    cpus, gpus = config.cpus_per_trial, config.gpus_per_trial
+    wanted = min(config.concurrency or 1, config.groups)
+    fitting = await_room(cpus, gpus, wanted=wanted, wait=wait, on_wait=on_wait)
     if not fitting:
         raise StudyError(_no_room(config, wait))
     if wait and config.concurrency:
@@ -173,8 +166,27 @@ def check_resources(
     return min(config.concurrency or fitting, fitting, config.groups)
 
 
+def await_room(
+    cpus: int, gpus: float, *, wanted: int, wait: float, on_wait: Callable[[], None] = lambda: None
+) -> int:
+    """How many actors or tasks of that size fit at once; 0 where no node has room for one.
+
+    Args:
+        wanted: for how many the autoscaler is asked, where `wait` is not 0.
+        wait, on_wait: as of `check_resources`.
+    """
+    if wait:
+        bundle = {"CPU": float(cpus), "GPU": gpus}
+        request_resources(bundles=[{k: v for k, v in bundle.items() if v}] * wanted)
+    deadline = time.monotonic() + 60 * wait
+    while not (fitting := room(cpus, gpus)) and time.monotonic() < deadline:
+        on_wait()
+        time.sleep(POLL)
+    return fitting
+
+
 def release_workers() -> None:
-    """Take back what `check_resources` asked for; idle workers are then ended."""
+    """Take back what `await_room` asked for; idle workers are then ended."""
     request_resources(bundles=[])
 
 

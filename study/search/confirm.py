@@ -28,7 +28,7 @@ def run_confirmation(
     def ended(at: int, result: ConfirmRecord | LostTaskError) -> None:
         on_done(jobs[at].failed(str(result)) if isinstance(result, LostTaskError) else result)
 
-    run_tasks(config, _run, victims, [(job.victim, job, config) for job in jobs], ended)
+    run_tasks(config, _run, victims.items(), [(job.victim, job, config) for job in jobs], ended)
 
 
 def _run(victim: Victim, job: Job, config: StudyConfig) -> ConfirmRecord:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from bimask.errors import BimaskError
 from bimask.victims import Victim
@@ -14,7 +14,7 @@ from study.trial.judging import Judgement, judge
 
 def run_judgements(
     config: StudyConfig,
-    victims: Mapping[str, Victim],
+    victims: Iterable[tuple[str, Victim]],
     jobs: Sequence[Judgement],
     on_done: Callable[[JudgedRecord], None],
     say: Callable[[str], object] = lambda _: None,
@@ -23,7 +23,7 @@ def run_judgements(
 
     Args:
         config: of a study of the comparison; it says what a run may take of the machine.
-        victims: by digest.
+        victims: with their digests; one after another is sent to the cluster.
         on_done: called with the record of each job as it ends; one that the defence failed at has a
             `reason` and no scores.
         say: told in a sentence of a job from which nothing came back. That is no verdict on the

@@ -5,6 +5,7 @@ Studies on one machine find each other's below their outputs; those of a cluster
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bimask.tasks import task_of
 from bimask.victims import EpochLog
 from bimask.victims.folders import MANIFEST, WEIGHTS
 from study.search import storage as storages
+from study.search.cluster import await_room, release_workers
 from study.search.embedded.liveness import is_gone
 from study.spec.config import StudyError
 
@@ -33,6 +35,7 @@ def make_victims(
     device: str,
     cpus: int,
     gpus: float,
+    wait: float = 0,
     on_event: Callable[[Event], None],
     on_end: Callable[[str, str | None], None],
 ) -> None:
@@ -43,30 +46,32 @@ def make_victims(
 
     Args:
         cpus, gpus: of one victim; `cpus` is its threads, too.
+        wait: minutes for an autoscaler to start the first worker.
         on_end: called once a victim, with its name and None, or why it was not made.
 
     Raises:
         StudyError: no node has such resources.
     """
-    _require_room(cpus, gpus)
-    events = Queue()
-    task = ray.remote(_make).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
-    running = {
-        task.remote(name, spec, str(root.resolve()), device, cpus, events): (name, spec)
-        for name, spec in specs.items()
-    }
-    try:
+    with ExitStack() as stack:
+        if wait:
+            stack.callback(release_workers)
+        _require_room(cpus, gpus, wanted=len(specs), wait=wait)
+        events = Queue()
+        stack.callback(events.shutdown)
+        task = ray.remote(_make).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
+        running = {  # tasks end with this process; `run_tasks` says why none is cancelled
+            task.remote(name, spec, str(root.resolve()), device, cpus, events): (name, spec)
+            for name, spec in specs.items()
+        }
         while running:
             ended, _ = ray.wait(list(running), timeout=0.5)
+            names = {name for name, _ in running.values()}
             for event in events.get_nowait_batch(events.qsize()):
-                on_event(event)
+                if event[0] in names:  # the last may come after the end
+                    on_event(event)
             for reference in ended:
                 name, spec = running.pop(reference)
                 on_end(name, _received(reference, root / spec.digest))
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-        events.shutdown()
 
 
 def _make(
@@ -75,16 +80,20 @@ def _make(
     """The files of a victim, or why there are none."""
     torch.set_num_threads(cpus)
 
+    def tell(what: EpochLog | tuple[str, int, int]) -> None:
+        """Without waiting: Ray gives the CPUs of a task that waits to another one."""
+        events.actor.put_nowait.remote((name, what))
+
     def on_prepare(what: str, done: int, of: int) -> None:
         if done == of or done % max(1, of // 50) == 0:  # attacks take thousands of steps
-            events.put((name, (what, done, of)))
+            tell((what, done, of))
 
     try:
         task_of(spec).obtain_victim(
             spec,
             Path(root),
             device=device,
-            on_epoch=lambda log: events.put((name, log)),
+            on_epoch=tell,
             on_prepare=on_prepare,
         )
     except Exception as error:  # as text: not every error can be sent
@@ -165,12 +174,13 @@ class SharedVictims:
             ) from error
 
 
-def _require_room(cpus: int, gpus: float) -> None:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+def _require_room(cpus: int, gpus: float, *, wanted: int, wait: float) -> None:
+    if not await_room(cpus, gpus, wanted=wanted, wait=wait):
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        waited = f" after {wait:g} minutes" if wait else ""
         raise StudyError(
-            f"A victim asks for {cpus} CPU(s) and {gpus:g} GPU, which none of {len(nodes)} node(s) "
-            "has; lower --cpus-per-victim or --gpus-per-victim, or wait until larger nodes are up."
+            f"A victim asks for {cpus} CPU(s) and {gpus:g} GPU, which none of {nodes} node(s) has"
+            f"{waited}; ask for less, or let larger nodes come up (--wait MINUTES)."
         )
 
 

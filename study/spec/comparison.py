@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,17 @@ class ComparisonConfig(BaseModel):
             "unseen_seed": self.specs([*self.tuning, *self.variants], seeds),
             "held_out": self.specs(self.held_out, seeds),
             "control": self.specs([{"poisoning_rate": 0}], seeds),
+        }
+
+    def suite(self) -> dict[str, VictimSpec]:
+        """Every victim, those of trials first, by a name for people."""
+        specs = self.specs(self.tuning, self.seeds.tuning)
+        specs += [spec for part in self.judged().values() for spec in part]
+        told = [f"{spec.name}, seed {spec.seed}" for spec in specs]
+        often = Counter(told)
+        return {
+            name if often[name] == 1 else f"{name} ({spec.digest[:6]})": spec
+            for name, spec in zip(told, specs, strict=True)
         }
 
     @property

@@ -137,16 +137,11 @@ class ProtocolConfig(BaseModel):
 
     def suite(self) -> dict[str, VictimSpec]:
         """Digest -> every victim, those of trials, too."""
-        specs = [
-            spec
+        return {
+            spec.digest: spec
             for config in self.comparisons().values()
-            for part in (
-                config.specs(config.tuning, config.seeds.tuning),
-                *config.judged().values(),
-            )
-            for spec in part
-        ]
-        return {spec.digest: spec for spec in specs}
+            for spec in config.suite().values()
+        }
 
     def tuned(self, case: Case) -> bool:
         """Whether trials see a victim of the case, of another seed than those that are judged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from bimask.progress import Console
 from study.analysis import protocol as analysis
 from study.analysis.protocol import Protocolled
 from study.pipeline.comparison import compare_in
-from study.pipeline.making import make_missing
+from study.pipeline.making import make_all
 from study.pipeline.naming import named
 from study.pipeline.prepare import require_writable
 from study.report import protocol as report
@@ -33,14 +33,12 @@ def run_protocol(
     *,
     outputs: Path,
     resume: str | None = None,
-    address: str | None = None,
-    storage: str | None = None,
     **where: Any,
 ) -> bool:
     """Run the protocol in a YAML file, or go on with one.
 
     Args:
-        where: `wait` of `study.pipeline.run.run_in`.
+        where: `address`, `storage` and `wait` of `study.pipeline.run.run_in`.
 
     Returns:
         Whether every case was judged with every defence.
@@ -72,51 +70,28 @@ def run_protocol(
             if resume is None:
                 store.begin(folder, config)
             console = wide_console()
-            _make_victims(config, outputs, address, storage, interrupts, reason)
+            there = {**where, "part_of": config.name}
+            _make_victims(config, outputs, there)
             whole = True
             for one in config.comparisons().values():
                 console.rule(one.name)
-                there = {**where, "address": address, "storage": storage, "part_of": config.name}
                 whole &= _compared(one, outputs, there)
                 _write(config, folder, console)
             return whole
 
 
-def _make_victims(
-    config: ProtocolConfig,
-    outputs: Path,
-    address: str | None,
-    storage: str | None,
-    interrupts: Interrupts,
-    reason: Callable[[], InterruptedStudyError | LostRayError],
-) -> None:
+def _make_victims(config: ProtocolConfig, outputs: Path, where: Mapping[str, Any]) -> None:
     """All victims that are not there yet, as many at once as there is room for.
 
     Raises:
         StudyError: some could not be made; the others are kept.
     """
-    any_one = next(iter(config.comparisons().values()))
     cases = config.case_of()
     specs = {
         _told(cases.get(digest), spec.seed, spec.name): spec for digest, spec in config.suite().items()
     }
-    failed = make_missing(
-        specs,
-        outputs / "victims",
-        address=address,
-        storage=storage,
-        cpus=any_one.cpus_per_trial,
-        gpus=any_one.gpus_per_trial,
-        interrupts=interrupts,
-        reason=reason,
-        last_words=f"{config.name} was ended without a word: it was killed, or Ray died; go on with "
-        f"--resume {config.name}.",
-    )
-    if failed:
-        raise StudyError(
-            f"{len(failed)} of {len(specs)} victims could not be made, {failed[0]} first; --resume "
-            f"{config.name} tries them again, and `except` leaves cases out."
-        )
+    any_one = next(iter(config.comparisons().values()))
+    make_all(specs, any_one, outputs / "victims", remedy="`except` leaves cases out", **where)
 
 
 def _told(case: Case | None, seed: int, otherwise: str) -> str:

@@ -62,6 +62,7 @@ def _parts(about: dict[str, Any], found: dict[str, Any]) -> list[str]:
         "### By attack",
         table(*_by_attack(found)),
         f"Each cell is ACC / ASR / RA of `test`, {budget} images a class, the mean over seeds.",
+        *_by_budget(found),
         "### Does risk flatter a defence?",
         table(
             ["defence", "trials", "mean risk", "mean ASR", "Spearman of risk and ASR", "bias"],
@@ -145,6 +146,33 @@ def _by_attack(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     titles = [f"{attack} (held out)" if part == "held_out" else attack for part, attack in columns]
     return ["defence", *titles], [
         [entry, *(cells.get((entry, *column), "") for column in columns)] for entry in entries
+    ]
+
+
+def _by_budget(found: dict[str, Any]) -> list[str]:
+    """What more and fewer images do, where choices were judged with several numbers of them."""
+    if len(found["budgets"]) < 2:
+        return []
+    cells = {(cell["entry"], cell["part"], cell["budget"]): cell for cell in found["cells"]}
+    columns = [(part, budget) for part in ("unseen_seed", "held_out") for budget in found["budgets"]]
+
+    def shown(cell: dict[str, Any] | None) -> str:
+        if cell is None or "der" not in cell["scores"]:
+            return ""
+        means = [
+            100 * cell["scores"][name]["mean"] for name in ("attack_success", "accuracy_drop", "der")
+        ]
+        return f"{' / '.join(f'{mean:.1f}' for mean in means)} ({cell['n']})"
+
+    entries = list(dict.fromkeys(cell["entry"] for cell in found["cells"]))
+    return [
+        "### By clean images",
+        table(
+            ["defence", *(f"{part.replace('_', ' ')}, {budget}" for part, budget in columns)],
+            [[entry, *(shown(cells.get((entry, *column))) for column in columns)] for entry in entries],
+        ),
+        "Each cell is ASR / points lost / DER, the means over the n victims in brackets; the columns "
+        "say how many clean images of every class there were.",
     ]
 
 

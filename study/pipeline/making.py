@@ -99,7 +99,10 @@ def make_missing(
         for name, spec in specs.items()
         if not spec.place(out).is_dir() and (spec.given or not shared.fetch(spec.digest))
     }
-    with VictimBars(Console()) as bars:
+    console = Console()
+    if missing and wait:
+        console.tell(f"asking for workers; the first has {wait:g} minutes to come up")
+    with VictimBars(console) as bars:
 
         def on_event(event: Event) -> None:
             name, what = event

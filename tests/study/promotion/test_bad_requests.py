@@ -119,7 +119,8 @@ def test_another_method_is_refused(served, logged, method):
         (head("Transfer-Encoding: gzip"), 400),
         (head("A\0B: c"), 400),
         (head("A: \0"), 400),
-        (head()[:-2] + b"A: b\r\n" * 12_000, 400),
+        # past h11's 16 KiB, but one packet: an end with something unread resets the connection
+        (head()[:-2] + b"A: b\r\n" * 3_000, 400),
         (b"\0" * 100 + b"\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
         (b"GET /ping\r\n\r\n", 400),

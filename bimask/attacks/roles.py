@@ -71,6 +71,10 @@ class TriggeredData:
     attack_labels: Tensor
     true_labels: Tensor
 
+    def subset(self, index: Tensor) -> TriggeredData:
+        """The images at `index` (integers), in its order."""
+        return TriggeredData(self.images[index], self.attack_labels[index], self.true_labels[index])
+
     def to(self, device: torch.device | str) -> TriggeredData:
         """The same on another device."""
         return TriggeredData(

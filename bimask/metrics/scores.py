@@ -39,6 +39,14 @@ class EvalSets:
         """Apply the attack's trigger to the images of `data` that count."""
         return cls(data, attack.triggered(data), split)
 
+    def at_most(self, count: int) -> EvalSets:
+        """The same with at most `count` images of each kind, evenly spaced among them."""
+        return EvalSets(
+            self.clean.subset(_spaced(len(self.clean), count)),
+            self.triggered.subset(_spaced(len(self.triggered.images), count)),
+            self.split,
+        )
+
     def to(self, device: torch.device | str) -> EvalSets:
         """The same on another device."""
         return EvalSets(self.clean.to(device), self.triggered.to(device), self.split)
@@ -51,9 +59,20 @@ class CleanSet:
     clean: ImageData
     split: Split
 
+    def at_most(self, count: int) -> CleanSet:
+        """As `EvalSets.at_most`."""
+        return CleanSet(self.clean.subset(_spaced(len(self.clean), count)), self.split)
+
     def to(self, device: torch.device | str) -> CleanSet:
         """The same on another device."""
         return CleanSet(self.clean.to(device), self.split)
+
+
+def _spaced(length: int, count: int) -> Tensor:
+    """`count` indices among `length`, from the first to the last; all where they are fewer."""
+    if length <= count:
+        return torch.arange(length)
+    return torch.linspace(0, length - 1, count).round().long()
 
 
 @dataclass(frozen=True)

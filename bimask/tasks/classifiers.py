@@ -18,6 +18,8 @@ from bimask.metrics import CleanScores, Scores, evaluate
 from bimask.tasks.base import Metric, Predictor, Probe, Task
 from bimask.victims import Victim, VictimSpec, obtain_victim, open_victim
 
+GLANCED = 1000  # images of each kind: an ASR of 0.1 is known to 0.01
+
 
 class TriggersOfClasses(Probe):
     """`bimask.inspection.risk`."""
@@ -107,8 +109,9 @@ class Classification(Task):
         return evaluate(model, sets)
 
     def glance(self, model: nn.Module, sets: Any) -> Any:
-        """The same answers, sooner where the device is fast in bfloat16."""
-        return evaluate(model, sets, precision="bfloat16")
+        """The same of at most `GLANCED` images of each kind, in bfloat16 where the device is fast in
+        it: CIFAR-10's whole `val` takes longer than the ten steps between two looks."""
+        return evaluate(model, sets.at_most(GLANCED), precision="bfloat16")
 
     def derived(self, scores: Scores | CleanScores, before: Any) -> dict[str, float]:
         """ARR, and where the trigger is known RDR, DER and RIR."""

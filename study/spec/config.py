@@ -108,7 +108,7 @@ class StudyConfig(BaseModel):
         "oracle", description="oracle: by the true trigger on val; blind: by `risk`, from clean images"
     )
     clean_images_per_class: int = Field(10, ge=1, description="what the defender has")
-    report_every: int = Field(10, ge=1, description="rounds between two intermediate reports")
+    report_every: int = Field(10, ge=1, description="rounds between two looks at some of `val`")
     checkpoint_every: float = Field(
         60, gt=0, description="seconds of work that a kill may cost; of other defences than ims a run"
     )

@@ -7,7 +7,7 @@ from torch import nn
 from bimask.attacks import BadNets, TriggeredData
 from bimask.data import ImageData
 from bimask.errors import DataError, NonFiniteError
-from bimask.metrics import EvalSets, Scores, evaluate, predict
+from bimask.metrics import CleanSet, EvalSets, Scores, evaluate, predict
 from bimask.nets import SmallResNet
 
 
@@ -54,6 +54,20 @@ def test_the_target_class_is_left_out_whatever_it_answers():
     assert evaluate(Lookup(CLEAN, other), sets) == evaluate(Lookup(CLEAN, TRIGGERED), sets)
     target_two = EvalSets.of(BadNets(size=1, target=2), eight_images(), "test")
     assert evaluate(Lookup(CLEAN, TRIGGERED), target_two).n_triggered == 6
+
+
+def test_some_of_the_images_are_spaced_evenly():
+    sets = EvalSets.of(BadNets(size=1), eight_images(), "val")
+    some = sets.at_most(3)  # of eight and of the five that do not have the target's class
+    assert some.clean.images[:, 0, 0, 0].tolist() == [0, 4, 7]
+    assert some.triggered.images[:, 0, 0, 0].tolist() == [3, 5, 7]
+    assert some.triggered.true_labels.tolist() == [1, 1, 2]
+    assert evaluate(Lookup(CLEAN, TRIGGERED), some).attack_success == pytest.approx(1 / 3)
+    assert evaluate(Lookup(CLEAN, TRIGGERED), sets.at_most(8)) == evaluate(
+        Lookup(CLEAN, TRIGGERED), sets
+    )
+    clean = CleanSet(eight_images(), "val").at_most(3)
+    assert evaluate(Lookup(CLEAN, TRIGGERED), clean).n_clean == 3
 
 
 def test_all_to_all_counts_every_image():

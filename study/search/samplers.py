@@ -30,24 +30,32 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
 }
 
 
-def joint_tpe(seed: int) -> optuna.samplers.BaseSampler:
+def joint_tpe(seed: int, *, conditions: bool) -> optuna.samplers.BaseSampler:
     """TPE that draws all settings at once: of several defences those of each are learned from its own
-    trials (benchmarks/conditional.md), and a suggestion on a long history costs a quarter."""
+    trials (benchmarks/conditional.md), and a suggestion on a long history costs a quarter.
+
+    Args:
+        conditions: whether some trials lack settings that others have. Which settings come together is
+            then looked for in all trials, every time.
+    """
     return optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=STARTUP, constant_liar=True, multivariate=True, group=True
+        seed=seed, n_startup_trials=STARTUP, constant_liar=True, multivariate=True, group=conditions
     )
 
 
 def sampler_of(config: StudyConfig, seed: int) -> optuna.samplers.BaseSampler:
     """What a study begins with, itself."""
-    name = first_sampler(config)
+    name, conditions = first_sampler(config), _has_conditions(config)
     joint = name == "tpe" and (config.defenders.several or config.trials > LONG)
-    return joint_tpe(seed) if joint else SAMPLERS[name](seed)
+    return joint_tpe(seed, conditions=conditions) if joint else SAMPLERS[name](seed)
 
 
 def first_sampler(config: StudyConfig) -> str:
     """What a study begins with: under `auto` GP, where that can learn the whole space in time."""
     if config.sampler != "auto":
         return config.sampler
-    conditions = any(parameter.when for parameter in config.space.values())
-    return "tpe" if conditions or config.trials > MANY else "gp"
+    return "tpe" if _has_conditions(config) or config.trials > MANY else "gp"
+
+
+def _has_conditions(config: StudyConfig) -> bool:
+    return any(parameter.when for parameter in config.space.values())

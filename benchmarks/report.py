@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from benchmarks.pages.audit import audit
 from benchmarks.pages.blind import blind
+from benchmarks.pages.choosing import choosing
 from benchmarks.pages.comparison import comparison
 from benchmarks.pages.conditional import conditional
 from benchmarks.pages.driver import driver
@@ -29,6 +30,7 @@ from benchmarks.records import HERE
 PAGES: dict[str, Callable[[], str]] = {
     "audit": audit,
     "blind": blind,
+    "choosing": choosing,
     "comparison": comparison,
     "conditional": conditional,
     "driver": driver,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from benchmarks.pages import driver
+from benchmarks.pages import choosing, driver
 from benchmarks.records import HERE, RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +48,7 @@ def test_every_record_is_on_a_page():
     read = {
         "audit",
         "blind",
+        "choosing",
         "comparison",
         "conditional",
         "kills",
@@ -67,9 +68,9 @@ def test_a_page_without_records_says_so(tmp_path, monkeypatch):
     from benchmarks.pages import (
         audit,
         blind,
+        choosing,
         comparison,
         conditional,
-        driver,
         kills,
         samplers,
         serving,
@@ -79,7 +80,7 @@ def test_a_page_without_records_says_so(tmp_path, monkeypatch):
         zoo,
     )
 
-    modules = (audit, blind, comparison, conditional, driver, kills, samplers)
+    modules = (audit, blind, choosing, comparison, conditional, driver, kills, samplers)
     for module in (*modules, serving, shipped, training, victims, zoo):
         monkeypatch.setattr(module, "KEPT", tmp_path / "nothing")
         page = getattr(module, module.__name__.rpartition(".")[2])
@@ -93,3 +94,29 @@ def test_a_run_that_is_too_short_for_a_suggestion_at_trial_100_is_on_the_page(tm
     kept.write_text(json.dumps([*runs, short]))
     monkeypatch.setattr(driver, "KEPT", kept)
     assert "40 of 40" in driver.driver()
+
+
+def test_a_study_over_all_defences_is_held_against_the_best_of_one(tmp_path, monkeypatch):
+    def choice(success):
+        return {"defence": "fst", "clean_accuracy_test": 0.9, "attack_success_test": success}
+
+    def one(volume, blind=0.1):
+        more = {"oracle": choice(0.1), "blind": choice(blind), "spearman": 0.5, "complete": 20}
+        return {"hypervolume": volume, **more}
+
+    runs = {
+        **{f"60/badnets/{seed}/all": one(0.3 + seed / 100, blind=0.1 + seed / 10) for seed in range(3)},
+        **{f"60/badnets/{seed}/ims": one(0.31) for seed in range(3)},
+        **{f"60/badnets/{seed}/fst": one(0.325 if seed else 0.0) for seed in range(3)},
+        "60/wanet/0/all": one(0.2),  # one of a single defence has not been run yet
+    }
+    about = {"device": "CPU", "threads": 1, "torch": "2.8", "date": "2026-01-01"}
+    kept = tmp_path / "digits.json"
+    kept.write_text(json.dumps({"runs": runs, "about": about}))
+    monkeypatch.setattr(choosing, "KEPT", kept)
+    text = " ".join(choosing.choosing().split())
+    # medians: 0.310 over all, 0.325 of the best alone
+    assert "| badnets | 3 | 0.310 | 0.310 | 0.325 | fst | -0.015 | 20 |" in text
+    assert "on 0 of 1 victims" in text
+    assert "In 1 of 3 studies" in text  # the others are 0.1 and 0.2 above
+    assert "wanet" not in text

@@ -151,7 +151,7 @@ def measure(trials: int, nodes: int, sampler: str, group: int) -> dict[str, Any]
         "driver_cpu_a_trial": (used.ru_utime + used.ru_stime - cpu.ru_utime - cpu.ru_stime) / trials,
         "driver_kb_a_trial": (settled[-1][1] - settled[0][1]) / (settled[-1][0] - settled[0][0]),
         "suggestion_cpu": {
-            n: mean_near(Clocked.taken, n) for n in (100, 300, 1000, 5000) if n <= trials
+            n: mean_near(Clocked.taken, n) for n in (100, 500, 1000, 5000) if n <= trials
         },
         "mlflow": writing,
     }

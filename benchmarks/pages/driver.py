@@ -8,7 +8,8 @@ from benchmarks.pages.markdown import NOTHING, between, page, table
 from benchmarks.records import RESULTS, read
 
 KEPT = RESULTS / "scale" / "runs.json"
-WALL, MEMORY, GROWTH = 0.3, 200.0, 3.0  # bars: s a trial, KB a trial, a suggestion's growth
+WALL, MEMORY, GROWTH = 0.3, 100.0, 3.0  # bars: s a trial, KB a trial, a suggestion's growth
+FROM = "500"  # trial from which that is counted, in a run that is long enough
 
 
 def driver() -> str:
@@ -54,9 +55,11 @@ def _suggestions(seconds: dict[str, float | None]) -> str:
 
 
 def _growth(seconds: dict[str, float | None]) -> str:
-    """The last over the first; a run of less than 100 trials has neither."""
-    known = _known(seconds)
-    return f"{known[-1][1] / known[0][1]:.1f}" if known else ""
+    """The last over that at trial `FROM`, or over the first; a run of less than 100 trials has none."""
+    if not (known := _known(seconds)):
+        return ""
+    at, first = next(((at, value) for at, value in known if at == FROM), known[0])
+    return f"{known[-1][1] / first:.1f} from {at}"
 
 
 def _known(seconds: dict[str, float | None]) -> list[tuple[str, float]]:

@@ -1,6 +1,6 @@
 """Whether a study that chooses the defence, too, finds what the best study of one defence finds.
 
-    python -m benchmarks.choosing --seconds 300 --seeds 1     # half an hour a victim on two cores
+    python -m benchmarks.choosing --seconds 300 --seeds 1     # 15 minutes a victim on two cores
 
 Studies of search_spaces/all_defences_digits.yaml on one victim each: one over all defences, and one of
 each of the three that had the largest hypervolumes in the comparison, all with the same seconds of

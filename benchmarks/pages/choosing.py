@@ -62,8 +62,8 @@ def _hypervolumes(victims: Mapping[str, Runs]) -> list[str]:
     columns = ["victim", "seeds", *entries, "best alone", "all against it", "trials of all"]
     return [
         table(columns, rows),
-        f"Medians over the seeds. The study over all defences comes to the best of one less {LESS:g} "
-        f"or more on {near} of {len(lost)} victims.",
+        f"Medians over the seeds. The study over all defences is at most {LESS:g} below the best study "
+        f"of one on {near} of {len(lost)} victims.",
     ]
 
 

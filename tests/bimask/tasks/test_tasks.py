@@ -4,11 +4,15 @@ import pickle
 from dataclasses import fields
 
 import pytest
+import torch
+from torch import nn
 
+from bimask.data import ImageData
 from bimask.detection.metrics import DetectionScores
 from bimask.errors import SettingError
-from bimask.metrics import Scores
+from bimask.metrics import CleanSet, Scores
 from bimask.tasks import CLASSIFICATION, TASKS, defence_of, task_named
+from bimask.tasks.classifiers import GLANCED
 
 SCORES = {"classification": Scores, "detection": DetectionScores}
 
@@ -43,6 +47,14 @@ def test_settings_name_their_defence_over_all_tasks(task):
 def test_settings_of_no_defence_are_refused():
     with pytest.raises(SettingError, match="of no known defence"):
         defence_of(Scores(0.9, 0.1, 0.8, 10, 9, "val"))
+
+
+def test_a_glance_is_at_some_of_many_images_and_an_evaluation_at_all():
+    images = torch.zeros(GLANCED + 500, 1, 2, 2, dtype=torch.uint8)
+    many = CleanSet(ImageData(images, torch.zeros(len(images), dtype=torch.long), ("a", "b")), "val")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    assert CLASSIFICATION.glance(model, many).n_clean == GLANCED
+    assert CLASSIFICATION.evaluate(model, many).n_clean == GLANCED + 500
 
 
 def test_scores_are_told_in_the_order_of_the_metrics():

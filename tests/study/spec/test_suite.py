@@ -326,6 +326,10 @@ def test_tpe_draws_all_settings_at_once_where_the_history_is_long():
     lengths = [LONG, LONG + 1]
     made = [sampler_of(config_of(trials=trials, sampler="tpe"), 0) for trials in lengths]
     assert [bool(sampler._multivariate) for sampler in made] == [False, True]
+    assert not made[1]._group  # which settings come together is asked where some have conditions
+    rate = SUITE["space"]["mask_lr"]
+    space = {**SUITE["space"], "step_size": {**rate, "when": {"inner_steps": 1}}}
+    assert sampler_of(config_of(trials=LONG + 1, sampler="tpe", space=space), 0)._group
 
 
 def test_the_first_points_are_those_of_the_search_itself():
